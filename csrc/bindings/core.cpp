@@ -1,0 +1,108 @@
+// _core: the CPU's operations for Python. Addresses come in as integers; python/fastagg/_tensor.py checks what they name.
+#include <pybind11/numpy.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "cpu/dispatch.h"
+#include "cpu/operations.h"
+#include "cpu/thread_pool.h"
+#include "leaves.h"
+
+namespace fastagg::bindings {
+namespace {
+
+std::vector<int64_t> weighted_sum(const py::list& described) {
+  const Leaves leaves(described);
+  const auto finite = std::make_unique<bool[]>(leaves.size());
+  {
+    const py::gil_scoped_release release;
+    cpu::weighted_sum(leaves.data(), leaves.size(), finite.get());
+  }
+  return indices_of_false(finite.get(), leaves.size());
+}
+
+bool cast(const py::tuple& source, int code, int block_shift, uintptr_t out, uintptr_t scales, int64_t count,
+          bool stochastic, const std::tuple<uint64_t, uint32_t, uint32_t, uint32_t>& key) {
+  const auto [seed, step, tensor, rank] = key;
+  const Cast operands{source_of(source),
+                      static_cast<Code>(code),
+                      static_cast<uint8_t>(block_shift),
+                      stochastic ? Rounding::stochastic : Rounding::nearest,
+                      {seed, step, tensor, rank},
+                      count,
+                      reinterpret_cast<void*>(out),
+                      reinterpret_cast<float*>(scales)};
+  const py::gil_scoped_release release;
+  return cpu::cast(operands);
+}
+
+/// The addresses of the leading arrays that share the first one's dtype and shape, C-contiguous and aligned.
+py::list numpy_addresses(const py::list& arrays) {
+  constexpr int layout = py::detail::npy_api::NPY_ARRAY_C_CONTIGUOUS_ | py::detail::npy_api::NPY_ARRAY_ALIGNED_;
+  py::list addresses;
+  py::handle dtype;
+  const py::ssize_t* shape = nullptr;
+  py::ssize_t dimensions = 0;
+  for (py::handle item : arrays) {
+    if (!py::isinstance<py::array>(item)) break;
+    const auto array = py::reinterpret_borrow<py::array>(item);
+    if (shape == nullptr) {
+      dtype = py::detail::array_proxy(array.ptr())->descr;
+      shape = array.shape();
+      dimensions = array.ndim();
+    }
+    const bool fits = py::detail::array_proxy(array.ptr())->descr == dtype.ptr() && array.ndim() == dimensions &&
+                      std::equal(shape, shape + dimensions, array.shape()) && (array.flags() & layout) == layout;
+    if (!fits) break;
+    addresses.append(reinterpret_cast<uintptr_t>(array.data()));
+  }
+  return addresses;
+}
+
+/// Asks for huge pages for a large block of memory that is about to be written first.
+void advise_huge_pages(uintptr_t address, size_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t page = 4096;
+  const uintptr_t begin = (address + page - 1) / page * page, end = (address + bytes) / page * page;
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: a refusal is no error
+#else
+  (void)address, (void)bytes;
+#endif
+}
+
+}  // namespace
+}  // namespace fastagg::bindings
+
+PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
+  using namespace fastagg;
+  namespace py = pybind11;
+  m.doc() = "fastagg's operations on the CPU.";
+  m.attr("__version__") = FASTAGG_VERSION;
+  m.attr("__compiler__") = __VERSION__;
+  m.attr("MINIMUM_BLOCK") = 1 << kMinimumBlockShift;
+  m.attr("MAXIMUM_BLOCK") = 1 << kMaximumBlockShift;
+
+  m.def("weighted_sum", &bindings::weighted_sum, py::arg("leaves"),
+        "Weighted sums or maxima of leaves, in place; returns the indices of leaves with non-finite sums.");
+  m.def("cast", &bindings::cast, py::arg("source"), py::arg("code"), py::arg("block_shift"), py::arg("out"),
+        py::arg("scales"), py::arg("count"), py::arg("stochastic"), py::arg("key"),
+        "Decodes a source and encodes it as another code; returns whether nothing became infinite or NaN.");
+  m.def("numpy_addresses", &bindings::numpy_addresses, py::arg("arrays"),
+        "Addresses of the leading NumPy arrays that share the first one's dtype, shape and C layout.");
+  m.def("advise_huge_pages", &bindings::advise_huge_pages, py::arg("address"), py::arg("bytes"),
+        "Asks for huge pages for memory that is about to be written first.");
+
+  m.def("isa", [] { return std::string(kernels().name); }, "The instruction set in use.");
+  m.def("available_isas", &available_isas, "Instruction sets of this build that the processor has, best first.");
+  m.def("force_isa", &force_isa, py::arg("name"), "Uses one instruction set from now on.");
+  m.def("get_num_threads", &get_num_threads, "Threads that an operation uses.");
+  m.def(
+      "set_num_threads",
+      [](int count) {
+        if (count < 0) throw py::value_error("the number of threads must be 1 or more (0: the default), got " + std::to_string(count));
+        set_num_threads(count);
+      },
+      py::arg("count"), "Sets the threads that an operation uses; 0 restores the default.");
+  m.def("available_processors", &available_processors, "Processors that this process may run on.");
+}

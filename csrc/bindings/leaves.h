@@ -1,0 +1,84 @@
+// What the bindings share: from Python's tuples to the operands of csrc/core/types.h.
+#pragma once
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <memory>
+#include <vector>
+
+#include "core/weighted_sum.h"
+
+namespace fastagg::bindings {
+
+namespace py = pybind11;
+
+template <class T = void>
+T* pointer(py::handle address) {
+  return reinterpret_cast<T*>(address.cast<uintptr_t>());
+}
+
+/// (data, companion, code, block_shift)
+inline Source source_of(py::handle described) {
+  const auto tuple = py::reinterpret_borrow<py::tuple>(described);
+  return {pointer(tuple[0]), pointer(tuple[1]), static_cast<Code>(tuple[2].cast<int>()), tuple[3].cast<uint8_t>()};
+}
+
+/// Leaves with the storage that they point into.
+class Leaves {
+ public:
+  /// `described`: one tuple a leaf, (sources, code of the sources, weights, scale, count, fold, out, companion, code of
+  /// the result). `sources` are addresses if they share a code, or tuples for `source_of` where the code given is None.
+  explicit Leaves(const py::list& described) {
+    for (py::handle leaf : described) add(py::reinterpret_borrow<py::tuple>(leaf));
+  }
+
+  const Leaf* data() const { return leaves_.data(); }
+  int64_t size() const { return static_cast<int64_t>(leaves_.size()); }
+
+ private:
+  void add(const py::tuple& leaf) {
+    const auto sources = py::reinterpret_borrow<py::list>(leaf[0]);
+    std::vector<Source> parsed;
+    parsed.reserve(sources.size());
+    if (leaf[1].is_none()) {
+      for (py::handle source : sources) parsed.push_back(source_of(source));
+    } else {
+      const auto code = static_cast<Code>(leaf[1].cast<int>());
+      for (py::handle address : sources) parsed.push_back({pointer(address), nullptr, code, 0});
+    }
+    Leaf result{};
+    result.clients = static_cast<int32_t>(parsed.size());
+    sources_.push_back(std::move(parsed));
+    result.sources = sources_.back().data();
+    result.weights = weights_of(leaf[2]);
+    result.scale = leaf[3].cast<double>();
+    result.count = leaf[4].cast<int64_t>();
+    result.fold = static_cast<Fold>(leaf[5].cast<int>());
+    result.out = pointer(leaf[6]);
+    result.companion = pointer(leaf[7]);
+    result.code = static_cast<Code>(leaf[8].cast<int>());
+    result.pairwise = pairs_fit(result);
+    leaves_.push_back(result);
+  }
+
+  /// Weights as doubles, converted once for all the leaves that share the list.
+  const double* weights_of(py::handle list) {
+    if (weights_.empty() || !list.is(weights_.back().first))
+      weights_.emplace_back(list, std::make_unique<std::vector<double>>(list.cast<std::vector<double>>()));
+    return weights_.back().second->data();
+  }
+
+  std::vector<Leaf> leaves_;
+  std::vector<std::vector<Source>> sources_;
+  std::vector<std::pair<py::handle, std::unique_ptr<std::vector<double>>>> weights_;
+};
+
+/// The indices of the false entries.
+inline std::vector<int64_t> indices_of_false(const bool* flags, int64_t count) {
+  std::vector<int64_t> indices;
+  for (int64_t i = 0; i < count; ++i)
+    if (!flags[i]) indices.push_back(i);
+  return indices;
+}
+
+}  // namespace fastagg::bindings

@@ -1,0 +1,67 @@
+// Block scales of the low-bit wires: powers of two (the mean magnitude for sign), so that decoding is exact.
+#pragma once
+#include "types.h"
+
+namespace fastagg {
+
+/// The largest integer or float that a wire's code can hold: significand * 2^exponent with 1 <= significand < 2.
+struct Extreme {
+  float significand;
+  int exponent;
+};
+
+FASTAGG_INLINE Extreme extreme(Code wire) {
+  switch (wire) {
+    case Code::wire_fp8_e4m3:
+      return {1.75f, 8};  // 448
+    case Code::wire_fp8_e5m2:
+      return {1.75f, 15};  // 57344
+    case Code::wire_int8:
+      return {127.0f / 64, 6};
+    default:
+      return {1.75f, 2};  // int4: 7
+  }
+}
+
+/// Exponent of the smallest power of two s with largest <= extreme * s: a block's largest value never saturates.
+FASTAGG_INLINE int scale_exponent(float largest, Code wire) {
+  if (largest == 0) return 0;
+  const int32_t bits = bit_cast<int32_t>(largest);
+  int exponent = (bits >> 23) - 127;
+  int32_t significand = (bits & 0x7fffff) | 0x3f800000;
+  if (bits < 0x800000) {  // subnormal: normalise by an exact product
+    const int32_t scaled = bit_cast<int32_t>(largest * 16777216.0f);
+    exponent = (scaled >> 23) - 127 - 24;
+    significand = (scaled & 0x7fffff) | 0x3f800000;
+  }
+  const Extreme top = extreme(wire);
+  exponent += (bit_cast<float>(significand) > top.significand) - top.exponent;
+  return exponent < -149 ? -149 : exponent;
+}
+
+/// 2^exponent for -149 <= exponent <= 127, subnormal results included.
+FASTAGG_INLINE float scale_of(int exponent) {
+  return exponent < -126 ? bit_cast<float>(1 << (exponent + 149)) : bit_cast<float>((exponent + 127) << 23);
+}
+
+/// Two floats whose product with x is x / 2^exponent: one alone would overflow for the smallest scales.
+struct Inverse {
+  float first, second;
+};
+
+FASTAGG_INLINE Inverse inverse_of(int exponent) {
+  const int first = exponent < -126 ? 126 : -exponent;
+  return {bit_cast<float>((first + 127) << 23), bit_cast<float>((-exponent - first + 127) << 23)};
+}
+
+/// Strided partial sums of |x| in a sign block: fixed, so that every backend adds in one order.
+constexpr int kSignStrides = 16;
+
+/// The mean magnitude of a block from its strided sums: a fixed tree.
+FASTAGG_INLINE float sign_scale(double* sums, int64_t count) {
+  for (int width = kSignStrides / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) sums[i] += sums[i + width];
+  return static_cast<float>(sums[0] / static_cast<double>(count));
+}
+
+}  // namespace fastagg

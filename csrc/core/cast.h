@@ -1,0 +1,35 @@
+// The arithmetic of `cast`: from any floating code to any other, through float32.
+#pragma once
+#include "philox.h"
+#include "weighted_sum.h"
+
+namespace fastagg {
+
+/// The smallest magnitude, as float32 bits, that a code turns into infinity or NaN.
+constexpr FASTAGG_INLINE int32_t overflow_from(Code code, Rounding rounding) {
+  const bool nearest = rounding == Rounding::nearest;
+  if (code == Code::float16) return nearest ? 0x477ff000 : 0x477fe001;   // 65520, beyond 65504
+  if (code == Code::bfloat16) return nearest ? 0x7f7f8000 : 0x7f7f0001;  // halfway beyond the largest, beyond it
+  return 0x7f800000;
+}
+
+/// Encodes float32 as a 16-bit or 8-bit float. Stochastic rounding never carries beyond the largest finite value.
+template <Code code, Rounding rounding, class F, class I>
+FASTAGG_INLINE I encode(F x, I random) {
+  if constexpr (code == Code::float16) return encode_float<Float16, rounding, F, I>(x, random);
+  if constexpr (code == Code::bfloat16) return encode_bfloat16<rounding, F, I>(x, random);
+  if constexpr (code == Code::wire_fp8_e4m3) return encode_float<Float8E4M3, rounding, F, I>(x, random);
+  if constexpr (code == Code::wire_fp8_e5m2) return encode_float<Float8E5M2, rounding, F, I>(x, random);
+}
+
+/// Doubles as the float32 that will be encoded as `code`: rounded to odd where they will be rounded once more.
+template <class Lanes>
+FASTAGG_INLINE typename Lanes::F narrow_for(Code code, typename Lanes::D (&x)[Lanes::halves]) {
+  if (code != Code::float32)
+    for (auto& half : x) half = round_to_odd<typename Lanes::D, typename Lanes::L>(half);
+  return Lanes::narrow(x);
+}
+
+FASTAGG_INLINE float magnitude_of(float x) { return bit_cast<float>(bit_cast<int32_t>(x) & 0x7fffffff); }
+
+}  // namespace fastagg

@@ -1,0 +1,85 @@
+// From an element's code to a number, for every code: written once for all lanes.
+#pragma once
+#include "block.h"
+#include "lane.h"
+
+namespace fastagg {
+
+/// Significant bits of a code's values, or 0 where a float32 cannot hold them (then only `load_wide` serves).
+constexpr FASTAGG_INLINE int significant_bits(Code code) {
+  switch (code) {
+    case Code::float32:
+    case Code::wire_sign:
+      return 24;
+    case Code::float16:
+      return 11;
+    case Code::bfloat16:
+      return 8;
+    case Code::wire_int8:
+      return 7;
+    case Code::wire_fp8_e4m3:
+      return 4;
+    case Code::wire_fp8_e5m2:
+    case Code::wire_int4:
+      return 3;
+    default:
+      return 0;
+  }
+}
+
+/// Whether blocks of the code are summed two clients at a time in float32 where that is exact enough.
+constexpr FASTAGG_INLINE bool is_narrow(Code code) {
+  return significant_bits(code) > 0 && significant_bits(code) < 24;
+}
+
+/// The elements from index i on as float32, before their block's scale.
+template <class Lanes, Code code>
+FASTAGG_INLINE typename Lanes::F load(const void* data, int64_t i) {
+  using F = typename Lanes::F;
+  using I = typename Lanes::I;
+  if constexpr (code == Code::float32) return Lanes::load_float32(data, i);
+  if constexpr (code == Code::float16) return Lanes::load_float16(data, i);
+  if constexpr (code == Code::bfloat16) return decode_bfloat16<F, I>(Lanes::load_uint16(data, i));
+  if constexpr (code == Code::wire_fp8_e4m3) return decode_float<Float8E4M3, F, I>(Lanes::load_uint8(data, i));
+  if constexpr (code == Code::wire_fp8_e5m2) return decode_float<Float8E5M2, F, I>(Lanes::load_uint8(data, i));
+  if constexpr (code == Code::wire_int8) return Lanes::convert(Lanes::load_int8(data, i));
+  if constexpr (code == Code::wire_int4) return Lanes::convert(Lanes::load_int4(data, i));
+  if constexpr (code == Code::wire_sign) return bit_cast<F>(Lanes::load_sign(data, i) | 0x3f800000);
+}
+
+/// The same as doubles, and the codes that only doubles hold.
+template <class Lanes, Code code>
+FASTAGG_INLINE void load_wide(const Source& source, int64_t i, typename Lanes::D (&x)[Lanes::halves]) {
+  const void* data = source.data;
+  if constexpr (code == Code::float64) return Lanes::template load_wide<double>(data, i, x);
+  if constexpr (code == Code::float32) return Lanes::template load_wide<float>(data, i, x);
+  if constexpr (code == Code::state48) return Lanes::load_state48(data, source.companion, i, x);
+  if constexpr (is_integer(code)) return Lanes::template load_wide<Element<code>>(data, i, x);
+  if constexpr (is_narrow(code) || code == Code::wire_sign) Lanes::widen(load<Lanes, code>(data, i), x);
+}
+
+/// The scale of the block that holds element i; 1 for codes without scales.
+template <Code code>
+FASTAGG_INLINE float scale_at(const Source& source, int64_t i) {
+  if constexpr (has_scales(code)) return static_cast<const float*>(source.companion)[i >> source.block_shift];
+  return 1.0f;
+}
+
+/// A code as a type, for `with_code`.
+template <Code code>
+struct Constant {
+  static constexpr Code value = code;
+};
+
+template <class Function, size_t... codes>
+FASTAGG_INLINE void with_code(Code code, Function&& function, std::index_sequence<codes...>) {
+  ((static_cast<size_t>(code) == codes ? function(Constant<static_cast<Code>(codes)>{}) : void()), ...);
+}
+
+/// Calls `function` with the code as a compile-time constant.
+template <class Function>
+FASTAGG_INLINE void with_code(Code code, Function&& function) {
+  with_code(code, function, std::make_index_sequence<kCodes>{});
+}
+
+}  // namespace fastagg

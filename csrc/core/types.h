@@ -1,0 +1,155 @@
+// The vocabulary of the arithmetic: element codes, operand descriptors and the one inline specifier.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+// Functors run on scalars, on SIMD lanes and on CUDA threads. They are always inlined: emitted as a function of its own,
+// one compiled for AVX-512 could be the copy that the linker keeps for everybody.
+#ifdef __CUDACC__
+#define FASTAGG_INLINE __host__ __device__ __forceinline__
+#else
+#define FASTAGG_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace fastagg {
+
+/// How the elements of a leaf are encoded: the dtypes of arrays, the accumulator's state, the wires of `quantize`.
+enum class Code : uint8_t {
+  float64,
+  float32,
+  float16,
+  bfloat16,
+  state48,  // the accumulator's sums: core/state48.h
+  int8,
+  int16,
+  int32,
+  int64,
+  uint8,
+  uint16,
+  uint32,
+  uint64,
+  wire_fp8_e4m3,
+  wire_fp8_e5m2,
+  wire_int8,
+  wire_int4,
+  wire_sign,
+};
+constexpr int kCodes = 18;
+
+/// One client's leaf, or any other encoded array.
+struct Source {
+  const void* data;
+  const void* companion;  // a float32 scale a block (wires that have one), the low halves (state48), else null
+  Code code;
+  uint8_t block_shift;  // log2 of the elements that share a scale
+};
+
+/// How the clients' values of one leaf become one.
+enum class Fold : uint8_t { mean, maximum };
+
+/// One leaf of `weighted_sum`: out = scale * sum_k weights[k] * sources[k], or the elementwise maximum.
+struct Leaf {
+  const Source* sources;
+  const double* weights;
+  int32_t clients;
+  Fold fold;
+  bool pairwise;  // sum_pair of core/weighted_sum.h applies
+  Code code;      // of the result
+  double scale;
+  int64_t count;
+  void* out;        // null: only look for non-finite values
+  void* companion;  // the low halves of a state48 result
+};
+
+enum class Rounding : uint8_t { nearest, stochastic };
+
+/// Names one random number an element: stochastic rounding depends on nothing else.
+struct RandomKey {
+  uint64_t seed;
+  uint32_t step;
+  uint32_t tensor;
+  uint32_t rank;
+};
+
+/// One `cast`: decodes `source` and encodes it as `code`.
+struct Cast {
+  Source source;
+  Code code;
+  uint8_t block_shift;
+  Rounding rounding;
+  RandomKey key;
+  int64_t count;
+  void* out;
+  float* scales;
+};
+
+/// Elements that one pass keeps in the first-level cache; a multiple of every block of scales.
+constexpr int64_t kChunk = 4096;
+constexpr int kMinimumBlockShift = 5;
+constexpr int kMaximumBlockShift = 12;
+
+/// Bytes of `count` elements, the companion left out.
+FASTAGG_INLINE int64_t encoded_bytes(Code code, int64_t count) {
+  switch (code) {
+    case Code::float64:
+    case Code::int64:
+    case Code::uint64:
+      return 8 * count;
+    case Code::float32:
+    case Code::state48:
+    case Code::int32:
+    case Code::uint32:
+      return 4 * count;
+    case Code::float16:
+    case Code::bfloat16:
+    case Code::int16:
+    case Code::uint16:
+      return 2 * count;
+    case Code::wire_int4:
+      return (count + 1) / 2;
+    case Code::wire_sign:
+      return (count + 7) / 8;
+    default:
+      return count;
+  }
+}
+
+/// Whether a float32 scale belongs to each block of the code's elements.
+constexpr FASTAGG_INLINE bool has_scales(Code code) { return code >= Code::wire_fp8_e4m3; }
+
+constexpr FASTAGG_INLINE bool is_integer(Code code) { return code >= Code::int8 && code <= Code::uint64; }
+
+template <Code code>
+struct ElementOf {
+  using type = uint8_t;  // the wires below 16 bits
+};
+template <> struct ElementOf<Code::float64> { using type = double; };
+template <> struct ElementOf<Code::float32> { using type = float; };
+template <> struct ElementOf<Code::float16> { using type = uint16_t; };
+template <> struct ElementOf<Code::bfloat16> { using type = uint16_t; };
+template <> struct ElementOf<Code::state48> { using type = uint32_t; };
+template <> struct ElementOf<Code::int8> { using type = int8_t; };
+template <> struct ElementOf<Code::int16> { using type = int16_t; };
+template <> struct ElementOf<Code::int32> { using type = int32_t; };
+template <> struct ElementOf<Code::int64> { using type = int64_t; };
+template <> struct ElementOf<Code::uint16> { using type = uint16_t; };
+template <> struct ElementOf<Code::uint32> { using type = uint32_t; };
+template <> struct ElementOf<Code::uint64> { using type = uint64_t; };
+
+/// The C++ type whose array holds a code's elements.
+template <Code code>
+using Element = typename ElementOf<code>::type;
+
+/// The bits of `from` read as another type of the same size: scalars and lanes.
+template <class To, class From>
+FASTAGG_INLINE To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast needs types of one size");
+  To to;
+  memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+}  // namespace fastagg

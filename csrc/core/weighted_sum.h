@@ -1,0 +1,70 @@
+// The arithmetic of `weighted_sum`: out = scale * sum_k weight_k * x_k.
+//
+// The sum runs in float64, in client order, one rounding a product and one a sum: products of float32 values with counts
+// are exact there. Narrow codes are paired first: the float32 sum of two clients' products, added to the float64 sum.
+// A pair is used where its products are exact in float32 or the result is narrower than that (`pairs_fit`).
+#pragma once
+#include "decode.h"
+
+namespace fastagg {
+
+/// sum + weight * x, the product rounded before the sum (contraction is off in every build).
+template <class T>
+FASTAGG_INLINE T add_product(T sum, T weight, T x) {
+  return sum + weight * x;
+}
+
+/// The float32 sum of two clients' products.
+template <class F>
+FASTAGG_INLINE F sum_pair(F weight, F x, F other_weight, F other) {
+  return weight * x + other_weight * other;
+}
+
+/// Whether a weight, times any value with so many significant bits, is exact in float32.
+FASTAGG_INLINE bool product_is_exact(double weight, int bits) {
+  if (bits == 0 || bits == 24) return true;  // no narrow code: never paired
+  const int64_t mantissa = bit_cast<int64_t>(weight) & 0xfffffffffffff;
+  return (mantissa & ((int64_t{1} << (29 + bits)) - 1)) == 0;  // at most 24 - bits bits are in use
+}
+
+/// Whether a leaf's narrow clients are summed in pairs: their products are exact in float32, or the result is narrower.
+FASTAGG_INLINE bool pairs_fit(const Leaf& leaf) {
+  if (leaf.code == Code::float16 || leaf.code == Code::bfloat16) return true;
+  if (leaf.code != Code::float32) return false;
+  for (int32_t k = 0; k < leaf.clients; ++k)
+    if (!product_is_exact(leaf.weights[k], significant_bits(leaf.sources[k].code))) return false;
+  return true;
+}
+
+/// A double as the float32 whose further rounding to a narrower float equals one rounding: truncated, its last bit set
+/// if anything was cut off ("round to odd").
+template <class D, class L>
+FASTAGG_INLINE D round_to_odd(D x) {
+  constexpr int64_t tail = 0x1fffffff;
+  const L bits = bit_cast<L>(x);
+  const L sticky = (bits & tail) != 0 ? L{} + (tail + 1) : L{};
+  return bit_cast<D>((bits & ~tail) | sticky);
+}
+
+/// Zero if x is finite, else NaN.
+template <class D>
+FASTAGG_INLINE D finite_check(D x) {
+  return x * 0.0;
+}
+
+/// Rounds to the nearest even integer and saturates at the bounds of T.
+template <class T>
+FASTAGG_INLINE T to_integer(double x) {
+  constexpr bool is_signed = static_cast<T>(-1) < static_cast<T>(0);
+  constexpr int bits = 8 * sizeof(T) - is_signed;
+  constexpr T largest = static_cast<T>(~uint64_t{0} >> (64 - bits));
+  constexpr double limit = 2.0 * static_cast<double>(uint64_t{1} << (bits - 1));
+  const double magnitude = x < 0 ? -x : x;
+  double whole = magnitude < 0x1p52 ? (magnitude + 0x1p52) - 0x1p52 : magnitude;
+  if (x < 0) whole = -whole;
+  if (whole >= limit) return largest;
+  if (whole < (is_signed ? -limit : 0)) return is_signed ? static_cast<T>(-largest - 1) : T{0};
+  return static_cast<T>(whole);
+}
+
+}  // namespace fastagg

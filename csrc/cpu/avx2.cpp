@@ -1,0 +1,29 @@
+// The loops for AVX2 and F16C. Standard headers come before the target region: nothing of theirs may use the instruction set.
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#pragma GCC target("avx2,f16c")
+#include "cast.h"
+#include "kernels.h"
+#include "lanes_avx2.h"
+#include "weighted_sum.h"
+
+namespace fastagg {
+namespace {
+constexpr Kernels kernels{"avx2", &weighted_sum<Lanes>, &cast<Lanes>};
+}  // namespace
+const Kernels* const avx2_kernels = &kernels;
+}  // namespace fastagg
+#else
+#include "kernels.h"
+
+namespace fastagg {
+const Kernels* const avx2_kernels = nullptr;
+}  // namespace fastagg
+#endif

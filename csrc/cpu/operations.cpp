@@ -1,0 +1,74 @@
+#include "operations.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "dispatch.h"
+#include "thread_pool.h"
+
+namespace fastagg::cpu {
+namespace {
+
+/// Elements of a task: large enough to amortise its start, small enough to balance the threads.
+constexpr int64_t kTask = 16 * kChunk;
+/// Below this many bytes the threads take longer to wake than the work takes.
+constexpr int64_t kParallelBytes = 256 << 10;
+/// From this size on a result outlives no cache: it is stored around them.
+constexpr int64_t kStreamBytes = 4 << 20;
+
+/// Threads worth waking for an operation that touches so many bytes.
+int threads_for(int64_t bytes) { return bytes >= kParallelBytes ? get_num_threads() : 1; }
+
+/// A range of one leaf.
+struct Task {
+  int64_t leaf, begin, end;
+};
+
+int64_t touched_bytes(const Leaf& leaf) {
+  int64_t bytes = encoded_bytes(leaf.code, leaf.count);
+  for (int32_t k = 0; k < leaf.clients; ++k) bytes += encoded_bytes(leaf.sources[k].code, leaf.count);
+  return bytes;
+}
+
+/// Cuts the leaves into tasks; small leaves are tasks of their own.
+std::vector<Task> tasks_of(const Leaf* leaves, int64_t count) {
+  std::vector<Task> tasks;
+  for (int64_t leaf = 0; leaf < count; ++leaf)
+    for (int64_t begin = 0; begin < leaves[leaf].count; begin += kTask)
+      tasks.push_back({leaf, begin, std::min(begin + kTask, leaves[leaf].count)});
+  return tasks;
+}
+
+}  // namespace
+
+void weighted_sum(const Leaf* leaves, int64_t count, bool* finite) {
+  const Kernels& loops = kernels();
+  const std::vector<Task> tasks = tasks_of(leaves, count);
+  int64_t bytes = 0, written = 0;
+  for (int64_t leaf = 0; leaf < count; ++leaf) {
+    bytes += touched_bytes(leaves[leaf]);
+    written += encoded_bytes(leaves[leaf].code, leaves[leaf].count);
+  }
+  const bool stream = written >= kStreamBytes;
+  std::vector<uint8_t> task_finite(tasks.size());
+  parallel_for(static_cast<int64_t>(tasks.size()), threads_for(bytes), [&](int64_t index) {
+    const Task& task = tasks[index];
+    task_finite[index] = loops.weighted_sum(leaves[task.leaf], task.begin, task.end, stream);
+  });
+  std::fill_n(finite, count, true);
+  for (size_t index = 0; index < tasks.size(); ++index) finite[tasks[index].leaf] &= task_finite[index] != 0;
+}
+
+bool cast(const Cast& cast) {
+  const Kernels& loops = kernels();
+  const int64_t written = encoded_bytes(cast.code, cast.count);
+  const int64_t tasks = (cast.count + kTask - 1) / kTask;
+  std::vector<uint8_t> task_finite(tasks);
+  parallel_for(tasks, threads_for(encoded_bytes(cast.source.code, cast.count) + written), [&](int64_t task) {
+    const int64_t begin = task * kTask, end = std::min(begin + kTask, cast.count);
+    task_finite[task] = loops.cast(cast, begin, end, written >= kStreamBytes);
+  });
+  return std::all_of(task_finite.begin(), task_finite.end(), [](uint8_t finite) { return finite != 0; });
+}
+
+}  // namespace fastagg::cpu

@@ -1,0 +1,12 @@
+// The loops for any processor: lanes of one.
+#include "cast.h"
+#include "kernels.h"
+#include "weighted_sum.h"
+
+namespace fastagg {
+namespace {
+struct Lanes : Lane {};
+constexpr Kernels kernels{"scalar", &weighted_sum<Lanes>, &cast<Lanes>};
+}  // namespace
+const Kernels* const scalar_kernels = &kernels;
+}  // namespace fastagg

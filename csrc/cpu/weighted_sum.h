@@ -1,0 +1,196 @@
+// The loop of `weighted_sum`, compiled once for each instruction set. A chunk's sums stay in the first-level cache as
+// float64; groups of clients are added to them, so that every client is read once and few streams are open at a time.
+#pragma once
+#include "core/weighted_sum.h"
+#include "stream.h"
+
+namespace fastagg {
+
+/// Clients whose streams are read together: more would outrun the hardware's prefetchers.
+constexpr int kGroup = 8;
+/// Vectors of sums that stay in registers while a group is added.
+constexpr int kRegisters = 2;
+
+struct Group {
+  const Source* sources;
+  const double* weights;
+  int clients;
+};
+
+/// sums[i] += weight_k * x_k[begin + i] for the clients of a group, in float64, while whole registers fit before `count`.
+/// Returns where it stopped.
+template <class Lanes, Code code>
+FASTAGG_INLINE int64_t add_products(double* sums, Group group, int64_t begin, int64_t i, int64_t count) {
+  using D = typename Lanes::D;
+  constexpr int halves = Lanes::halves, registers = Lanes::width == 1 ? 1 : kRegisters;
+  for (; i + registers * Lanes::width <= count; i += registers * Lanes::width) {
+    D sum[registers][halves];
+    memcpy(&sum, sums + i, sizeof sum);
+    for (int k = 0; k < group.clients; ++k) {
+      const Source& source = group.sources[k];
+      const D weight = D{} + group.weights[k] * static_cast<double>(scale_at<code>(source, begin + i));
+      for (int r = 0; r < registers; ++r) {
+        D x[halves];
+        load_wide<Lanes, code>(source, begin + i + r * Lanes::width, x);
+        for (int h = 0; h < halves; ++h) sum[r][h] = add_product(sum[r][h], weight, x[h]);
+      }
+    }
+    memcpy(sums + i, &sum, sizeof sum);
+  }
+  return i;
+}
+
+/// The same for pairs of clients of a narrow code, whose products are added in float32 before they join the sum.
+template <class Lanes, Code code>
+FASTAGG_INLINE int64_t add_pairs(double* sums, Group group, int64_t begin, int64_t i, int64_t count) {
+  using F = typename Lanes::F;
+  using D = typename Lanes::D;
+  constexpr int halves = Lanes::halves, registers = Lanes::width == 1 ? 1 : kRegisters;
+  for (; i + registers * Lanes::width <= count; i += registers * Lanes::width) {
+    D sum[registers][halves];
+    memcpy(&sum, sums + i, sizeof sum);
+    for (int k = 0; k < group.clients; k += 2) {
+      const Source &one = group.sources[k], &other = group.sources[k + 1];
+      const F weight = F{} + static_cast<float>(group.weights[k]) * scale_at<code>(one, begin + i);
+      const F other_weight = F{} + static_cast<float>(group.weights[k + 1]) * scale_at<code>(other, begin + i);
+      for (int r = 0; r < registers; ++r) {
+        const int64_t at = begin + i + r * Lanes::width;
+        D x[halves];
+        Lanes::widen(sum_pair(weight, load<Lanes, code>(one.data, at), other_weight, load<Lanes, code>(other.data, at)), x);
+        for (int h = 0; h < halves; ++h) sum[r][h] = sum[r][h] + x[h];
+      }
+    }
+    memcpy(sums + i, &sum, sizeof sum);
+  }
+  return i;
+}
+
+/// Adds a group of clients of one code to a chunk's sums: its vectors first, its tail as lanes of one.
+template <class Lanes, Code code>
+void add_group(double* sums, Group group, bool pairwise, int64_t begin, int64_t count) {
+  if constexpr (is_narrow(code)) {
+    if (pairwise) {
+      const Group pairs{group.sources, group.weights, group.clients & ~1};
+      const int64_t done = add_pairs<Lanes, code>(sums, pairs, begin, 0, count);
+      add_pairs<Lane, code>(sums, pairs, begin, done, count);
+      group = {group.sources + pairs.clients, group.weights + pairs.clients, group.clients & 1};
+    }
+  }
+  const int64_t done = add_products<Lanes, code>(sums, group, begin, 0, count);
+  add_products<Lane, code>(sums, group, begin, done, count);
+}
+
+/// Adds the clients of a leaf to a chunk's sums, in order, in groups of one code.
+template <class Lanes>
+void add_clients(const Leaf& leaf, double* sums, int64_t begin, int64_t count) {
+  for (int first = 0; first < leaf.clients;) {
+    const Code code = leaf.sources[first].code;
+    int clients = 1;
+    while (clients < kGroup && first + clients < leaf.clients && leaf.sources[first + clients].code == code) ++clients;
+    const Group group{leaf.sources + first, leaf.weights + first, clients};
+    with_code(code, [&](auto constant) {
+      add_group<Lanes, decltype(constant)::value>(sums, group, leaf.pairwise, begin, count);
+    });
+    first += clients;
+  }
+}
+
+/// Scales a vector of sums and stores it as the leaf's code.
+template <class Lanes, Code code, bool stream>
+FASTAGG_INLINE void store_mean(const Leaf& leaf, int64_t i, typename Lanes::D (&x)[Lanes::halves]) {
+  using F = typename Lanes::F;
+  using I = typename Lanes::I;
+  using L = typename Lanes::L;
+  for (auto& half : x) half = half * leaf.scale;
+  if constexpr (code == Code::float64) Lanes::template store_float64<stream>(leaf.out, i, x);
+  if constexpr (code == Code::state48) Lanes::template store_state48<stream>(leaf.out, leaf.companion, i, x);
+  if constexpr (code == Code::float32) Lanes::template store_float32<stream>(leaf.out, i, Lanes::narrow(x));
+  if constexpr (code == Code::float16 || code == Code::bfloat16) {
+    for (auto& half : x) half = round_to_odd<typename Lanes::D, L>(half);
+    const F mean = Lanes::narrow(x);
+    if constexpr (code == Code::float16) {
+      Lanes::template store_float16<stream>(leaf.out, i, mean);
+    } else {
+      Lanes::template store_uint16<stream>(leaf.out, i, encode_bfloat16<Rounding::nearest, F, I>(mean, I{}));
+    }
+  }
+  if constexpr (is_integer(code)) static_cast<Element<code>*>(leaf.out)[i] = to_integer<Element<code>>(x[0]);
+}
+
+/// Stores a chunk's means; true if every sum is finite. With `stream`, vectors start at the first aligned element.
+template <class Lanes, Code code, bool stream>
+bool store_means(const Leaf& leaf, double* sums, int64_t begin, int64_t count) {
+  using Wide = std::conditional_t<is_integer(code), Lane, Lanes>;
+  double check = 0;
+  int64_t i = 0;
+  const auto store_one = [&](int64_t one) {
+    double x[1] = {sums[one]};
+    check += finite_check(x[0]);
+    store_mean<Lane, code, false>(leaf, begin + one, x);
+  };
+  const int64_t head = stream ? until_aligned(leaf.out, begin, sizeof(Element<code>), count) : 0;
+  while (i < head) store_one(i++);
+  typename Wide::D checks[Wide::halves] = {};
+  for (; i + Wide::width <= count; i += Wide::width) {
+    typename Wide::D x[Wide::halves];
+    memcpy(&x, sums + i, sizeof x);
+    for (int h = 0; h < Wide::halves; ++h) checks[h] += finite_check(x[h]);
+    store_mean<Wide, code, stream>(leaf, begin + i, x);
+  }
+  while (i < count) store_one(i++);
+  double lanes[Wide::width];
+  memcpy(&lanes, &checks, sizeof lanes);
+  for (double lane : lanes) check += lane;
+  return check == 0;
+}
+
+/// Whether a chunk's sums are finite, for a leaf without a destination.
+inline bool all_finite(const double* sums, int64_t count) {
+  double check = 0;
+  for (int64_t i = 0; i < count; ++i) check += finite_check(sums[i]);
+  return check == 0;
+}
+
+/// out[i] = max_k x_k[i] for integers.
+template <Code code>
+void store_maximum(const Leaf& leaf, int64_t begin, int64_t end) {
+  using T = Element<code>;
+  T* out = static_cast<T*>(leaf.out);
+  memmove(out + begin, static_cast<const T*>(leaf.sources[0].data) + begin, (end - begin) * sizeof(T));
+  for (int k = 1; k < leaf.clients; ++k) {
+    const T* x = static_cast<const T*>(leaf.sources[k].data);
+    for (int64_t i = begin; i < end; ++i) out[i] = x[i] > out[i] ? x[i] : out[i];
+  }
+}
+
+/// `weighted_sum` of the elements [begin, end) of a leaf, `begin` a multiple of kChunk; true if every sum is finite.
+/// With `stream`, the result bypasses the cache.
+template <class Lanes>
+bool weighted_sum(const Leaf& leaf, int64_t begin, int64_t end, bool stream) {
+  bool finite = true;
+  if (leaf.fold == Fold::maximum) {
+    with_code(leaf.code, [&](auto code) {
+      if constexpr (is_integer(code.value)) store_maximum<code.value>(leaf, begin, end);
+    });
+    return finite;
+  }
+  alignas(64) double sums[kChunk];
+  for (; begin < end; begin += kChunk) {
+    const int64_t count = end - begin < kChunk ? end - begin : kChunk;
+    for (int64_t i = 0; i < count; ++i) sums[i] = -0.0;  // what addition leaves alone, zeros' signs included
+    add_clients<Lanes>(leaf, sums, begin, count);
+    if (leaf.out == nullptr) {
+      finite &= all_finite(sums, count);
+      continue;
+    }
+    with_code(leaf.code, [&](auto code) {
+      if constexpr (!has_scales(code.value)) {
+        finite &= stream ? store_means<Lanes, code.value, true>(leaf, sums, begin, count)
+                         : store_means<Lanes, code.value, false>(leaf, sums, begin, count);
+      }
+    });
+  }
+  return finite;
+}
+
+}  // namespace fastagg
