@@ -8,6 +8,26 @@
 
 namespace fastagg {
 
+/// Clients whose streams are read together: more would outrun a processor's prefetchers. Even, so that no group cuts a
+/// pair.
+constexpr int kGroup = 8;
+
+/// Neighbouring clients of one code.
+struct Group {
+  const Source* sources;
+  const double* weights;
+  int clients;
+};
+
+/// The clients from `first` on that share its code, at most kGroup.
+FASTAGG_INLINE Group group_from(const Leaf& leaf, int first) {
+  int clients = 1;
+  while (clients < kGroup && first + clients < leaf.clients &&
+         leaf.sources[first + clients].code == leaf.sources[first].code)
+    ++clients;
+  return {leaf.sources + first, leaf.weights + first, clients};
+}
+
 /// sum + weight * x, the product rounded before the sum (contraction is off in every build).
 template <class T>
 FASTAGG_INLINE T add_product(T sum, T weight, T x) {
@@ -65,6 +85,35 @@ FASTAGG_INLINE T to_integer(double x) {
   if (whole >= limit) return largest;
   if (whole < (is_signed ? -limit : 0)) return is_signed ? static_cast<T>(-largest - 1) : T{0};
   return static_cast<T>(whole);
+}
+
+/// Where means go.
+struct Result {
+  void* out;
+  void* companion;
+  double scale;
+};
+
+/// Scales sums and stores them as a result's code from index i on.
+template <class Lanes, Code code, bool stream>
+FASTAGG_INLINE void store_mean(const Result& result, int64_t i, typename Lanes::D (&x)[Lanes::halves]) {
+  using F = typename Lanes::F;
+  using I = typename Lanes::I;
+  using L = typename Lanes::L;
+  for (auto& half : x) half = half * result.scale;
+  if constexpr (code == Code::float64) Lanes::template store_float64<stream>(result.out, i, x);
+  if constexpr (code == Code::state48) Lanes::template store_state48<stream>(result.out, result.companion, i, x);
+  if constexpr (code == Code::float32) Lanes::template store_float32<stream>(result.out, i, Lanes::narrow(x));
+  if constexpr (code == Code::float16 || code == Code::bfloat16) {
+    for (auto& half : x) half = round_to_odd<typename Lanes::D, L>(half);
+    const F mean = Lanes::narrow(x);
+    if constexpr (code == Code::float16) {
+      Lanes::template store_float16<stream>(result.out, i, mean);
+    } else {
+      Lanes::template store_uint16<stream>(result.out, i, encode_bfloat16<Rounding::nearest, F, I>(mean, I{}));
+    }
+  }
+  if constexpr (is_integer(code)) static_cast<Element<code>*>(result.out)[i] = to_integer<Element<code>>(x[0]);
 }
 
 }  // namespace fastagg

@@ -6,16 +6,8 @@
 
 namespace fastagg {
 
-/// Clients whose streams are read together: more would outrun the hardware's prefetchers.
-constexpr int kGroup = 8;
 /// Vectors of sums that stay in registers while a group is added.
 constexpr int kRegisters = 2;
-
-struct Group {
-  const Source* sources;
-  const double* weights;
-  int clients;
-};
 
 /// sums[i] += weight_k * x_k[begin + i] for the clients of a group, in float64, while whole registers fit before `count`.
 /// Returns where it stopped.
@@ -84,49 +76,25 @@ void add_group(double* sums, Group group, bool pairwise, int64_t begin, int64_t 
 template <class Lanes>
 void add_clients(const Leaf& leaf, double* sums, int64_t begin, int64_t count) {
   for (int first = 0; first < leaf.clients;) {
-    const Code code = leaf.sources[first].code;
-    int clients = 1;
-    while (clients < kGroup && first + clients < leaf.clients && leaf.sources[first + clients].code == code) ++clients;
-    const Group group{leaf.sources + first, leaf.weights + first, clients};
-    with_code(code, [&](auto constant) {
+    const Group group = group_from(leaf, first);
+    with_code(group.sources[0].code, [&](auto constant) {
       add_group<Lanes, decltype(constant)::value>(sums, group, leaf.pairwise, begin, count);
     });
-    first += clients;
+    first += group.clients;
   }
-}
-
-/// Scales a vector of sums and stores it as the leaf's code.
-template <class Lanes, Code code, bool stream>
-FASTAGG_INLINE void store_mean(const Leaf& leaf, int64_t i, typename Lanes::D (&x)[Lanes::halves]) {
-  using F = typename Lanes::F;
-  using I = typename Lanes::I;
-  using L = typename Lanes::L;
-  for (auto& half : x) half = half * leaf.scale;
-  if constexpr (code == Code::float64) Lanes::template store_float64<stream>(leaf.out, i, x);
-  if constexpr (code == Code::state48) Lanes::template store_state48<stream>(leaf.out, leaf.companion, i, x);
-  if constexpr (code == Code::float32) Lanes::template store_float32<stream>(leaf.out, i, Lanes::narrow(x));
-  if constexpr (code == Code::float16 || code == Code::bfloat16) {
-    for (auto& half : x) half = round_to_odd<typename Lanes::D, L>(half);
-    const F mean = Lanes::narrow(x);
-    if constexpr (code == Code::float16) {
-      Lanes::template store_float16<stream>(leaf.out, i, mean);
-    } else {
-      Lanes::template store_uint16<stream>(leaf.out, i, encode_bfloat16<Rounding::nearest, F, I>(mean, I{}));
-    }
-  }
-  if constexpr (is_integer(code)) static_cast<Element<code>*>(leaf.out)[i] = to_integer<Element<code>>(x[0]);
 }
 
 /// Stores a chunk's means; true if every sum is finite. With `stream`, vectors start at the first aligned element.
 template <class Lanes, Code code, bool stream>
 bool store_means(const Leaf& leaf, double* sums, int64_t begin, int64_t count) {
   using Wide = std::conditional_t<is_integer(code), Lane, Lanes>;
+  const Result result{leaf.out, leaf.companion, leaf.scale};
   double check = 0;
   int64_t i = 0;
   const auto store_one = [&](int64_t one) {
     double x[1] = {sums[one]};
     check += finite_check(x[0]);
-    store_mean<Lane, code, false>(leaf, begin + one, x);
+    store_mean<Lane, code, false>(result, begin + one, x);
   };
   const int64_t head = stream ? until_aligned(leaf.out, begin, sizeof(Element<code>), count) : 0;
   while (i < head) store_one(i++);
@@ -135,7 +103,7 @@ bool store_means(const Leaf& leaf, double* sums, int64_t begin, int64_t count) {
     typename Wide::D x[Wide::halves];
     memcpy(&x, sums + i, sizeof x);
     for (int h = 0; h < Wide::halves; ++h) checks[h] += finite_check(x[h]);
-    store_mean<Wide, code, stream>(leaf, begin + i, x);
+    store_mean<Wide, code, stream>(result, begin + i, x);
   }
   while (i < count) store_one(i++);
   double lanes[Wide::width];
