@@ -90,6 +90,9 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
         "Decodes a source and encodes it as another code; returns whether nothing became infinite or NaN.");
   m.def("numpy_addresses", &bindings::numpy_addresses, py::arg("arrays"),
         "Addresses of the leading NumPy arrays that share the first one's dtype, shape and C layout.");
+  m.def(
+      "numpy_address", [](const py::array& array) { return reinterpret_cast<uintptr_t>(array.data()); },
+      py::arg("array"), "Address of a NumPy array's first element.");
   m.def("advise_huge_pages", &bindings::advise_huge_pages, py::arg("address"), py::arg("bytes"),
         "Asks for huge pages for memory that is about to be written first.");
 

@@ -5,39 +5,61 @@
 namespace fastagg {
 namespace {  // the loops of another instruction set must never be linked in these ones' place
 
-struct Lanes : VectorLanes<8> {
-  static FASTAGG_INLINE F load_float16(const void* data, int64_t i) {
-    return bit_cast<F>(_mm256_cvtph_ps(load_bytes<__m128i>(at<uint16_t>(data, i))));
-  }
-  template <bool stream>
-  static FASTAGG_INLINE void store_float32(void* out, int64_t i, F x) {
-    store_32_bytes<stream>(at<float>(out, i), bit_cast<__m256i>(x));
-  }
-  template <bool stream>
-  static FASTAGG_INLINE void store_float64(void* out, int64_t i, const D (&x)[halves]) {
-    store_32_bytes<stream>(at<double>(out, i), bit_cast<__m256i>(x[0]));
-    store_32_bytes<stream>(at<double>(out, i + half), bit_cast<__m256i>(x[1]));
-  }
-  template <bool stream>
-  static FASTAGG_INLINE void store_float16(void* out, int64_t i, F x) {
-    store_16_bytes<stream>(at<uint16_t>(out, i), _mm256_cvtps_ph(bit_cast<__m256>(x), _MM_FROUND_TO_NEAREST_INT));
-  }
-  template <bool stream>
-  static FASTAGG_INLINE void store_uint16(void* out, int64_t i, I code) {
-    const __m256i codes = bit_cast<__m256i>(code);
-    const __m128i low = _mm256_castsi256_si128(codes), high = _mm256_extracti128_si256(codes, 1);
-    store_16_bytes<stream>(at<uint16_t>(out, i), _mm_packus_epi32(low, high));
-  }
+struct Avx2 {
+  using F = __m256;
+  using I = Vector<int32_t, 32>;
+  using D = __m256d;
+  using L = Vector<int64_t, 32>;
 
- private:
-  template <bool stream>
-  static FASTAGG_INLINE void store_32_bytes(void* out, __m256i x) {
+  static FASTAGG_INLINE I extend_uint8(const void* data) { return (I)_mm256_cvtepu8_epi32(_mm_loadu_si64(data)); }
+  static FASTAGG_INLINE I extend_int8(const void* data) { return (I)_mm256_cvtepi8_epi32(_mm_loadu_si64(data)); }
+  static FASTAGG_INLINE I extend_uint16(const void* data) {
+    return (I)_mm256_cvtepu16_epi32(load_bytes<__m128i>(data));
+  }
+  static FASTAGG_INLINE L extend_uint16_to_64(const void* data) {
+    return (L)_mm256_cvtepu16_epi64(_mm_loadu_si64(data));
+  }
+  static FASTAGG_INLINE L extend_uint32_to_64(const void* data) {
+    return (L)_mm256_cvtepu32_epi64(load_bytes<__m128i>(data));
+  }
+  static FASTAGG_INLINE D widen(__m128 x) { return _mm256_cvtps_pd(x); }
+  static FASTAGG_INLINE __m128 narrow(D x) { return _mm256_cvtpd_ps(x); }
+  static FASTAGG_INLINE F half_to_float(const void* data) { return _mm256_cvtph_ps(load_bytes<__m128i>(data)); }
+
+  template <bool stream, class Vector32>
+  static FASTAGG_INLINE void store(void* out, Vector32 x) {
     if constexpr (stream) {
-      _mm256_stream_si256(static_cast<__m256i*>(out), x);
+      _mm256_stream_si256(static_cast<__m256i*>(out), bit_cast<__m256i>(x));
     } else {
       memcpy(out, &x, sizeof x);
     }
   }
+  template <bool stream>
+  static FASTAGG_INLINE void store_float16(void* out, F x) {
+    store_16_bytes<stream>(out, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+  }
+  template <bool stream>
+  static FASTAGG_INLINE void store_uint16(void* out, I code) {
+    const __m128i low = _mm256_castsi256_si128((__m256i)code), high = _mm256_extracti128_si256((__m256i)code, 1);
+    store_16_bytes<stream>(out, _mm_packus_epi32(low, high));
+  }
+  static FASTAGG_INLINE void store_uint8(void* out, I code) {
+    const __m128i low = _mm256_castsi256_si128((__m256i)code), high = _mm256_extracti128_si256((__m256i)code, 1);
+    const __m128i byte = _mm_set1_epi32(0xff);
+    const __m128i words = _mm_packus_epi32(_mm_and_si128(low, byte), _mm_and_si128(high, byte));
+    _mm_storeu_si64(out, _mm_packus_epi16(words, words));
+  }
+  static FASTAGG_INLINE void store_lower_32(void* out, L x) {
+    const __m256i even = _mm256_permutevar8x32_epi32((__m256i)x, _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6));
+    _mm_storeu_si128(static_cast<__m128i*>(out), _mm256_castsi256_si128(even));
+  }
+  static FASTAGG_INLINE void store_lower_16(void* out, L x) {
+    const __m256i even = _mm256_permutevar8x32_epi32((__m256i)x, _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6));
+    const __m128i word = _mm_and_si128(_mm256_castsi256_si128(even), _mm_set1_epi32(0xffff));
+    _mm_storeu_si64(out, _mm_packus_epi32(word, word));
+  }
+
+ private:
   template <bool stream>
   static FASTAGG_INLINE void store_16_bytes(void* out, __m128i x) {
     if constexpr (stream) {
@@ -47,6 +69,8 @@ struct Lanes : VectorLanes<8> {
     }
   }
 };
+
+using Lanes = VectorLanes<8, Avx2>;
 
 }  // namespace
 }  // namespace fastagg

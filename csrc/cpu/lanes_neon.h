@@ -5,28 +5,54 @@
 namespace fastagg {
 namespace {  // the loops of another instruction set must never be linked in these ones' place
 
-struct Lanes : VectorLanes<4> {
-  static FASTAGG_INLINE F load_float16(const void* data, int64_t i) {
-    return bit_cast<F>(vcvt_f32_f16(vreinterpret_f16_u16(load_bytes<uint16x4_t>(at<uint16_t>(data, i)))));
+struct Neon {
+  using F = Vector<float, 16>;
+  using I = Vector<int32_t, 16>;
+  using D = Vector<double, 16>;
+  using L = Vector<int64_t, 16>;
+  using HalfF = Vector<float, 8>;
+
+  static FASTAGG_INLINE I extend_uint8(const void* data) { return extend<I, uint8_t, 4>(data); }
+  static FASTAGG_INLINE I extend_int8(const void* data) { return extend<I, int8_t, 4>(data); }
+  static FASTAGG_INLINE I extend_uint16(const void* data) { return extend<I, uint16_t, 4>(data); }
+  static FASTAGG_INLINE L extend_uint16_to_64(const void* data) { return extend<L, uint16_t, 2>(data); }
+  static FASTAGG_INLINE L extend_uint32_to_64(const void* data) { return extend<L, uint32_t, 2>(data); }
+  static FASTAGG_INLINE D widen(HalfF x) { return bit_cast<D>(vcvt_f64_f32(bit_cast<float32x2_t>(x))); }
+  static FASTAGG_INLINE HalfF narrow(D x) { return bit_cast<HalfF>(vcvt_f32_f64(bit_cast<float64x2_t>(x))); }
+  static FASTAGG_INLINE F half_to_float(const void* data) {
+    return bit_cast<F>(vcvt_f32_f16(vreinterpret_f16_u16(load_bytes<uint16x4_t>(data))));
+  }
+
+  template <bool stream, class Vector16>
+  static FASTAGG_INLINE void store(void* out, Vector16 x) {
+    memcpy(out, &x, sizeof x);
   }
   template <bool stream>
-  static FASTAGG_INLINE void store_float32(void* out, int64_t i, F x) {
-    memcpy(at<float>(out, i), &x, sizeof x);
+  static FASTAGG_INLINE void store_float16(void* out, F x) {
+    store<stream>(out, vreinterpret_u16_f16(vcvt_f16_f32(bit_cast<float32x4_t>(x))));
   }
   template <bool stream>
-  static FASTAGG_INLINE void store_float64(void* out, int64_t i, const D (&x)[halves]) {
-    memcpy(at<double>(out, i), &x, sizeof x);
+  static FASTAGG_INLINE void store_uint16(void* out, I code) {
+    store<false>(out, __builtin_convertvector(code, Vector<uint16_t, 8>));
   }
-  template <bool stream>
-  static FASTAGG_INLINE void store_float16(void* out, int64_t i, F x) {
-    const uint16x4_t codes = vreinterpret_u16_f16(vcvt_f16_f32(bit_cast<float32x4_t>(x)));
-    memcpy(at<uint16_t>(out, i), &codes, sizeof codes);
+  static FASTAGG_INLINE void store_uint8(void* out, I code) {
+    store<false>(out, __builtin_convertvector(code, Vector<uint8_t, 4>));
   }
-  template <bool stream>
-  static FASTAGG_INLINE void store_uint16(void* out, int64_t i, I code) {
-    store_as<uint16_t>(out, i, code);
+  static FASTAGG_INLINE void store_lower_32(void* out, L x) {
+    store<false>(out, __builtin_convertvector(x, Vector<int32_t, 8>));
+  }
+  static FASTAGG_INLINE void store_lower_16(void* out, L x) {
+    store<false>(out, __builtin_convertvector(x, Vector<int16_t, 4>));
+  }
+
+ private:
+  template <class To, class T, int elements>
+  static FASTAGG_INLINE To extend(const void* data) {
+    return __builtin_convertvector((load_bytes<Vector<T, sizeof(T) * elements>>(data)), To);
   }
 };
+
+using Lanes = VectorLanes<4, Neon>;
 
 }  // namespace
 }  // namespace fastagg

@@ -1,11 +1,11 @@
-// SIMD lanes from the compiler's vector types: what all instruction sets have in common. Each one adds its half-precision
-// conversions and streaming stores in lanes_<isa>.h. Include only inside a target region.
+// SIMD lanes from the compiler's vector types: what all instruction sets have in common. Each one names its conversions
+// in lanes_<isa>.h (compilers split a generic conversion into pieces). Include only inside a target region.
 #pragma once
 #include "core/lane.h"
 
 namespace fastagg {
 
-/// Each type as a vector of `bytes` bytes.
+/// T as a vector of `bytes` bytes.
 template <class T, int bytes>
 struct VectorOf {
   typedef T type __attribute__((vector_size(bytes)));
@@ -13,14 +13,13 @@ struct VectorOf {
 template <class T, int bytes>
 using Vector = typename VectorOf<T, bytes>::type;
 
-template <class To>
-FASTAGG_INLINE To load_bytes(const void* data) {
-  To to;
-  memcpy(&to, data, sizeof to);
-  return to;
-}
-
-template <int count>
+/// `count` lanes. `Isa` gives the conversions between element sizes, and the stores:
+///   extend_uint8, extend_int8, extend_uint16   `count` small integers in memory to I
+///   extend_uint16_to_64, extend_uint32_to_64   half as many to L
+///   widen, narrow                              half an F to D, and back
+///   half_to_float                              `count` float16 in memory to F
+///   store<stream>, store_float16<stream>, store_uint16<stream>, store_uint8, store_lower_32, store_lower_16
+template <int count, class Isa>
 struct VectorLanes {
   static constexpr int width = count, halves = 2, half = count / 2;
   using F = Vector<float, 4 * count>;
@@ -29,36 +28,11 @@ struct VectorLanes {
   using L = Vector<int64_t, 4 * count>;
   using HalfF = Vector<float, 2 * count>;
 
-  template <class T>
-  static FASTAGG_INLINE const T* at(const void* data, int64_t i) {
-    return static_cast<const T*>(data) + i;
-  }
-  template <class T>
-  static FASTAGG_INLINE T* at(void* data, int64_t i) {
-    return static_cast<T*>(data) + i;
-  }
-
-  /// Lane numbers 0, 1, 2, ...
-  static FASTAGG_INLINE I indices() {
-    I lane{};
-    for (int i = 0; i < count; ++i) lane[i] = i;
-    return lane;
-  }
-  static FASTAGG_INLINE HalfF low(F x) {
-    HalfF half_of_x;
-    memcpy(&half_of_x, &x, sizeof half_of_x);
-    return half_of_x;
-  }
-  static FASTAGG_INLINE HalfF high(F x) {
-    HalfF half_of_x;
-    memcpy(&half_of_x, reinterpret_cast<const char*>(&x) + sizeof half_of_x, sizeof half_of_x);
-    return half_of_x;
-  }
-
   static FASTAGG_INLINE F load_float32(const void* data, int64_t i) { return load_bytes<F>(at<float>(data, i)); }
-  static FASTAGG_INLINE I load_uint16(const void* data, int64_t i) { return load_as<uint16_t, I>(data, i); }
-  static FASTAGG_INLINE I load_uint8(const void* data, int64_t i) { return load_as<uint8_t, I>(data, i); }
-  static FASTAGG_INLINE I load_int8(const void* data, int64_t i) { return load_as<int8_t, I>(data, i); }
+  static FASTAGG_INLINE F load_float16(const void* data, int64_t i) { return Isa::half_to_float(at<uint16_t>(data, i)); }
+  static FASTAGG_INLINE I load_uint16(const void* data, int64_t i) { return Isa::extend_uint16(at<uint16_t>(data, i)); }
+  static FASTAGG_INLINE I load_uint8(const void* data, int64_t i) { return Isa::extend_uint8(at<uint8_t>(data, i)); }
+  static FASTAGG_INLINE I load_int8(const void* data, int64_t i) { return Isa::extend_int8(at<int8_t>(data, i)); }
   static FASTAGG_INLINE I load_int4(const void* data, int64_t i) {
     uint64_t packed = 0;
     memcpy(&packed, at<uint8_t>(data, i / 2), count / 2);
@@ -74,56 +48,79 @@ struct VectorLanes {
   }
   template <class T>
   static FASTAGG_INLINE void load_wide(const void* data, int64_t i, D (&x)[halves]) {
-    if constexpr (sizeof(T) == 8 && static_cast<T>(0.5) != 0) {
-      x[0] = load_bytes<D>(at<double>(data, i));
-      x[1] = load_bytes<D>(at<double>(data, i + half));
-    } else {
-      x[0] = load_as<T, D, half>(data, i);
-      x[1] = load_as<T, D, half>(data, i + half);
+    for (int h = 0; h < halves; ++h) {
+      const T* elements = at<T>(data, i + h * half);
+      if constexpr (std::is_same_v<T, double>) {
+        x[h] = load_bytes<D>(elements);
+      } else if constexpr (std::is_same_v<T, float>) {
+        x[h] = Isa::widen(load_bytes<HalfF>(elements));
+      } else {
+        x[h] = __builtin_convertvector((load_bytes<Vector<T, sizeof(T) * half>>(elements)), D);
+      }
     }
   }
   static FASTAGG_INLINE void load_state48(const void* high, const void* low, int64_t i, D (&x)[halves]) {
     for (int h = 0; h < halves; ++h) {
-      const L upper = load_as<uint32_t, L, half>(high, i + h * half);
-      const L lower = load_as<uint16_t, L, half>(low, i + h * half);
+      const L upper = Isa::extend_uint32_to_64(at<uint32_t>(high, i + h * half));
+      const L lower = Isa::extend_uint16_to_64(at<uint16_t>(low, i + h * half));
       x[h] = decode_state48<D, L>(upper << 32 | lower << 16);
     }
   }
 
   static FASTAGG_INLINE F convert(I x) { return __builtin_convertvector(x, F); }
   static FASTAGG_INLINE void widen(F x, D (&wide)[halves]) {
-    wide[0] = __builtin_convertvector(low(x), D);
-    wide[1] = __builtin_convertvector(high(x), D);
+    HalfF parts[halves];
+    memcpy(&parts, &x, sizeof parts);
+    for (int h = 0; h < halves; ++h) wide[h] = Isa::widen(parts[h]);
   }
   static FASTAGG_INLINE F narrow(const D (&wide)[halves]) {
-    const HalfF parts[halves] = {__builtin_convertvector(wide[0], HalfF), __builtin_convertvector(wide[1], HalfF)};
+    const HalfF parts[halves] = {Isa::narrow(wide[0]), Isa::narrow(wide[1])};
     return load_bytes<F>(parts);
   }
 
   template <bool stream>
+  static FASTAGG_INLINE void store_float32(void* out, int64_t i, F x) {
+    Isa::template store<stream>(at<float>(out, i), x);
+  }
+  template <bool stream>
+  static FASTAGG_INLINE void store_float64(void* out, int64_t i, const D (&x)[halves]) {
+    for (int h = 0; h < halves; ++h) Isa::template store<stream>(at<double>(out, i + h * half), x[h]);
+  }
+  template <bool stream>
+  static FASTAGG_INLINE void store_float16(void* out, int64_t i, F x) {
+    Isa::template store_float16<stream>(at<uint16_t>(out, i), x);
+  }
+  template <bool stream>
+  static FASTAGG_INLINE void store_uint16(void* out, int64_t i, I code) {
+    Isa::template store_uint16<stream>(at<uint16_t>(out, i), code);
+  }
+  template <bool stream>
   static FASTAGG_INLINE void store_uint8(void* out, int64_t i, I code) {
-    store_as<uint8_t>(out, i, code);
+    Isa::store_uint8(at<uint8_t>(out, i), code);
   }
   template <bool stream>
   static FASTAGG_INLINE void store_state48(void* high, void* low, int64_t i, const D (&x)[halves]) {
     for (int h = 0; h < halves; ++h) {
       const L code = encode_state48<D, L>(x[h]);
-      const auto upper = __builtin_convertvector(code >> 32, Vector<int32_t, 2 * count>);
-      const auto lower = __builtin_convertvector(code >> 16, Vector<int16_t, count>);
-      memcpy(at<uint32_t>(high, i + h * half), &upper, sizeof upper);
-      memcpy(at<uint16_t>(low, i + h * half), &lower, sizeof lower);
+      Isa::store_lower_32(at<uint32_t>(high, i + h * half), code >> 32);
+      Isa::store_lower_16(at<uint16_t>(low, i + h * half), code >> 16);
     }
   }
 
- protected:
-  template <class T, class To, int elements = count>
-  static FASTAGG_INLINE To load_as(const void* data, int64_t i) {
-    return __builtin_convertvector((load_bytes<Vector<T, sizeof(T) * elements>>(at<T>(data, i))), To);
+ private:
+  template <class T>
+  static FASTAGG_INLINE const T* at(const void* data, int64_t i) {
+    return static_cast<const T*>(data) + i;
   }
   template <class T>
-  static FASTAGG_INLINE void store_as(void* out, int64_t i, I code) {
-    const auto narrow_code = __builtin_convertvector(code, Vector<T, sizeof(T) * count>);
-    memcpy(at<T>(out, i), &narrow_code, sizeof narrow_code);
+  static FASTAGG_INLINE T* at(void* data, int64_t i) {
+    return static_cast<T*>(data) + i;
+  }
+  /// Lane numbers 0, 1, 2, ...
+  static FASTAGG_INLINE I indices() {
+    I lane{};
+    for (int i = 0; i < count; ++i) lane[i] = i;
+    return lane;
   }
 };
 

@@ -9,6 +9,23 @@ namespace fastagg {
 /// Vectors of sums that stay in registers while a group is added.
 constexpr int kRegisters = 2;
 
+/// Registers of sums from memory and back, vector by vector: as one block they would go through the stack.
+template <class Lanes, int registers>
+FASTAGG_INLINE void load_sums(typename Lanes::D (&sum)[registers][Lanes::halves], const double* sums) {
+  constexpr int half = Lanes::width / Lanes::halves;
+  for (int r = 0; r < registers; ++r)
+    for (int h = 0; h < Lanes::halves; ++h)
+      sum[r][h] = load_bytes<typename Lanes::D>(sums + r * Lanes::width + h * half);
+}
+
+template <class Lanes, int registers>
+FASTAGG_INLINE void store_sums(double* sums, const typename Lanes::D (&sum)[registers][Lanes::halves]) {
+  constexpr int half = Lanes::width / Lanes::halves;
+  for (int r = 0; r < registers; ++r)
+    for (int h = 0; h < Lanes::halves; ++h)
+      memcpy(sums + r * Lanes::width + h * half, &sum[r][h], sizeof sum[r][h]);
+}
+
 /// sums[i] += weight_k * x_k[begin + i] for the clients of a group, in float64, while whole registers fit before `count`.
 /// Returns where it stopped.
 template <class Lanes, Code code>
@@ -17,7 +34,7 @@ FASTAGG_INLINE int64_t add_products(double* sums, Group group, int64_t begin, in
   constexpr int halves = Lanes::halves, registers = Lanes::width == 1 ? 1 : kRegisters;
   for (; i + registers * Lanes::width <= count; i += registers * Lanes::width) {
     D sum[registers][halves];
-    memcpy(&sum, sums + i, sizeof sum);
+    load_sums<Lanes>(sum, sums + i);
     for (int k = 0; k < group.clients; ++k) {
       const Source& source = group.sources[k];
       const D weight = D{} + group.weights[k] * static_cast<double>(scale_at<code>(source, begin + i));
@@ -27,7 +44,7 @@ FASTAGG_INLINE int64_t add_products(double* sums, Group group, int64_t begin, in
         for (int h = 0; h < halves; ++h) sum[r][h] = add_product(sum[r][h], weight, x[h]);
       }
     }
-    memcpy(sums + i, &sum, sizeof sum);
+    store_sums<Lanes>(sums + i, sum);
   }
   return i;
 }
@@ -40,7 +57,7 @@ FASTAGG_INLINE int64_t add_pairs(double* sums, Group group, int64_t begin, int64
   constexpr int halves = Lanes::halves, registers = Lanes::width == 1 ? 1 : kRegisters;
   for (; i + registers * Lanes::width <= count; i += registers * Lanes::width) {
     D sum[registers][halves];
-    memcpy(&sum, sums + i, sizeof sum);
+    load_sums<Lanes>(sum, sums + i);
     for (int k = 0; k < group.clients; k += 2) {
       const Source &one = group.sources[k], &other = group.sources[k + 1];
       const F weight = F{} + static_cast<float>(group.weights[k]) * scale_at<code>(one, begin + i);
@@ -52,7 +69,7 @@ FASTAGG_INLINE int64_t add_pairs(double* sums, Group group, int64_t begin, int64
         for (int h = 0; h < halves; ++h) sum[r][h] = sum[r][h] + x[h];
       }
     }
-    memcpy(sums + i, &sum, sizeof sum);
+    store_sums<Lanes>(sums + i, sum);
   }
   return i;
 }

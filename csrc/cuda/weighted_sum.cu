@@ -1,0 +1,160 @@
+// `weighted_sum`: every leaf of a model in one launch. A thread keeps the float64 sums of a few elements in registers and
+// walks the clients in order, as csrc/cpu/weighted_sum.h does: the same bits.
+#include "core/weighted_sum.h"
+
+#include "elements.cuh"
+#include "launch.cuh"
+#include "operations.h"
+
+namespace fastagg::cuda {
+namespace {
+
+/// Clients whose loads are under way together.
+constexpr int kInFlight = 4;
+
+/// sums += weight_k * x_k for the clients of a group, from index i on: one by one in float64, or in float32 where two
+/// clients' products are added up before they join the sum.
+template <Code code, int n, class T>
+FASTAGG_INLINE void add_clients(double (&sums)[n], const Group& group, int64_t i) {
+  constexpr int step = std::is_same_v<T, float> ? 2 : 1;
+  for (int first = 0; first < group.clients; first += kInFlight) {
+    Elements<code, n> x[kInFlight];
+    T weights[kInFlight];
+#pragma unroll
+    for (int k = 0; k < kInFlight; ++k) {
+      if (first + k >= group.clients) break;
+      const Source source = group.sources[first + k];
+      x[k] = load_elements<code, n>(source, i);
+      weights[k] = static_cast<T>(group.weights[first + k]) * static_cast<T>(scale_at<code>(source, i));
+    }
+#pragma unroll
+    for (int k = 0; k < kInFlight; k += step) {
+      if (first + k >= group.clients) break;
+#pragma unroll
+      for (int j = 0; j < n; ++j) {
+        if constexpr (step == 1) {
+          sums[j] = add_product(sums[j], weights[k], value_of<double>(x[k], j));
+        } else {
+          const float one = value_of<float>(x[k], j), other = value_of<float>(x[k + 1], j);
+          sums[j] = sums[j] + static_cast<double>(sum_pair(weights[k], one, weights[k + 1], other));
+        }
+      }
+    }
+  }
+}
+
+/// Adds a group of clients of one code: in pairs where that is exact enough, the odd one on its own.
+template <Code code, int n>
+FASTAGG_INLINE void add_group(double (&sums)[n], Group group, bool pairwise, int64_t i) {
+  if constexpr (is_narrow(code)) {
+    if (pairwise) {
+      const int paired = group.clients & ~1;
+      add_clients<code, n, float>(sums, {group.sources, group.weights, paired}, i);
+      group = {group.sources + paired, group.weights + paired, group.clients & 1};
+    }
+  }
+  add_clients<code, n, double>(sums, group, i);
+}
+
+template <Code code, int n>
+FASTAGG_INLINE void store_means(const Leaf& leaf, const double (&sums)[n], int64_t i) {
+  Elements<code, n> means;
+  const Result result{means.entries.values, means.companion.values, leaf.scale};
+#pragma unroll
+  for (int j = 0; j < n; ++j) {
+    double x[1] = {sums[j]};
+    store_mean<ThreadLane, code, false>(result, j, x);
+  }
+  store_elements<code, n>(leaf.out, leaf.companion, i, means);
+}
+
+/// The weighted means of n elements from i on; true if their sums are finite.
+template <int n>
+FASTAGG_INLINE bool mean(const Leaf& leaf, int64_t i) {
+  double sums[n];
+#pragma unroll
+  for (double& sum : sums) sum = -0.0;  // what addition leaves alone, zeros' signs included
+  for (int first = 0; first < leaf.clients;) {
+    const Group group = group_from(leaf, first);
+    with_code(group.sources[0].code,
+              [&](auto code) { add_group<decltype(code)::value, n>(sums, group, leaf.pairwise, i); });
+    first += group.clients;
+  }
+  double check = 0;
+#pragma unroll
+  for (double sum : sums) check += finite_check(sum);
+  if (leaf.out != nullptr)
+    with_code(leaf.code, [&](auto code) {
+      if constexpr (!has_scales(decltype(code)::value)) store_means<decltype(code)::value, n>(leaf, sums, i);
+    });
+  return check == 0;
+}
+
+/// The maximum of the elements i of an integer code.
+template <Code code>
+FASTAGG_INLINE void maximum(const Leaf& leaf, int64_t i) {
+  using T = Element<code>;
+  T largest = static_cast<const T*>(leaf.sources[0].data)[i];
+  for (int k = 1; k < leaf.clients; ++k) {
+    const T x = static_cast<const T*>(leaf.sources[k].data)[i];
+    largest = x > largest ? x : largest;
+  }
+  static_cast<T*>(leaf.out)[i] = largest;
+}
+
+/// A thread's means of the elements [begin, end) of a leaf, as far as vectors of n reach; returns where they stop.
+template <int n>
+FASTAGG_INLINE int64_t means(const Leaf& leaf, int64_t begin, int64_t end, int thread, bool& finite) {
+  const int64_t stop = end - (end - begin) % n;
+  for (int64_t i = begin + n * thread; i < stop; i += n * kThreads) finite &= mean<n>(leaf, i);
+  return stop;
+}
+
+/// A thread's share of the elements [begin, end) of a leaf; true if every sum is finite.
+FASTAGG_INLINE bool fold(const TableLeaf& entry, int64_t begin, int64_t end, int thread) {
+  const Leaf& leaf = entry.leaf;
+  bool finite = true;
+  if (leaf.fold == Fold::maximum) {
+    for (int64_t i = begin + thread; i < end; i += kThreads)
+      with_code(leaf.code, [&](auto code) {
+        if constexpr (is_integer(decltype(code)::value)) maximum<decltype(code)::value>(leaf, i);
+      });
+    return finite;
+  }
+  if (entry.aligned) {
+    // A warp's accesses touch whole lines: of 16 bytes a thread where the clients' elements have two or four.
+    const bool narrow = leaf.clients > 0 && encoded_bytes(leaf.sources[0].code, 1) <= 2;
+    begin = narrow ? means<8>(leaf, begin, end, thread, finite) : means<4>(leaf, begin, end, thread, finite);
+  }
+  means<1>(leaf, begin, end, thread, finite);
+  return finite;
+}
+
+/// The index of the leaf that a task belongs to, at or behind `leaf`.
+FASTAGG_INLINE int64_t leaf_of(const LeafTable& table, int64_t leaf, int64_t task) {
+  int64_t end = table.count;
+  while (end - leaf > 1) {
+    const int64_t middle = leaf + (end - leaf) / 2;
+    (table.leaves[middle].first_task <= task ? leaf : end) = middle;
+  }
+  return leaf;
+}
+
+__global__ void __launch_bounds__(kThreads) weighted_sum_kernel(LeafTable table) {
+  int64_t index = 0;
+  for (int64_t task = blockIdx.x; task < table.tasks; task += gridDim.x) {
+    index = leaf_of(table, index, task);
+    const TableLeaf entry = table.leaves[index];
+    const int64_t begin = (task - entry.first_task) * kTask;
+    const int64_t end = begin + kTask < entry.leaf.count ? begin + kTask : entry.leaf.count;
+    if (!fold(entry, begin, end, static_cast<int>(threadIdx.x))) atomicOr(&table.nonfinite[index], 1);
+  }
+}
+
+}  // namespace
+
+cudaError_t weighted_sum(const LeafTable& table, cudaStream_t stream) noexcept {
+  return launch_persistent(weighted_sum_kernel, table.tasks, stream, table);
+}
+
+}  // namespace fastagg::cuda

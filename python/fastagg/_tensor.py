@@ -1,0 +1,317 @@
+"""Arrays of every library as addresses: the one place that knows NumPy, PyTorch, CuPy and DLPack."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol, cast
+
+import numpy as np
+
+from fastagg import _core
+from fastagg._codes import ELEMENT_BYTES, Code, code_of_dtype, name_of
+
+_HUGE = 4 << 20  # bytes from which a fresh block is worth huge pages
+
+
+class View(NamedTuple):
+    """What the native code needs to know of one array, and the object that keeps its memory alive."""
+
+    address: int
+    code: Code
+    shape: tuple[int, ...]
+    device: str
+    owner: Any
+
+    @property
+    def count(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """First address, and the one behind the last byte."""
+        return self.address, self.address + self.count * ELEMENT_BYTES[self.code]
+
+
+class Kind(Protocol):
+    """One array library."""
+
+    name: str
+
+    def view(self, array: Any) -> View:
+        """The array as an address; a contiguous copy of it where its own memory is not."""
+        ...
+
+    def writable_view(self, array: Any) -> View:
+        """The array's own memory.
+
+        Raises:
+            ValueError: it cannot be written in one piece.
+        """
+        ...
+
+    def addresses(self, arrays: Sequence[Any]) -> list[int]:
+        """Addresses of the leading arrays that look just like the first one: the fast path for many clients."""
+        ...
+
+    def dtype_of(self, array: Any) -> Any:
+        """The array's dtype, as its library spells it."""
+        ...
+
+    def device_of(self, array: Any) -> str:
+        """The array's device: "cpu" or "cuda:0"."""
+        ...
+
+    def dtype_for(self, code: Code) -> Any:
+        """The library's dtype for a floating code."""
+        ...
+
+    def empty(self, shape: tuple[int, ...], dtype: Any, device: str) -> Any:
+        """A new array, its contents undefined."""
+        ...
+
+    def stream(self, device: str) -> int:
+        """The caller's current stream on a CUDA device."""
+        ...
+
+
+def _unsupported(dtype: Any) -> TypeError:
+    return TypeError(f"dtype {name_of(dtype)} is not supported (expected a real floating, integer or bool dtype)")
+
+
+class NumPy:
+    """NumPy arrays; bf16 is ml_dtypes.bfloat16."""
+
+    name = "numpy"
+
+    def view(self, array: Any) -> View:
+        """See `Kind`."""
+        code = code_of_dtype(array.dtype)
+        if code is None:
+            raise _unsupported(array.dtype)
+        if not (array.flags.c_contiguous and array.flags.aligned and array.dtype.isnative):
+            array = np.require(array, array.dtype.newbyteorder("="), ["C", "A"])
+        return View(_core.numpy_address(array), code, array.shape, "cpu", array)
+
+    def writable_view(self, array: Any) -> View:
+        """See `Kind`."""
+        flags = array.flags
+        if not (flags.c_contiguous and flags.aligned and flags.writeable and array.dtype.isnative):
+            raise ValueError("expected a writable, C-contiguous, aligned array")
+        return self.view(array)
+
+    def addresses(self, arrays: Sequence[Any]) -> list[int]:
+        """See `Kind`."""
+        return _core.numpy_addresses(arrays)
+
+    def dtype_of(self, array: Any) -> Any:
+        """See `Kind`."""
+        return array.dtype.newbyteorder("=")
+
+    def device_of(self, array: Any) -> str:
+        """See `Kind`."""
+        return "cpu"
+
+    def dtype_for(self, code: Code) -> Any:
+        """See `Kind`."""
+        if code != Code.BFLOAT16:
+            return np.dtype(code.name.lower())
+        try:
+            import ml_dtypes
+        except ImportError:
+            raise TypeError("NumPy has bf16 only with ml_dtypes: pip install ml_dtypes") from None
+        return np.dtype(ml_dtypes.bfloat16)
+
+    def empty(self, shape: tuple[int, ...], dtype: Any, device: str) -> Any:
+        """See `Kind`. NumPy itself asks for huge pages."""
+        return np.empty(shape, dtype)
+
+    def stream(self, device: str) -> int:
+        """See `Kind`."""
+        return 0
+
+
+class Torch:
+    """PyTorch tensors on CPU and CUDA devices."""
+
+    name = "torch"
+
+    def __init__(self) -> None:
+        import torch
+
+        self.torch = torch
+        self.plain = (torch.Tensor, torch.nn.Parameter)
+
+    def adopt(self, array: Any) -> Any:
+        """CUDA memory of another library, in place."""
+        return self.torch.from_dlpack(array) if hasattr(array, "__dlpack__") else self.torch.as_tensor(array)
+
+    def view(self, array: Any) -> View:
+        """See `Kind`."""
+        code = code_of_dtype(array.dtype)
+        if code is None:
+            raise _unsupported(array.dtype)
+        if array.layout is not self.torch.strided:
+            raise TypeError(f"expected a dense tensor, got layout {array.layout}")
+        if array.device.type not in ("cpu", "cuda"):
+            raise TypeError(f"expected a tensor on a CPU or CUDA device, got {array.device}")
+        array = array.detach().resolve_neg().contiguous()
+        return View(array.data_ptr(), code, tuple(array.shape), str(array.device), array)
+
+    def writable_view(self, array: Any) -> View:
+        """See `Kind`."""
+        view = self.view(array)
+        if view.address != array.data_ptr():
+            raise ValueError("expected a contiguous tensor")
+        return view
+
+    def addresses(self, arrays: Sequence[Any]) -> list[int]:
+        """See `Kind`."""
+        first, plain = arrays[0], self.plain
+        addresses: list[int] = []
+        if first.layout is not self.torch.strided:
+            return addresses
+        dtype, shape, device = first.dtype, first.shape, first.get_device()
+        for array in arrays:
+            fits = (
+                type(array) in plain
+                and array.dtype is dtype
+                and array.shape == shape
+                and array.get_device() == device
+                and array.is_contiguous()
+            )
+            if not fits:
+                break
+            addresses.append(array.data_ptr())
+        return addresses
+
+    def dtype_of(self, array: Any) -> Any:
+        """See `Kind`."""
+        return array.dtype
+
+    def device_of(self, array: Any) -> str:
+        """See `Kind`."""
+        return str(array.device)
+
+    def dtype_for(self, code: Code) -> Any:
+        """See `Kind`."""
+        return getattr(self.torch, code.name.lower())
+
+    def empty(self, shape: tuple[int, ...], dtype: Any, device: str) -> Any:
+        """See `Kind`."""
+        tensor = self.torch.empty(shape, dtype=dtype, device=device)
+        if device == "cpu" and tensor.nbytes >= _HUGE:
+            _core.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
+        return tensor
+
+    def stream(self, device: str) -> int:
+        """See `Kind`."""
+        return 0 if device == "cpu" else int(self.torch.cuda.current_stream(device).cuda_stream)
+
+
+class CuPy:
+    """CuPy arrays."""
+
+    name = "cupy"
+
+    def __init__(self) -> None:
+        import cupy  # type: ignore[import-not-found, import-untyped, unused-ignore]
+
+        self.cupy = cupy
+
+    def adopt(self, array: Any) -> Any:
+        """CUDA memory of another library, in place."""
+        return self.cupy.from_dlpack(array) if hasattr(array, "__dlpack__") else self.cupy.asarray(array)
+
+    def view(self, array: Any) -> View:
+        """See `Kind`."""
+        code = code_of_dtype(array.dtype)
+        if code is None:
+            raise _unsupported(array.dtype)
+        array = self.cupy.ascontiguousarray(array)
+        return View(int(array.data.ptr), code, array.shape, f"cuda:{array.device.id}", array)
+
+    def writable_view(self, array: Any) -> View:
+        """See `Kind`."""
+        if not array.flags.c_contiguous:
+            raise ValueError("expected a C-contiguous array")
+        return self.view(array)
+
+    def addresses(self, arrays: Sequence[Any]) -> list[int]:
+        """See `Kind`. Every array is looked at one by one."""
+        return []
+
+    def dtype_of(self, array: Any) -> Any:
+        """See `Kind`."""
+        return array.dtype
+
+    def device_of(self, array: Any) -> str:
+        """See `Kind`."""
+        return f"cuda:{array.device.id}"
+
+    def dtype_for(self, code: Code) -> Any:
+        """See `Kind`."""
+        return NumPy().dtype_for(code)
+
+    def empty(self, shape: tuple[int, ...], dtype: Any, device: str) -> Any:
+        """See `Kind`."""
+        with self.cupy.cuda.Device(int(device.removeprefix("cuda:"))):
+            return self.cupy.empty(shape, dtype)
+
+    def stream(self, device: str) -> int:
+        """See `Kind`."""
+        return int(self.cupy.cuda.get_current_stream().ptr)
+
+
+_kinds: dict[str, Kind] = {"numpy": NumPy()}
+_MAKERS: dict[str, type[Torch] | type[CuPy]] = {"cupy": CuPy, "torch": Torch}
+
+
+def kind_named(name: str) -> Kind:
+    """The array library of that name."""
+    if name not in _kinds:
+        _kinds[name] = _MAKERS[name]()
+    return _kinds[name]
+
+
+def kind_of(array: Any) -> Kind | None:
+    """The library that an array belongs to, or None if it is no array that fastagg takes as it is."""
+    if isinstance(array, (np.ndarray, np.generic)):
+        return _kinds["numpy"]
+    for name, type_name in (("torch", "Tensor"), ("cupy", "ndarray")):
+        module = sys.modules.get(name)
+        if module is not None and isinstance(array, getattr(module, type_name, ())):
+            return kind_named(name)
+    return None
+
+
+def adopt(array: Any) -> tuple[Kind, Any]:
+    """The array as one of a library we know: itself, or its memory seen through DLPack or the CUDA array interface.
+
+    Raises:
+        TypeError: it is no array.
+    """
+    kind = kind_of(array)
+    if kind is not None:
+        return kind, np.asarray(array) if isinstance(array, np.generic) else array
+    on_cpu = hasattr(array, "__dlpack__") and int(array.__dlpack_device__()[0]) == 1
+    if on_cpu:
+        return _kinds["numpy"], np.from_dlpack(array)
+    if hasattr(array, "__dlpack__") or hasattr(array, "__cuda_array_interface__"):
+        kind = _cuda_library()
+        return kind, kind.adopt(array)
+    hint = ": pass its state_dict()" if hasattr(array, "state_dict") else ""
+    raise TypeError(f"expected an array (NumPy, PyTorch, CuPy or DLPack), got {type(array).__name__}{hint}")
+
+
+def _cuda_library() -> Torch | CuPy:
+    """What holds CUDA memory that came through an interface: CuPy where installed, else torch."""
+    for name in _MAKERS:
+        try:
+            kind_named(name)
+        except ImportError:
+            continue
+        return cast("Torch | CuPy", _kinds[name])
+    raise TypeError("CUDA arrays need CuPy or PyTorch: pip install cupy-cuda13x, or torch")

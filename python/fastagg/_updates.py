@@ -1,0 +1,141 @@
+"""The structure of an update: one array, a sequence of arrays or a mapping from names to arrays."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fastagg._tensor import kind_of
+from fastagg.quantization import Quantized
+
+
+def is_leaf(update: Any) -> bool:
+    """Whether an update is a single array."""
+    if isinstance(update, Quantized) or kind_of(update) is not None:
+        return True
+    return hasattr(update, "__dlpack__") or hasattr(update, "__cuda_array_interface__")
+
+
+class Structure:
+    """The names of an update's leaves, and how to take updates apart and put results together."""
+
+    def __init__(self, update: Any, client: int = 0) -> None:
+        """The structure of a client's update.
+
+        Raises:
+            TypeError: it is neither an array nor a flat sequence or mapping.
+            ValueError: it has no leaves.
+        """
+        self.names: tuple[Any, ...]
+        self.container: type | None
+        if is_leaf(update):
+            self.container, self.names = None, ()
+        elif isinstance(update, Mapping):
+            self.container, self.names = type(update), tuple(update)
+        elif isinstance(update, Sequence) and not isinstance(update, (str, bytes, bytearray)):
+            self.container, self.names = type(update), tuple(range(len(update)))
+        else:
+            hint = ": pass its state_dict()" if hasattr(update, "state_dict") else ""
+            raise TypeError(
+                f"client {client}: expected an array, a sequence of arrays or a mapping of arrays, "
+                f"got {type(update).__name__}{hint}"
+            )
+        self.is_mapping = isinstance(update, Mapping)
+        if self.container is not None and not self.names:
+            raise ValueError(f"client {client}: the update has no leaves")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Structure) and self.__dict__ == other.__dict__
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def leaf_name(self, index: int) -> str:
+        """A leaf as error messages call it."""
+        return "the array" if self.container is None else f"leaf {self.names[index]!r}"
+
+    def leaves(self, update: Any, client: int | str) -> list[Any]:
+        """The leaves of an update of this structure, in this structure's order.
+
+        Raises:
+            TypeError, ValueError: the update is built otherwise; the message names the client and what differs.
+        """
+        who = f"client {client}" if isinstance(client, int) else client
+        if self.container is None:
+            if not is_leaf(update):
+                raise TypeError(f"{who}: expected an array like the first client's, got {type(update).__name__}")
+            return [update]
+        if self.is_mapping:
+            if not isinstance(update, Mapping):
+                raise TypeError(f"{who}: expected a mapping like the first client's, got {type(update).__name__}")
+            if len(update) != len(self.names) or not all(name in update for name in self.names):
+                raise ValueError(f"{who}: {self._different_names(update)}")
+            return [update[name] for name in self.names]
+        if is_leaf(update) or not isinstance(update, Sequence):
+            raise TypeError(f"{who}: expected a sequence like the first client's, got {type(update).__name__}")
+        if len(update) != len(self.names):
+            raise ValueError(f"{who}: expected {len(self.names)} leaves, got {len(update)}")
+        return list(update)
+
+    def _different_names(self, update: Mapping[Any, Any]) -> str:
+        missing = [name for name in self.names if name not in update]
+        unexpected = [name for name in update if name not in set(self.names)]
+        parts = [
+            f"{what} {', '.join(repr(name) for name in names[:5])}{', …' if len(names) > 5 else ''}"
+            for what, names in (("missing leaves", missing), ("unexpected leaves", unexpected))
+            if names
+        ]
+        return " and ".join(parts)
+
+    def build(self, leaves: list[Any], like: Any = None) -> Any:
+        """A structure of new leaves; `like`, if given, lends its type's attributes (a state_dict's _metadata)."""
+        if self.container is None:
+            return leaves[0]
+        if self.is_mapping:
+            return self._build_mapping(dict(zip(self.names, leaves, strict=True)), like)
+        if hasattr(self.container, "_fields"):  # a named tuple
+            return self.container(*leaves)
+        try:
+            return self.container(leaves)  # type: ignore[call-arg]
+        except TypeError:
+            return leaves
+
+    def _build_mapping(self, named: dict[Any, Any], like: Any) -> Any:
+        if self.container is dict:
+            return named
+        try:
+            result = copy.copy(like) if like is not None else self.container()  # type: ignore[misc]
+            result.update(named)  # type: ignore[attr-defined]
+        except (AttributeError, TypeError):  # a mapping that cannot be built or written
+            return named
+        return result
+
+
+def as_weights(weights: Any, count: int) -> list[float]:
+    """Clients' weights as floats; equal weights for None.
+
+    Raises:
+        TypeError: a weight is no number.
+        ValueError: there are not `count` of them, or one is negative or not finite, or all are zero.
+    """
+    if weights is None:
+        return [1.0] * count
+    try:
+        weights = [float(weight) for weight in weights]
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"weights: expected {count} numbers, got {weights!r}") from error
+    if len(weights) != count:
+        raise ValueError(f"weights: expected {count}, one for each update, got {len(weights)}")
+    for client, weight in enumerate(weights):
+        check_weight(weight, f"the weight of client {client}")
+    if not any(weights):
+        raise ValueError("weights: all are zero, so no client contributes")
+    return weights
+
+
+def check_weight(weight: float, what: str) -> None:
+    """Raises ValueError unless the weight is finite and not negative."""
+    if not 0 <= weight < np.inf:
+        raise ValueError(f"{what}: expected a finite number of 0 or more, got {weight}")

@@ -1,0 +1,417 @@
+"""A running weighted mean: clients are added as they arrive, and memory does not grow with their number."""
+
+from __future__ import annotations
+
+import copy
+import math
+import threading
+import warnings
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fastagg._backend import MAXIMUM, MEAN, LeafOperands, backend_for
+from fastagg._codes import ELEMENT_BYTES, Code, code_of_dtype, name_of
+from fastagg._errors import DroppedUpdateWarning
+from fastagg._tensor import kind_named
+from fastagg._updates import Structure, check_weight
+from fastagg.averaging import LeafInputs, check_devices, check_out, check_policies, gather, is_finite
+
+_ALIGNMENT = 64
+# The range of the 48-bit sums leaves no room for weights beyond these; counts of examples are far inside.
+_LARGEST_WEIGHT, _SMALLEST_WEIGHT = 2.0**300, 2.0**-300
+
+
+class DroppedUpdate(NamedTuple):
+    """An update that `nan_policy="drop"` left out."""
+
+    client: int
+    leaf: Any
+    reason: str
+
+
+class _Leaf(NamedTuple):
+    """One leaf as the accumulator keeps it: what the result shall be, and where its sums lie."""
+
+    kind: str
+    dtype: Any
+    code: Code
+    shape: tuple[int, ...]
+    state: Code
+    offset: int
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.shape)
+
+    def operands(self, base: int) -> tuple[int, int, int, int]:
+        """The sums in the block of memory at `base`, as a source."""
+        return base + self.offset, self.companion(base), self.state, 0
+
+    def companion(self, base: int) -> int:
+        """The lower halves of 48-bit sums."""
+        return base + self.offset + 4 * self.count if self.state == Code.STATE48 else 0
+
+
+class Accumulator:
+    """The weighted mean of updates that arrive one after another.
+
+    ``result[i] = sum_k(weight_k * x_k[i]) / sum_k(weight_k)``
+
+    The sums are kept as 48-bit floats (10 bits of exponent, 37 of mantissa), twice: the sums as they are, and the sums
+    with the update at hand, which become valid only when all of the update has proved good. That is 12 bytes an fp32,
+    fp16 or bf16 element and 16 an fp64 one (plain float64 sums), whatever the number of clients. At most 1.2e-7 of the
+    weighted mean of |x| off for ten thousand fp32 clients in any order and any tree of merges. Methods may be called
+    from several threads.
+
+    Attributes:
+        count: updates that contributed.
+        total_weight: the sum of their weights.
+        dropped: the updates that `nan_policy="drop"` left out, as (client, leaf, reason); clients are numbered from 0
+            in the order of `add`.
+    """
+
+    def __init__(self, *, nan_policy: str = "raise", integer_policy: str = "max", batch: int = 1) -> None:
+        """An empty accumulator.
+
+        Args:
+            nan_policy: "raise", "drop" or "propagate", as in `fedavg`.
+            integer_policy: "max", "first" or "round", as in `fedavg`.
+            batch: updates to hold by reference and fold in one pass. 1 keeps nothing of an update once `add` has
+                returned; more is faster, for callers who leave their arrays alone until they are folded.
+        """
+        check_policies(nan_policy, integer_policy)
+        if not isinstance(batch, int) or batch < 1:
+            raise ValueError(f"batch: expected an integer of 1 or more, got {batch!r}")
+        self.nan_policy, self.integer_policy, self.batch = nan_policy, integer_policy, batch
+        self._lock = threading.RLock()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets everything that was added."""
+        with self._lock:
+            self._structure: Structure | None = None
+            self._leaves: list[_Leaf] = []
+            self._device = "cpu"
+            self._sums: Any = None
+            self._spare: Any = None
+            self._pending: list[tuple[int, list[LeafInputs], float]] = []
+            self._added = 0
+            self._count = 0
+            self._total = 0.0
+            self.dropped: list[DroppedUpdate] = []
+
+    @property
+    def count(self) -> int:
+        """Updates that contributed; those still held by `batch` are folded first."""
+        with self._lock:
+            self._fold()
+            return self._count
+
+    @property
+    def total_weight(self) -> float:
+        """The sum of their weights."""
+        with self._lock:
+            self._fold()
+            return self._total
+
+    def add(self, update: Any, weight: float = 1.0) -> None:
+        """Adds one client's update.
+
+        Args:
+            update: an array, a sequence or a mapping of arrays or `Quantized`, of the structure, shapes and dtypes of
+                the first one added.
+            weight: a finite number of 0 or more; 0 contributes nothing.
+
+        Raises:
+            TypeError, ValueError: the update or the weight is wrong, or under "raise" holds a NaN or an infinity (with
+                `batch` > 1: when the batch is folded). The accumulator still holds what it held.
+        """
+        weight = float(weight)
+        check_weight(weight, f"the weight of client {self._added}")
+        if weight and not _SMALLEST_WEIGHT <= weight <= _LARGEST_WEIGHT:
+            raise ValueError(f"weight: expected 0, or 2**-300 to 2**300, got {weight}")
+        with self._lock:
+            client = self._added
+            inputs = self._check(update, client)
+            self._added += 1
+            if weight == 0:
+                return
+            self._pending.append((client, inputs, weight))
+            if len(self._pending) >= self.batch:
+                self._fold()
+
+    def merge(self, other: Accumulator) -> None:
+        """Adds all that another accumulator holds, as if its clients had been added here.
+
+        Raises:
+            TypeError: other is no Accumulator.
+            ValueError: its structure, shapes, dtypes or integer policy differ.
+        """
+        if not isinstance(other, Accumulator):
+            raise TypeError(f"other: expected an Accumulator, got {type(other).__name__}")
+        if other is self:
+            other = copy.copy(self)
+        with self._lock, other._lock:
+            self._fold()
+            other._fold()
+            self._check_mergeable(other)
+            if other._count:
+                if self._structure is None:
+                    self._adopt(other)
+                sources = [self._sums, other._sums] if self._count else [other._sums]
+                self._combine([_address(sums) for sums in sources])
+                self._count += other._count
+                self._total = math.fsum((self._total, other._total))
+            self._added += other._added
+            self.dropped.extend(other.dropped)
+
+    def result(self, *, out: Any = None) -> Any:
+        """The weighted mean of all that was added, as new arrays like the first update's, or written into `out`.
+
+        Raises:
+            ValueError: nothing was added, or nothing but weights of 0; or `out` does not fit.
+        """
+        with self._lock:
+            self._fold()
+            if self._structure is None or self._count == 0:
+                raise ValueError("nothing was added, so there is no mean")
+            inputs = [self._as_inputs(leaf) for leaf in self._leaves]
+            if out is None:
+                arrays = [leaf.kind.empty(leaf.shape, leaf.dtype, leaf.device) for leaf in inputs]
+                views = [leaf.kind.writable_view(array) for leaf, array in zip(inputs, arrays, strict=True)]
+            else:
+                views = check_out(inputs, self._structure, out)
+            leaves: list[LeafOperands] = []
+            for leaf, source, view in zip(self._leaves, inputs, views, strict=True):
+                fold = MEAN if leaf.state in (Code.STATE48, Code.FLOAT64) else MAXIMUM
+                leaves.append(
+                    (source.sources, None, [1.0], 1.0 / self._total, leaf.count, fold, view.address, 0, leaf.code)
+                )
+            backend_for(self._device).weighted_sum(leaves, self._stream(), False)
+            return self._structure.build(arrays) if out is None else out
+
+    def state_dict(self) -> dict[str, Any]:
+        """A copy of everything held, as plain values and one NumPy array of bytes, for `load_state_dict`."""
+        with self._lock:
+            self._fold()
+            sums = None
+            if self._sums is not None:
+                sums = self._sums.copy() if self._device == "cpu" else self._sums.cpu().numpy()
+            return {
+                "version": 1,
+                "structure": self._structure,
+                "leaves": [tuple(leaf) for leaf in self._leaves],
+                "device": self._device,
+                "sums": sums,
+                "added": self._added,
+                "count": self._count,
+                "total_weight": self._total,
+                "dropped": [tuple(dropped) for dropped in self.dropped],
+                "nan_policy": self.nan_policy,
+                "integer_policy": self.integer_policy,
+                "batch": self.batch,
+            }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Becomes what `state_dict` saved, policies included.
+
+        Raises:
+            ValueError: the state is of another version of fastagg, or incomplete.
+        """
+        if not isinstance(state, dict) or state.get("version") != 1:
+            raise ValueError("state: expected what Accumulator.state_dict() returned, version 1")
+        with self._lock:
+            self.reset()
+            self._structure = copy.deepcopy(state["structure"])
+            self._leaves = [_Leaf(*leaf) for leaf in state["leaves"]]
+            self._device = state["device"]
+            if state["sums"] is not None:
+                self._sums = self._allocate(state["sums"].nbytes)
+                _copy_bytes(self._sums, state["sums"])
+            self._added, self._count, self._total = state["added"], state["count"], state["total_weight"]
+            self.dropped = [DroppedUpdate(*dropped) for dropped in state["dropped"]]
+            self.nan_policy, self.integer_policy = state["nan_policy"], state["integer_policy"]
+            self.batch = state["batch"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.state_dict()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._lock = threading.RLock()
+        self.load_state_dict(state)
+
+    def __repr__(self) -> str:
+        return f"Accumulator(count={self._count}, total_weight={self._total}, pending={len(self._pending)})"
+
+    def _check(self, update: Any, client: int) -> list[LeafInputs]:
+        """The update's leaves, checked against the first update's; nothing has changed if this raises."""
+        structure = self._structure or Structure(update, client)
+        columns = structure.leaves(update, client)
+        inputs = []
+        for index, array in enumerate(columns):
+            try:
+                inputs.append(gather([array], structure, index, None))
+            except (TypeError, ValueError) as error:
+                raise type(error)(str(error).replace("client 0", f"client {client}", 1)) from None
+        device = check_devices([leaf.device for leaf in inputs], structure)
+        if self._structure is None:
+            self._leaves, self._structure, self._device = _lay_out(inputs, self.integer_policy), structure, device
+            return inputs
+        for index, (leaf, known) in enumerate(zip(inputs, self._leaves, strict=True)):
+            who = f"client {client}, {structure.leaf_name(index)}"
+            if leaf.shape != known.shape:
+                raise ValueError(f"{who}: expected shape {known.shape} like the first client's, got {leaf.shape}")
+            if name_of(leaf.dtype) != name_of(known.dtype) and not (leaf.code is None and leaf.is_float):
+                raise TypeError(
+                    f"{who}: expected dtype {name_of(known.dtype)} like the first client's, got {name_of(leaf.dtype)}"
+                )
+        if device != self._device:
+            raise ValueError(f"client {client}: expected device {self._device} like the first client's, got {device}")
+        return inputs
+
+    def _fold(self) -> None:
+        """Adds the updates that wait. A non-finite one is dropped or raised; then the others still wait."""
+        while self._pending:
+            flagged = self._combine_pending()
+            offenders = self._offenders(flagged) if flagged else {}
+            if not offenders:
+                self._sums, self._spare = self._spare, self._sums
+                self._count += len(self._pending)
+                self._total = math.fsum((self._total, *(weight for _, _, weight in self._pending)))
+                self._pending.clear()
+                return
+            self._pending = [entry for entry in self._pending if entry[0] not in offenders]
+            self._report(offenders)
+
+    def _combine_pending(self) -> list[int]:
+        """Writes sums + pending updates to the spare block; returns the leaves that are not finite there."""
+        sums = [_address(self._sums)] if self._count else []
+        weights = [1.0] * len(sums) + [weight for _, _, weight in self._pending]
+        base = self._spare_address()
+        leaves: list[LeafOperands] = []
+        for index, leaf in enumerate(self._leaves):
+            sources: list[Any] = [leaf.operands(address) for address in sums]
+            for _, inputs, _ in self._pending:
+                given = inputs[index]
+                sources.append(given.sources[0] if given.code is None else (given.sources[0], 0, given.code, 0))
+            leaves.append(self._leaf_operands(leaf, sources, weights, base))
+        return backend_for(self._device).weighted_sum(leaves, self._stream(), self.nan_policy != "propagate")
+
+    def _combine(self, bases: list[int]) -> None:
+        """Sets the sums to the total of several blocks of sums."""
+        spare = self._spare_address()
+        weights = [1.0] * len(bases)
+        leaves = [
+            self._leaf_operands(leaf, [leaf.operands(base) for base in bases], weights, spare) for leaf in self._leaves
+        ]
+        backend_for(self._device).weighted_sum(leaves, self._stream(), False)
+        self._sums, self._spare = self._spare, self._sums
+
+    def _leaf_operands(self, leaf: _Leaf, sources: list[Any], weights: list[float], base: int) -> LeafOperands:
+        fold = MEAN
+        if leaf.state not in (Code.STATE48, Code.FLOAT64):
+            fold = MAXIMUM
+            sources = sources[:1] if self.integer_policy == "first" else sources
+        return sources, None, weights, 1.0, leaf.count, fold, base + leaf.offset, leaf.companion(base), leaf.state
+
+    def _offenders(self, flagged: list[int]) -> dict[int, int]:
+        """The waiting clients with a non-finite value, and their first such leaf."""
+        found: dict[int, int] = {}
+        for index in flagged:
+            for client, inputs, _ in self._pending:
+                if client not in found and not is_finite(inputs[index], 0, self._stream()):
+                    found[client] = index
+        return dict(sorted(found.items()))
+
+    def _report(self, offenders: dict[int, int]) -> None:
+        """Raises for, or warns of, updates that were left out."""
+        assert self._structure is not None
+        messages = {
+            client: f"client {client}, {self._structure.leaf_name(index)}: holds a NaN or an infinity"
+            for client, index in offenders.items()
+        }
+        if self.nan_policy == "raise":
+            raise ValueError("; ".join(messages.values()))
+        for client, index in offenders.items():
+            names = self._structure.names
+            self.dropped.append(DroppedUpdate(client, names[index] if names else None, "holds a NaN or an infinity"))
+            warnings.warn(f"dropped: {messages[client]}", DroppedUpdateWarning, stacklevel=4)
+
+    def _check_mergeable(self, other: Accumulator) -> None:
+        if other.integer_policy != self.integer_policy:
+            raise ValueError(
+                f"other: expected integer_policy {self.integer_policy!r}, got {other.integer_policy!r}"
+            )
+        if self._structure is None or other._structure is None:
+            return
+        if self._structure != other._structure:
+            raise ValueError("other: its leaves have other names or another order")
+        for index, (mine, theirs) in enumerate(zip(self._leaves, other._leaves, strict=True)):
+            if (mine.shape, mine.code, mine.state) != (theirs.shape, theirs.code, theirs.state):
+                raise ValueError(
+                    f"other, {self._structure.leaf_name(index)}: expected {name_of(mine.dtype)} {mine.shape}, "
+                    f"got {name_of(theirs.dtype)} {theirs.shape}"
+                )
+        if self._device != other._device:
+            raise ValueError(f"other: expected device {self._device}, got {other._device}")
+
+    def _adopt(self, other: Accumulator) -> None:
+        """Takes over the structure of an accumulator that is merged into an empty one."""
+        self._structure, self._leaves, self._device = other._structure, other._leaves, other._device
+
+    def _as_inputs(self, leaf: _Leaf) -> LeafInputs:
+        source = leaf.operands(_address(self._sums))
+        return LeafInputs(
+            [source], None, kind_named(leaf.kind), leaf.dtype, leaf.code, leaf.shape, self._device, [self._sums]
+        )
+
+    def _spare_address(self) -> int:
+        if self._spare is None:
+            last = self._leaves[-1]
+            self._spare = self._allocate(last.offset + _state_bytes(last.state, last.count))
+        return _address(self._spare)
+
+    def _allocate(self, size: int) -> Any:
+        """A block of bytes on the updates' device."""
+        kind = kind_named("numpy" if self._device == "cpu" else self._leaves[0].kind)
+        return kind.empty((size,), kind.dtype_for(Code.UINT8), self._device)
+
+    def _stream(self) -> int:
+        return kind_named(self._leaves[0].kind).stream(self._device)
+
+
+def _lay_out(inputs: list[LeafInputs], integer_policy: str) -> list[_Leaf]:
+    """The leaves' places in one block of memory, each at a cache line."""
+    leaves, offset = [], 0
+    for leaf in inputs:
+        state = _state_code(leaf, integer_policy)
+        code = leaf.result_code
+        leaves.append(_Leaf(leaf.kind.name, leaf.dtype, code, leaf.shape, state, offset))
+        size = _state_bytes(state, leaves[-1].count)
+        offset += -(-size // _ALIGNMENT) * _ALIGNMENT
+    return leaves
+
+
+def _state_code(leaf: LeafInputs, integer_policy: str) -> Code:
+    if leaf.is_float:
+        return Code.FLOAT64 if leaf.result_code == Code.FLOAT64 else Code.STATE48
+    return Code.FLOAT64 if integer_policy == "round" else leaf.result_code
+
+
+def _state_bytes(state: Code, count: int) -> int:
+    return (6 if state == Code.STATE48 else ELEMENT_BYTES[state]) * count
+
+
+def _address(sums: Any) -> int:
+    return kind_named("numpy" if isinstance(sums, np.ndarray) else "torch").view(sums).address
+
+
+def _copy_bytes(target: Any, saved: np.ndarray) -> None:
+    """Copies saved bytes to a block on any device."""
+    if isinstance(target, np.ndarray):
+        target[:] = saved
+    elif hasattr(target, "copy_"):
+        target.copy_(target.new_tensor(saved))
+    else:
+        target.set(saved)

@@ -1,0 +1,332 @@
+"""FedAvg: the weighted mean of K clients' updates in one pass over memory."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fastagg import _overlap
+from fastagg._backend import MAXIMUM, MEAN, LeafOperands, backend_for
+from fastagg._codes import FLOATS, Code, code_of_dtype, float_code, name_of
+from fastagg._errors import DroppedUpdateWarning
+from fastagg._tensor import Kind, View, adopt, kind_named, kind_of
+from fastagg._updates import Structure, as_weights
+from fastagg.quantization import Quantized, device_of, source_operands
+
+NAN_POLICIES = ("raise", "drop", "propagate")
+INTEGER_POLICIES = ("max", "first", "round")
+
+
+class LeafInputs(NamedTuple):
+    """What all clients sent for one leaf, checked and ready for the native code."""
+
+    sources: list[Any]  # addresses, or operands of csrc/bindings/leaves.h where `code` is None
+    code: Code | None
+    kind: Kind
+    dtype: Any  # of the result, as the library spells it
+    result_code: Code
+    shape: tuple[int, ...]
+    device: str
+    owners: list[Any]  # keeps copies alive
+
+    @property
+    def is_float(self) -> bool:
+        """Whether the weighted mean applies, rather than the integer policy."""
+        return self.result_code in FLOATS
+
+
+def fedavg(
+    updates: Iterable[Any],
+    weights: Any = None,
+    *,
+    out: Any = None,
+    dtype: Any = None,
+    nan_policy: str = "raise",
+    integer_policy: str = "max",
+) -> Any:
+    """The weighted mean of K updates.
+
+    ``mean[i] = sum_k(weights[k] * x_k[i]) / sum_k(weights[k])``
+
+    Accumulated in float64 in client order, divided and rounded once at the end: at most 1.2e-7 of the weighted mean of
+    |x| off for float32 (McMahan et al. 2017, Algorithm 1, line "w_{t+1}"). float64 leaves give NumPy's bits: weights
+    normalised first, then multiplied and added in client order. The same bits on every instruction set, thread count
+    and device.
+
+    Args:
+        updates: K updates of one structure: arrays, or sequences of arrays, or mappings from names to arrays (a
+            state_dict). Arrays are NumPy, PyTorch, CuPy or anything that speaks DLPack or
+            `__cuda_array_interface__`; a leaf may be a `Quantized`, which is decoded on the way.
+        weights: K finite numbers of 0 or more, such as numbers of examples; None for equal weights. A client of
+            weight 0 never contributes, whatever it holds.
+        out: an update of the same structure to write into; may not overlap an input.
+        dtype: floating dtype of the result's floating leaves; None keeps the clients'.
+        nan_policy: for a client with a NaN or an infinity: "raise", "drop" (leave it out, weight and all, and warn) or
+            "propagate".
+        integer_policy: for integer and bool leaves: "max", "first" (the first contributing client's) or "round" (the
+            weighted mean rounded to nearest even; in float64, so exact for values below 2**53).
+
+    Returns:
+        The mean, in the structure, libraries, dtypes and devices of the first update; or `out`.
+
+    Raises:
+        TypeError: updates that are no arrays, or differ in kind or dtype.
+        ValueError: no updates, wrong weights, differing names, shapes or devices, an `out` that does not fit (all
+            before anything is written), or under "raise" a client with a NaN or an infinity (`out` is then undefined).
+    """
+    check_policies(nan_policy, integer_policy)
+    if isinstance(updates, Mapping):
+        raise TypeError("updates: expected a sequence of updates, got a single mapping")
+    updates = list(updates)
+    if not updates:
+        raise ValueError("updates: expected at least one, got none")
+    weights = as_weights(weights, len(updates))
+    structure = Structure(updates[0])
+    columns = zip(*(structure.leaves(update, client) for client, update in enumerate(updates)), strict=True)
+    target = None if dtype is None else float_code(dtype)
+    inputs = [gather(list(column), structure, index, target) for index, column in enumerate(columns)]
+    device = check_devices([leaf.device for leaf in inputs], structure)
+    results, views = _results(inputs, structure, out, updates[0])
+
+    mean = _Mean(inputs, views, device, integer_policy)
+    flagged = mean.run(weights, check=nan_policy != "propagate")
+    if flagged:
+        offenders = mean.offenders(weights, flagged, every=nan_policy == "drop")
+        if offenders and nan_policy == "raise":
+            client, index = next(iter(offenders.items()))
+            raise ValueError(f"client {client}, {structure.leaf_name(index)}: holds a NaN or an infinity")
+        if offenders:
+            mean.run(_without(weights, offenders, structure), check=False)
+    return out if out is not None else results
+
+
+class _Mean:
+    """One `fedavg` whose operands have been checked."""
+
+    def __init__(self, inputs: list[LeafInputs], outs: list[View], device: str, integer_policy: str) -> None:
+        self.inputs, self.outs, self.integer_policy = inputs, outs, integer_policy
+        self.backend = backend_for(device)
+        self.stream = inputs[0].kind.stream(device)
+
+    def run(self, weights: list[float], check: bool) -> list[int]:
+        """Writes the mean; returns the leaves whose sums are not finite."""
+        contributing = [client for client, weight in enumerate(weights) if weight > 0]
+        everyone = len(contributing) == len(weights)
+        scaled, total = scale_weights([weights[client] for client in contributing])
+        normalised: list[float] | None = None
+        leaves: list[LeafOperands] = []
+        for leaf, out in zip(self.inputs, self.outs, strict=True):
+            sources = leaf.sources if everyone else [leaf.sources[client] for client in contributing]
+            fold, leaf_weights, scale = MEAN, scaled, 1.0 / total
+            if leaf.result_code == Code.FLOAT64:
+                if normalised is None:
+                    normalised = (np.asarray(scaled) / np.asarray(scaled).sum()).tolist()
+                leaf_weights, scale = normalised, 1.0
+            elif not leaf.is_float and self.integer_policy != "round":
+                fold = MAXIMUM
+                sources = sources[:1] if self.integer_policy == "first" else sources
+            leaves.append((sources, leaf.code, leaf_weights, scale, out.count, fold, out.address, 0, out.code))
+        return self.backend.weighted_sum(leaves, self.stream, check)
+
+    def offenders(self, weights: list[float], flagged: list[int], every: bool) -> dict[int, int]:
+        """The clients with a non-finite value and their first such leaf: every one, or just the first found."""
+        found: dict[int, int] = {}
+        for index in flagged:
+            leaf = self.inputs[index]
+            for client, weight in enumerate(weights):
+                if weight == 0 or client in found:
+                    continue
+                if not is_finite(leaf, client, self.stream):
+                    found[client] = index
+                    if not every:
+                        return found
+        return dict(sorted(found.items()))
+
+
+def gather(column: list[Any], structure: Structure, index: int, target: Code | None) -> LeafInputs:
+    """What all clients sent for one leaf.
+
+    Raises:
+        TypeError, ValueError: an array differs from the first client's; the message names its client and the leaf.
+    """
+    kind = kind_of(column[0])
+    if kind is not None:
+        addresses = kind.addresses(column)
+        if len(addresses) == len(column):
+            return _uniform(column, addresses, kind, structure, index, target)
+    return _gather_one_by_one(column, structure, index, target)
+
+
+def _uniform(
+    column: list[Any], addresses: list[int], kind: Kind, structure: Structure, index: int, target: Code | None
+) -> LeafInputs:
+    """Arrays that look just like the first one."""
+    first = column[0]
+    dtype = kind.dtype_of(first)
+    code = code_of_dtype(dtype)
+    if code is None:
+        raise TypeError(f"client 0, {structure.leaf_name(index)}: dtype {name_of(dtype)} is not supported")
+    result = target if target is not None and code in FLOATS else code
+    device = kind.device_of(first)
+    return LeafInputs(
+        addresses, code, kind, dtype if result == code else kind.dtype_for(result), result, tuple(first.shape), device, []
+    )
+
+
+def _gather_one_by_one(column: list[Any], structure: Structure, index: int, target: Code | None) -> LeafInputs:
+    """Arrays of which some are `Quantized`, not contiguous, or wrong."""
+    sources: list[Any] = []
+    owners: list[Any] = []
+    kinds: list[Kind] = []
+    dtypes: list[Any] = []
+    shape: tuple[int, ...] | None = None
+    device = ""
+    for client, leaf in enumerate(column):
+        try:
+            if isinstance(leaf, Quantized):
+                kind, dtype, leaf_shape, leaf_device = kind_named(leaf._kind), leaf.dtype, leaf.shape, device_of(leaf)
+                sources.append(source_operands(leaf))
+            else:
+                kind, array = adopt(leaf)
+                view = kind.view(array)
+                dtype, leaf_shape, leaf_device = kind.dtype_of(array), view.shape, view.device
+                sources.append((view.address, 0, view.code, 0))
+                owners.append(view.owner)
+        except TypeError as error:
+            raise TypeError(f"client {client}, {structure.leaf_name(index)}: {error}") from None
+        if shape is None:
+            shape, device = leaf_shape, leaf_device
+        who = f"client {client}, {structure.leaf_name(index)}"
+        if leaf_shape != shape:
+            raise ValueError(f"{who}: expected shape {shape} like the first client's, got {leaf_shape}")
+        if leaf_device != device:
+            raise ValueError(f"{who}: expected device {device} like the first client's, got {leaf_device}")
+        if kind.name != (kinds[0].name if kinds else kind.name):
+            raise TypeError(f"{who}: expected a {kinds[0].name} array like the first client's, got {kind.name}")
+        kinds.append(kind)
+        dtypes.append(None if isinstance(leaf, Quantized) else dtype)
+    assert shape is not None
+    if all(dtype is None for dtype in dtypes):
+        dtypes[0] = column[0].dtype
+    dtype, result = _result_dtype(kinds[0], dtypes, f"{structure.leaf_name(index)}", target)
+    return LeafInputs(sources, None, kinds[0], dtype, result, shape, device, owners)
+
+
+def _result_dtype(kind: Kind, dtypes: list[Any], leaf_name: str, target: Code | None) -> tuple[Any, Code]:
+    """The one dtype of the arrays among a leaf's inputs, unless `target` overrules it.
+
+    Raises:
+        TypeError: they differ, and `target` does not say what the result shall be.
+    """
+    first_client = next(client for client, dtype in enumerate(dtypes) if dtype is not None)
+    first = code_of_dtype(dtypes[first_client])
+    assert first is not None
+    floats = first in FLOATS
+    for client, dtype in enumerate(dtypes):
+        if dtype is None:
+            continue
+        code = code_of_dtype(dtype)
+        both_float = floats and code in FLOATS
+        if name_of(dtype) != name_of(dtypes[first_client]) and not (both_float and target is not None):
+            hint = " (dtype= says what the result shall be)" if both_float else ""
+            raise TypeError(
+                f"client {client}, {leaf_name}: expected dtype {name_of(dtypes[first_client])} like client "
+                f"{first_client}'s, got {name_of(dtype)}{hint}"
+            )
+    if target is None or not floats:
+        return dtypes[first_client], first
+    return kind.dtype_for(target), target
+
+
+def is_finite(leaf: LeafInputs, client: int, stream: int) -> bool:
+    """Whether a client's leaf holds no NaN and no infinity."""
+    source, code = leaf.sources[client], leaf.code
+    operands = ([source], code, [1.0], 1.0, math.prod(leaf.shape), MEAN, 0, 0, Code.FLOAT32)
+    return not backend_for(leaf.device).weighted_sum([operands], stream, True)
+
+
+def scale_weights(weights: list[float]) -> tuple[list[float], float]:
+    """Weights divided by a power of two that leaves the largest in [0.5, 1): no sum overflows. And their sum."""
+    exponent = math.frexp(max(weights))[1]
+    scaled = [math.ldexp(weight, -exponent) for weight in weights]
+    return scaled, math.fsum(scaled)
+
+
+def check_devices(devices: list[str], structure: Structure) -> str:
+    """The one device of an update.
+
+    Raises:
+        ValueError: there are several.
+    """
+    for index, device in enumerate(devices):
+        if device != devices[0]:
+            raise ValueError(
+                f"mixed devices in one update: {structure.leaf_name(0)} is on {devices[0]}, "
+                f"{structure.leaf_name(index)} on {device}"
+            )
+    return devices[0]
+
+
+def check_policies(nan_policy: str, integer_policy: str) -> None:
+    """Raises ValueError for a policy that does not exist."""
+    if nan_policy not in NAN_POLICIES:
+        raise ValueError(f"nan_policy: expected one of {', '.join(NAN_POLICIES)}, got {nan_policy!r}")
+    if integer_policy not in INTEGER_POLICIES:
+        raise ValueError(f"integer_policy: expected one of {', '.join(INTEGER_POLICIES)}, got {integer_policy!r}")
+
+
+def _results(inputs: list[LeafInputs], structure: Structure, out: Any, first: Any) -> tuple[Any, list[View]]:
+    """New arrays for the result, or those of `out`, with their addresses."""
+    if out is None:
+        arrays = [leaf.kind.empty(leaf.shape, leaf.dtype, leaf.device) for leaf in inputs]
+        views = [leaf.kind.writable_view(array) for leaf, array in zip(inputs, arrays, strict=True)]
+        return structure.build(arrays, first), views
+    return out, check_out(inputs, structure, out)
+
+
+def check_out(inputs: list[LeafInputs], structure: Structure, out: Any) -> list[View]:
+    """The arrays of `out`, in the order of the leaves.
+
+    Raises:
+        TypeError, ValueError: one does not fit its leaf, cannot be written, or overlaps an input or another.
+    """
+    views = []
+    for index, (leaf, array) in enumerate(zip(inputs, structure.leaves(out, "out"), strict=True)):
+        who = f"out, {structure.leaf_name(index)}"
+        if kind_of(array) is not leaf.kind:
+            raise TypeError(f"{who}: expected a {leaf.kind.name} array, got {type(array).__name__}")
+        if name_of(array.dtype) != name_of(leaf.dtype):
+            raise TypeError(f"{who}: expected dtype {name_of(leaf.dtype)}, got {name_of(array.dtype)}")
+        if tuple(array.shape) != leaf.shape:
+            raise ValueError(f"{who}: expected shape {leaf.shape}, got {tuple(array.shape)}")
+        try:
+            view = leaf.kind.writable_view(array)
+        except ValueError as error:
+            raise ValueError(f"{who}: {error}") from None
+        if view.device != leaf.device:
+            raise ValueError(f"{who}: expected device {leaf.device}, got {view.device}")
+        views.append(view)
+    _overlap.check(inputs, views, structure)
+    return views
+
+
+def _without(weights: list[float], offenders: dict[int, int], structure: Structure) -> list[float]:
+    """The weights with those of the offenders set to 0, after a warning for each.
+
+    Raises:
+        ValueError: nobody is left.
+    """
+    kept = [0.0 if client in offenders else weight for client, weight in enumerate(weights)]
+    for client, index in offenders.items():
+        warnings.warn(
+            f"client {client} dropped: {structure.leaf_name(index)} holds a NaN or an infinity",
+            DroppedUpdateWarning,
+            stacklevel=3,
+        )
+    if not any(kept):
+        raise ValueError("every contributing client holds a NaN or an infinity, so none is left to average")
+    return kept

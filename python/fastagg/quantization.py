@@ -1,0 +1,299 @@
+"""Quantisation: arrays as fp16, bf16, fp8, int8, int4 or sign codes, and back."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from fastagg import _core
+from fastagg._backend import RandomKey, SourceOperands, backend_for, draw_seed
+from fastagg._codes import FLOATS, WIRES, Code, wire_name
+from fastagg._tensor import Kind, View, adopt, kind_named, kind_of
+
+DEFAULT_BLOCK = 256
+
+_DATA_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int8": "int8"}
+
+
+class Quantized:
+    """An array as a wire's codes.
+
+    ``value[i] = data[i] * scales[i // block]``, without the scale for fp32, bf16 and fp16.
+
+    Attributes:
+        data: the codes. fp32, bf16, fp16 and int8: arrays of that dtype (bf16 in NumPy without ml_dtypes: uint16).
+            fp8: uint8. These have the shape of the original. int4 (two's complement, the first of two in the lower
+            half of a byte) and sign (bit i % 8 of byte i // 8 set for a negative value): uint8, one dimension.
+        scales: one float32 a block, or None for fp32, bf16 and fp16. Powers of two; for sign the mean magnitude. NaN
+            marks an int8, int4 or sign block that held an infinity or a NaN.
+        wire: "fp32", "bf16", "fp16", "fp8_e4m3", "fp8_e5m2", "int8", "int4" or "sign".
+        shape: the shape of the original.
+        dtype: the dtype of the original, which `dequantize` gives back.
+        block: elements that share a scale, or None.
+        nonfinite: whether a value was, or became, infinite or NaN.
+        seed: the (seed, step, tensor) of stochastic rounding, or None.
+    """
+
+    __slots__ = ("_kind", "block", "data", "dtype", "nonfinite", "scales", "seed", "shape", "wire")
+
+    def __init__(
+        self,
+        data: Any,
+        scales: Any,
+        *,
+        wire: str,
+        shape: tuple[int, ...],
+        dtype: Any,
+        block: int | None = None,
+        nonfinite: bool = False,
+        seed: tuple[int, int, int] | None = None,
+    ) -> None:
+        """From codes that were sent as plain arrays; `quantize` makes them."""
+        kind = kind_of(data)
+        if kind is None:
+            raise TypeError(f"data: expected an array, got {type(data).__name__}")
+        self._kind, self.wire, self.shape = kind.name, wire_name(wire), tuple(shape)
+        self.data = kind.view(data).owner
+        self.scales = None if scales is None else kind.view(scales).owner
+        self.dtype, self.block, self.nonfinite, self.seed = dtype, block, nonfinite, seed
+        _check_layout(self)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the codes and scales."""
+        return int(self.data.nbytes) + (int(self.scales.nbytes) if self.scales is not None else 0)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        names = ("wire", "shape", "dtype", "block", "nonfinite", "seed")
+        return _rebuild, (self.data, self.scales, {name: getattr(self, name) for name in names})
+
+    def __repr__(self) -> str:
+        return f"Quantized(wire={self.wire!r}, shape={self.shape}, dtype={self.dtype}, nbytes={self.nbytes})"
+
+
+def _rebuild(data: Any, scales: Any, described: dict[str, Any]) -> Quantized:
+    return Quantized(data, scales, **described)
+
+
+def quantize(
+    x: Any,
+    wire: Any = "fp16",
+    *,
+    rounding: str = "nearest",
+    seed: int | tuple[int, int, int] | None = None,
+    block: int | None = None,
+    out: Quantized | None = None,
+) -> Quantized:
+    """Encodes an array for the wire, in one pass.
+
+    ``data[i] = round(x[i] / scales[i // block])``
+
+    Nearest rounding goes to even; overflow of fp16 and bf16 becomes infinity, NaN stays NaN, subnormals are kept.
+    Stochastic rounding is unbiased: up with the probability of the fraction, from Philox4x32-10 (Salmon et al. 2011)
+    keyed by (seed, step, tensor, element). The scales of fp8, int8 and int4 are the smallest powers of two at which
+    the block's largest value fits.
+
+    Args:
+        x: an array of fp32, fp16, bf16 or fp64: NumPy, PyTorch, CuPy or DLPack.
+        wire: "fp32", "bf16", "fp16", "fp8_e4m3", "fp8_e5m2", "int8", "int4" or "sign", or a dtype such as
+            torch.float16.
+        rounding: "nearest" or "stochastic"; fp32 and sign have no stochastic rounding.
+        seed: an int, or (seed, step, tensor). None draws one for stochastic rounding; it stays in `.seed`.
+        block: elements that share a scale, a power of two from 32 to 4096 (default 256); None for wires without.
+        out: a `Quantized` of the same wire, shape and block, to write into.
+
+    Raises:
+        TypeError: x is no floating array, or a seed no integer.
+        ValueError: an unknown wire or rounding, a wrong block, or an `out` that does not fit.
+    """
+    wire = wire_name(wire)
+    code = WIRES[wire]
+    kind, array = adopt(x)
+    view = kind.view(array)
+    if view.code not in FLOATS:
+        raise TypeError(f"x: expected a floating dtype (fp32, fp16, bf16, fp64), got {array.dtype}")
+    key = _random_key(wire, rounding, seed)
+    block = _check_block(wire, block)
+    if out is None:
+        out = _allocate(kind, view, wire, block, kind.dtype_of(array))
+    else:
+        _check_out(out, kind, view, wire, block)
+    stochastic = key is not None
+    finite = backend_for(view.device).cast(
+        (view.address, 0, view.code, 0),
+        code,
+        _shift(block),
+        _address(kind, out.data),
+        _address(kind, out.scales),
+        view.count,
+        stochastic,
+        (*key, 0) if key else (0, 0, 0, 0),
+        kind.stream(view.device),
+        True,
+    )
+    out.nonfinite, out.seed = not finite, key
+    return out
+
+
+def dequantize(q: Quantized, *, out: Any = None) -> Any:
+    """Decodes what `quantize` made.
+
+    ``x[i] = data[i] * scales[i // block]``, exact in float32, rounded once more where the dtype is narrower.
+
+    Args:
+        q: the codes.
+        out: an array of q's shape, floating and of the same library and device, to write into.
+
+    Returns:
+        An array of q's dtype, library and device, or `out`.
+
+    Raises:
+        TypeError: q is no `Quantized`, or `out` no floating array of the same library.
+        ValueError: `out` has another shape or device, cannot be written, or overlaps the codes.
+    """
+    if not isinstance(q, Quantized):
+        raise TypeError(f"q: expected a Quantized, got {type(q).__name__}")
+    kind = kind_named(q._kind)
+    data = kind.view(q.data)
+    if out is None:
+        out = kind.empty(q.shape, q.dtype, data.device)
+    elif kind_of(out) is not kind:
+        raise TypeError(f"out: expected a {kind.name} array like the codes, got {type(out).__name__}")
+    view = kind.writable_view(out)
+    if view.code not in FLOATS:
+        raise TypeError(f"out: expected a floating dtype, got {out.dtype}")
+    if view.shape != q.shape or view.device != data.device:
+        raise ValueError(f"out: expected shape {q.shape} on {data.device}, got {view.shape} on {view.device}")
+    if _overlap(view, data):
+        raise ValueError("out: overlaps the codes")
+    backend_for(data.device).cast(
+        source_operands(q), view.code, 0, view.address, 0, view.count, False, (0, 0, 0, 0), kind.stream(data.device), False
+    )
+    return out
+
+
+def source_operands(q: Quantized) -> SourceOperands:
+    """A `Quantized` as the native code reads it, where it lies."""
+    kind = kind_named(q._kind)
+    return _address(kind, q.data), _address(kind, q.scales), WIRES[q.wire], _shift(q.block)
+
+
+def device_of(q: Quantized) -> str:
+    """Where the codes lie."""
+    return kind_named(q._kind).view(q.data).device
+
+
+def _shift(block: int | None) -> int:
+    return block.bit_length() - 1 if block else 0
+
+
+def _address(kind: Kind, array: Any) -> int:
+    return 0 if array is None else kind.view(array).address
+
+
+def _overlap(one: View, other: View) -> bool:
+    return one.span[0] < other.span[1] and other.span[0] < one.span[1]
+
+
+def _random_key(wire: str, rounding: str, seed: int | tuple[int, int, int] | None) -> tuple[int, int, int] | None:
+    """The key of stochastic rounding, or None for nearest."""
+    if rounding not in ("nearest", "stochastic"):
+        raise ValueError(f"rounding: expected 'nearest' or 'stochastic', got {rounding!r}")
+    if rounding == "nearest":
+        return None
+    if wire in ("fp32", "sign"):
+        raise ValueError(f"rounding: {wire} has no stochastic rounding")
+    parts = (draw_seed(),) if seed is None else tuple(seed) if isinstance(seed, (tuple, list)) else (seed,)
+    try:
+        key = tuple(part.__index__() for part in parts)
+    except AttributeError:
+        raise TypeError(f"seed: expected an int or (seed, step, tensor), got {seed!r}") from None
+    if len(key) not in (1, 3):
+        raise ValueError(f"seed: expected an int or (seed, step, tensor), got {seed!r}")
+    key = key if len(key) == 3 else (*key, 0, 0)
+    if not all(0 <= part < 1 << bits for part, bits in zip(key, (64, 32, 32), strict=True)):
+        raise ValueError(f"seed: expected 0 <= seed < 2**64 and 0 <= step, tensor < 2**32, got {seed!r}")
+    return key[0], key[1], key[2]
+
+
+def _has_scales(wire: str) -> bool:
+    return WIRES[wire] >= Code.WIRE_FP8_E4M3
+
+
+def _check_block(wire: str, block: int | None) -> int | None:
+    if not _has_scales(wire):
+        if block is not None:
+            raise ValueError(f"block: {wire} has no scales, so no block, got {block!r}")
+        return None
+    if block is None:
+        return DEFAULT_BLOCK
+    low, high = _core.MINIMUM_BLOCK, _core.MAXIMUM_BLOCK
+    if not isinstance(block, int) or not low <= block <= high or block & (block - 1):
+        raise ValueError(f"block: expected a power of two from {low} to {high}, got {block!r}")
+    return block
+
+
+def _data_shape(wire: str, shape: tuple[int, ...], count: int) -> tuple[int, ...]:
+    per_byte = {"int4": 2, "sign": 8}.get(wire)
+    return shape if per_byte is None else (-(-count // per_byte),)
+
+
+def _data_dtype(kind: Kind, wire: str) -> Any:
+    try:
+        return _named_dtype(kind, _DATA_DTYPES.get(wire, "uint8"))
+    except TypeError:  # NumPy's bf16 without ml_dtypes
+        return _named_dtype(kind, "uint16")
+
+
+def _named_dtype(kind: Kind, name: str) -> Any:
+    return kind.dtype_for(Code[name.upper()])
+
+
+def _allocate(kind: Kind, view: View, wire: str, block: int | None, dtype: Any) -> Quantized:
+    data = kind.empty(_data_shape(wire, view.shape, view.count), _data_dtype(kind, wire), view.device)
+    scales = None
+    if block is not None:
+        scales = kind.empty((-(-view.count // block),), _named_dtype(kind, "float32"), view.device)
+    return Quantized(data, scales, wire=wire, shape=view.shape, dtype=dtype, block=block)
+
+
+def _check_out(out: Quantized, kind: Kind, view: View, wire: str, block: int | None) -> None:
+    """Raises unless `out` can take the codes of `view`."""
+    if not isinstance(out, Quantized):
+        raise TypeError(f"out: expected a Quantized, got {type(out).__name__}")
+    expected = (wire, view.shape, block, kind.name)
+    given = (out.wire, out.shape, out.block, out._kind)
+    if expected != given:
+        raise ValueError(f"out: expected (wire, shape, block, library) {expected}, got {given}")
+    for array in (out.data, out.scales):
+        if array is None:
+            continue
+        target = kind.writable_view(array)
+        if target.device != view.device:
+            raise ValueError(f"out: expected codes on {view.device}, got {target.device}")
+        if _overlap(target, view):
+            raise ValueError("out: overlaps x")
+
+
+def _check_layout(q: Quantized) -> None:
+    """Raises ValueError or TypeError unless the arrays hold what the wire, the shape and the block ask for."""
+    kind = kind_named(q._kind)
+    count = math.prod(q.shape)
+    data = kind.view(q.data)
+    expected_shape = _data_shape(q.wire, q.shape, count)
+    expected_dtype = _data_dtype(kind, q.wire)
+    if data.shape != expected_shape:
+        raise ValueError(f"data: expected shape {expected_shape} for {q.wire} of {q.shape}, got {data.shape}")
+    if q.data.dtype != expected_dtype:
+        raise TypeError(f"data: expected {expected_dtype} for {q.wire}, got {q.data.dtype}")
+    if not _has_scales(q.wire):
+        if q.scales is not None or q.block is not None:
+            raise ValueError(f"scales: {q.wire} has none")
+        return
+    block = _check_block(q.wire, q.block)
+    assert block is not None
+    if q.scales is None or kind_of(q.scales) is not kind:
+        raise TypeError(f"scales: expected a {kind.name} float32 array, got {type(q.scales).__name__}")
+    scales = kind.view(q.scales)
+    if scales.code != Code.FLOAT32 or scales.shape != (-(-count // block),) or scales.device != data.device:
+        raise ValueError(f"scales: expected {-(-count // block)} float32 on {data.device}, got {q.scales.dtype} {scales.shape}")
