@@ -19,6 +19,18 @@ struct Float8E4M3 {  // the "fn" variant of OCP and torch: no infinity, overflow
   static constexpr int largest = 0x7e, infinity = 0x7f, nan = 0x7f;
 };
 
+/// A scalar in every lane.
+template <class To, class T>
+FASTAGG_INLINE To broadcast(T x) {
+  if constexpr (sizeof(To) == sizeof(T)) {
+    return x;
+  } else {
+    To lanes{};
+    for (unsigned lane = 0; lane < sizeof(To) / sizeof(T); ++lane) lanes[lane] = x;
+    return lanes;
+  }
+}
+
 /// 2^exponent for -126 <= exponent <= 127.
 template <class F, class I>
 FASTAGG_INLINE F power_of_two(I exponent) {

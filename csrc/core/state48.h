@@ -6,28 +6,35 @@
 
 namespace fastagg {
 
-/// A double to the upper 48 bits of the result, rounded to nearest even; the lower 16 are zero.
+/// Half of a non-negative integer. Shifted as unsigned: AVX2 has no signed shift of 64 bits.
+template <class L>
+FASTAGG_INLINE L half_of(L x) {
+  if constexpr (sizeof(L) == sizeof(int64_t)) {
+    return x >> 1;
+  } else {
+    typedef uint64_t Unsigned __attribute__((vector_size(sizeof(L))));
+    return bit_cast<L>(bit_cast<Unsigned>(x) >> 1);
+  }
+}
+
+/// A double to the upper 48 bits of the result, rounded to nearest, ties away from zero; the lower 16 bits are leftovers.
 /// `D` is double or a vector of doubles, `L` the int64 of the same shape.
 template <class D, class L>
 FASTAGG_INLINE L encode_state48(D x) {
-  const L sign = bit_cast<L>(x) & INT64_MIN;
-  const L magnitude = bit_cast<L>(x) & INT64_MAX;
-  // Scaled by 2^-512 the exponent's top bit is free: shift it out, then round at bit 16.
-  const D scaled = bit_cast<D>(magnitude) * 0x1p-512;
-  const L shifted = bit_cast<L>(scaled) << 1;
-  const L rounded = (shifted + 0x7fff + ((shifted >> 16) & 1)) & ~INT64_C(0xffff);
-  const L infinity = L{} + 0x7fe0000000000000;
-  const L special = magnitude > 0x7ff0000000000000 ? infinity | 0x0010000000000000 : infinity;
-  return sign | (bit_cast<D>(magnitude) < 0x1p512 ? rounded : special);
+  constexpr int64_t overflow = 0x5ff0000000000000;  // 2^512
+  // Scaled by 2^-512 the exponent's top bit is free: adding the magnitude once more shifts it out under the sign.
+  const L scaled = bit_cast<L>(x * 0x1p-512);
+  const L finite = scaled + (scaled & INT64_MAX) + 0x8000;
+  const L special = (bit_cast<L>(x) - 0x0010000000000000) | 0x7fe0000000000000;
+  return (bit_cast<L>(x) & INT64_MAX) < overflow ? finite : special;
 }
 
 template <class D, class L>
 FASTAGG_INLINE D decode_state48(L code) {
-  const L sign = code & INT64_MIN;
   const L magnitude = code & INT64_MAX;
-  const L finite = bit_cast<L>(bit_cast<D>(magnitude >> 1) * 0x1p512);
-  const L special = ((magnitude >> 1) & 0x000fffffffffffff) | 0x7ff0000000000000;
-  return bit_cast<D>(sign | (magnitude < 0x7fe0000000000000 ? finite : special));
+  const L scaled = code - half_of<L>(magnitude);
+  const L special = scaled | 0x7ff0000000000000;
+  return bit_cast<D>(magnitude < 0x7fe0000000000000 ? bit_cast<L>(bit_cast<D>(scaled) * 0x1p512) : special);
 }
 
 }  // namespace fastagg

@@ -143,14 +143,6 @@ template <> struct ElementOf<Code::uint64> { using type = uint64_t; };
 template <Code code>
 using Element = typename ElementOf<code>::type;
 
-/// A value of any type from memory of any alignment.
-template <class To>
-FASTAGG_INLINE To load_bytes(const void* data) {
-  To to;
-  memcpy(&to, data, sizeof to);
-  return to;
-}
-
 /// The bits of `from` read as another type of the same size: scalars and lanes.
 template <class To, class From>
 FASTAGG_INLINE To bit_cast(From from) {

@@ -8,6 +8,10 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+// GCC 12 takes the undefined register that its own intrinsics pass on for a mistake of ours (GCC bug 105593).
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+
 #pragma GCC target("avx2,f16c,avx512f,avx512bw,avx512dq,avx512vl")
 #include "cast.h"
 #include "kernels.h"

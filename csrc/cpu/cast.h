@@ -3,6 +3,7 @@
 #pragma once
 #include "core/cast.h"
 #include "stream.h"
+#include "unaligned.h"
 
 namespace fastagg {
 
@@ -66,10 +67,9 @@ FASTAGG_INLINE int64_t encode_vectors(void* out, const float* x, const uint32_t*
   using I = typename Lanes::I;
   I magnitudes{};
   for (; i + Lanes::width <= count; i += Lanes::width) {
-    F value;
+    const F value = load_bytes<F>(x + i);
     I random_bits{};
-    memcpy(&value, x + i, sizeof value);
-    if constexpr (rounding == Rounding::stochastic) memcpy(&random_bits, random + i, sizeof random_bits);
+    if constexpr (rounding == Rounding::stochastic) random_bits = load_bytes<I>(random + i);
     raise(magnitudes, value);
     if constexpr (code == Code::float32) {
       Lanes::template store_float32<stream>(out, begin + i, value);
@@ -105,10 +105,9 @@ FASTAGG_INLINE int64_t encode_block_vectors(uint8_t* codes, const float* x, cons
   using F = typename Lanes::F;
   using I = typename Lanes::I;
   for (; i + Lanes::width <= count; i += Lanes::width) {
-    F value;
+    const F value = load_bytes<F>(x + i);
     I random_bits{};
-    memcpy(&value, x + i, sizeof value);
-    if constexpr (rounding == Rounding::stochastic) memcpy(&random_bits, random + i, sizeof random_bits);
+    if constexpr (rounding == Rounding::stochastic) random_bits = load_bytes<I>(random + i);
     I encoded;
     if constexpr (code == Code::wire_int8 || code == Code::wire_int4) {
       encoded = encode_integer<rounding, F, I>(value, F{} + inverse.first, F{} + inverse.second, random_bits);
@@ -131,9 +130,7 @@ FASTAGG_INLINE Magnitudes block_magnitudes(const float* x, int64_t count) {
   typename Lanes::I lanes{};
   int64_t i = 0;
   for (; i + Lanes::width <= count; i += Lanes::width) {
-    typename Lanes::F value;
-    memcpy(&value, x + i, sizeof value);
-    raise(lanes, value);
+    raise(lanes, load_bytes<typename Lanes::F>(x + i));
   }
   largest = maximum<Lanes>(lanes);
   for (; i < count; ++i) raise(largest, x[i]);

@@ -22,6 +22,9 @@ struct Avx2 {
   static FASTAGG_INLINE L extend_uint32_to_64(const void* data) {
     return (L)_mm256_cvtepu32_epi64(load_bytes<__m128i>(data));
   }
+  static FASTAGG_INLINE __m128 low(F x) { return _mm256_castps256_ps128(x); }
+  static FASTAGG_INLINE __m128 high(F x) { return _mm256_extractf128_ps(x, 1); }
+  static FASTAGG_INLINE F join(__m128 low, __m128 high) { return _mm256_set_m128(high, low); }
   static FASTAGG_INLINE D widen(__m128 x) { return _mm256_cvtps_pd(x); }
   static FASTAGG_INLINE __m128 narrow(D x) { return _mm256_cvtpd_ps(x); }
   static FASTAGG_INLINE F half_to_float(const void* data) { return _mm256_cvtph_ps(load_bytes<__m128i>(data)); }
@@ -31,7 +34,7 @@ struct Avx2 {
     if constexpr (stream) {
       _mm256_stream_si256(static_cast<__m256i*>(out), bit_cast<__m256i>(x));
     } else {
-      memcpy(out, &x, sizeof x);
+      store_bytes(out, x);
     }
   }
   template <bool stream>
@@ -65,7 +68,7 @@ struct Avx2 {
     if constexpr (stream) {
       _mm_stream_si128(static_cast<__m128i*>(out), x);
     } else {
-      memcpy(out, &x, sizeof x);
+      store_bytes(out, x);
     }
   }
 };

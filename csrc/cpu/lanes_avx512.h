@@ -1,4 +1,4 @@
-// AVX-512 (F, BW, DQ, VL): sixteen lanes. The masked forms are chosen where GCC's plain ones read an undefined register.
+// AVX-512 (F, BW, DQ, VL): sixteen lanes.
 #pragma once
 #include "vector_lanes.h"
 
@@ -10,28 +10,31 @@ struct Avx512 {
   using I = Vector<int32_t, 64>;
   using D = __m512d;
   using L = Vector<int64_t, 64>;
-  static constexpr __mmask8 all8 = 0xff;
-  static constexpr __mmask16 all16 = 0xffff;
 
   static FASTAGG_INLINE I extend_uint8(const void* data) {
-    return (I)_mm512_maskz_cvtepu8_epi32(all16, load_bytes<__m128i>(data));
+    return (I)_mm512_cvtepu8_epi32(load_bytes<__m128i>(data));
   }
   static FASTAGG_INLINE I extend_int8(const void* data) {
-    return (I)_mm512_maskz_cvtepi8_epi32(all16, load_bytes<__m128i>(data));
+    return (I)_mm512_cvtepi8_epi32(load_bytes<__m128i>(data));
   }
   static FASTAGG_INLINE I extend_uint16(const void* data) {
-    return (I)_mm512_maskz_cvtepu16_epi32(all16, load_bytes<__m256i>(data));
+    return (I)_mm512_cvtepu16_epi32(load_bytes<__m256i>(data));
   }
   static FASTAGG_INLINE L extend_uint16_to_64(const void* data) {
-    return (L)_mm512_maskz_cvtepu16_epi64(all8, load_bytes<__m128i>(data));
+    return (L)_mm512_cvtepu16_epi64(load_bytes<__m128i>(data));
   }
   static FASTAGG_INLINE L extend_uint32_to_64(const void* data) {
-    return (L)_mm512_maskz_cvtepu32_epi64(all8, load_bytes<__m256i>(data));
+    return (L)_mm512_cvtepu32_epi64(load_bytes<__m256i>(data));
   }
-  static FASTAGG_INLINE D widen(__m256 x) { return _mm512_maskz_cvtps_pd(all8, x); }
-  static FASTAGG_INLINE __m256 narrow(D x) { return _mm512_maskz_cvtpd_ps(all8, x); }
+  static FASTAGG_INLINE __m256 low(F x) { return _mm512_castps512_ps256(x); }
+  static FASTAGG_INLINE __m256 high(F x) { return _mm512_extractf32x8_ps(x, 1); }
+  static FASTAGG_INLINE F join(__m256 low, __m256 high) {
+    return _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
+  }
+  static FASTAGG_INLINE D widen(__m256 x) { return _mm512_cvtps_pd(x); }
+  static FASTAGG_INLINE __m256 narrow(D x) { return _mm512_cvtpd_ps(x); }
   static FASTAGG_INLINE F half_to_float(const void* data) {
-    return _mm512_maskz_cvtph_ps(all16, load_bytes<__m256i>(data));
+    return _mm512_cvtph_ps(load_bytes<__m256i>(data));
   }
 
   template <bool stream, class Vector64>
@@ -39,25 +42,25 @@ struct Avx512 {
     if constexpr (stream) {
       _mm512_stream_si512(static_cast<__m512i*>(out), bit_cast<__m512i>(x));
     } else {
-      memcpy(out, &x, sizeof x);
+      store_bytes(out, x);
     }
   }
   template <bool stream>
   static FASTAGG_INLINE void store_float16(void* out, F x) {
-    store_32_bytes<stream>(out, _mm512_maskz_cvtps_ph(all16, x, _MM_FROUND_TO_NEAREST_INT));
+    store_32_bytes<stream>(out, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
   }
   template <bool stream>
   static FASTAGG_INLINE void store_uint16(void* out, I code) {
-    store_32_bytes<stream>(out, _mm512_maskz_cvtepi32_epi16(all16, (__m512i)code));
+    store_32_bytes<stream>(out, _mm512_cvtepi32_epi16((__m512i)code));
   }
   static FASTAGG_INLINE void store_uint8(void* out, I code) {
-    _mm_storeu_si128(static_cast<__m128i*>(out), _mm512_maskz_cvtepi32_epi8(all16, (__m512i)code));
+    _mm_storeu_si128(static_cast<__m128i*>(out), _mm512_cvtepi32_epi8((__m512i)code));
   }
   static FASTAGG_INLINE void store_lower_32(void* out, L x) {
-    _mm256_storeu_si256(static_cast<__m256i*>(out), _mm512_maskz_cvtepi64_epi32(all8, (__m512i)x));
+    _mm256_storeu_si256(static_cast<__m256i*>(out), _mm512_cvtepi64_epi32((__m512i)x));
   }
   static FASTAGG_INLINE void store_lower_16(void* out, L x) {
-    _mm_storeu_si128(static_cast<__m128i*>(out), _mm512_maskz_cvtepi64_epi16(all8, (__m512i)x));
+    _mm_storeu_si128(static_cast<__m128i*>(out), _mm512_cvtepi64_epi16((__m512i)x));
   }
 
  private:
@@ -66,7 +69,7 @@ struct Avx512 {
     if constexpr (stream) {
       _mm256_stream_si256(static_cast<__m256i*>(out), x);
     } else {
-      memcpy(out, &x, sizeof x);
+      store_bytes(out, x);
     }
   }
 };

@@ -17,6 +17,11 @@ struct Neon {
   static FASTAGG_INLINE I extend_uint16(const void* data) { return extend<I, uint16_t, 4>(data); }
   static FASTAGG_INLINE L extend_uint16_to_64(const void* data) { return extend<L, uint16_t, 2>(data); }
   static FASTAGG_INLINE L extend_uint32_to_64(const void* data) { return extend<L, uint32_t, 2>(data); }
+  static FASTAGG_INLINE HalfF low(F x) { return bit_cast<HalfF>(vget_low_f32(bit_cast<float32x4_t>(x))); }
+  static FASTAGG_INLINE HalfF high(F x) { return bit_cast<HalfF>(vget_high_f32(bit_cast<float32x4_t>(x))); }
+  static FASTAGG_INLINE F join(HalfF low, HalfF high) {
+    return bit_cast<F>(vcombine_f32(bit_cast<float32x2_t>(low), bit_cast<float32x2_t>(high)));
+  }
   static FASTAGG_INLINE D widen(HalfF x) { return bit_cast<D>(vcvt_f64_f32(bit_cast<float32x2_t>(x))); }
   static FASTAGG_INLINE HalfF narrow(D x) { return bit_cast<HalfF>(vcvt_f32_f64(bit_cast<float64x2_t>(x))); }
   static FASTAGG_INLINE F half_to_float(const void* data) {
@@ -25,7 +30,7 @@ struct Neon {
 
   template <bool stream, class Vector16>
   static FASTAGG_INLINE void store(void* out, Vector16 x) {
-    memcpy(out, &x, sizeof x);
+    store_bytes(out, x);
   }
   template <bool stream>
   static FASTAGG_INLINE void store_float16(void* out, F x) {

@@ -2,6 +2,7 @@
 // in lanes_<isa>.h (compilers split a generic conversion into pieces). Include only inside a target region.
 #pragma once
 #include "core/lane.h"
+#include "unaligned.h"
 
 namespace fastagg {
 
@@ -16,6 +17,7 @@ using Vector = typename VectorOf<T, bytes>::type;
 /// `count` lanes. `Isa` gives the conversions between element sizes, and the stores:
 ///   extend_uint8, extend_int8, extend_uint16   `count` small integers in memory to I
 ///   extend_uint16_to_64, extend_uint32_to_64   half as many to L
+///   low, high, join                            the halves of an F
 ///   widen, narrow                              half an F to D, and back
 ///   half_to_float                              `count` float16 in memory to F
 ///   store<stream>, store_float16<stream>, store_uint16<stream>, store_uint8, store_lower_32, store_lower_16
@@ -69,13 +71,11 @@ struct VectorLanes {
 
   static FASTAGG_INLINE F convert(I x) { return __builtin_convertvector(x, F); }
   static FASTAGG_INLINE void widen(F x, D (&wide)[halves]) {
-    HalfF parts[halves];
-    memcpy(&parts, &x, sizeof parts);
-    for (int h = 0; h < halves; ++h) wide[h] = Isa::widen(parts[h]);
+    wide[0] = Isa::widen(Isa::low(x));
+    wide[1] = Isa::widen(Isa::high(x));
   }
   static FASTAGG_INLINE F narrow(const D (&wide)[halves]) {
-    const HalfF parts[halves] = {Isa::narrow(wide[0]), Isa::narrow(wide[1])};
-    return load_bytes<F>(parts);
+    return Isa::join(Isa::narrow(wide[0]), Isa::narrow(wide[1]));
   }
 
   template <bool stream>

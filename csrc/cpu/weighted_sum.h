@@ -3,13 +3,14 @@
 #pragma once
 #include "core/weighted_sum.h"
 #include "stream.h"
+#include "unaligned.h"
 
 namespace fastagg {
 
 /// Vectors of sums that stay in registers while a group is added.
 constexpr int kRegisters = 2;
 
-/// Registers of sums from memory and back, vector by vector: as one block they would go through the stack.
+/// Registers of sums from memory and back.
 template <class Lanes, int registers>
 FASTAGG_INLINE void load_sums(typename Lanes::D (&sum)[registers][Lanes::halves], const double* sums) {
   constexpr int half = Lanes::width / Lanes::halves;
@@ -23,7 +24,7 @@ FASTAGG_INLINE void store_sums(double* sums, const typename Lanes::D (&sum)[regi
   constexpr int half = Lanes::width / Lanes::halves;
   for (int r = 0; r < registers; ++r)
     for (int h = 0; h < Lanes::halves; ++h)
-      memcpy(sums + r * Lanes::width + h * half, &sum[r][h], sizeof sum[r][h]);
+      store_bytes(sums + r * Lanes::width + h * half, sum[r][h]);
 }
 
 /// sums[i] += weight_k * x_k[begin + i] for the clients of a group, in float64, while whole registers fit before `count`.
@@ -37,7 +38,7 @@ FASTAGG_INLINE int64_t add_products(double* sums, Group group, int64_t begin, in
     load_sums<Lanes>(sum, sums + i);
     for (int k = 0; k < group.clients; ++k) {
       const Source& source = group.sources[k];
-      const D weight = D{} + group.weights[k] * static_cast<double>(scale_at<code>(source, begin + i));
+      const auto weight = broadcast<D>(group.weights[k] * static_cast<double>(scale_at<code>(source, begin + i)));
       for (int r = 0; r < registers; ++r) {
         D x[halves];
         load_wide<Lanes, code>(source, begin + i + r * Lanes::width, x);
@@ -60,8 +61,8 @@ FASTAGG_INLINE int64_t add_pairs(double* sums, Group group, int64_t begin, int64
     load_sums<Lanes>(sum, sums + i);
     for (int k = 0; k < group.clients; k += 2) {
       const Source &one = group.sources[k], &other = group.sources[k + 1];
-      const F weight = F{} + static_cast<float>(group.weights[k]) * scale_at<code>(one, begin + i);
-      const F other_weight = F{} + static_cast<float>(group.weights[k + 1]) * scale_at<code>(other, begin + i);
+      const auto weight = broadcast<F>(static_cast<float>(group.weights[k]) * scale_at<code>(one, begin + i));
+      const auto other_weight = broadcast<F>(static_cast<float>(group.weights[k + 1]) * scale_at<code>(other, begin + i));
       for (int r = 0; r < registers; ++r) {
         const int64_t at = begin + i + r * Lanes::width;
         D x[halves];
@@ -117,10 +118,10 @@ bool store_means(const Leaf& leaf, double* sums, int64_t begin, int64_t count) {
   while (i < head) store_one(i++);
   typename Wide::D checks[Wide::halves] = {};
   for (; i + Wide::width <= count; i += Wide::width) {
-    typename Wide::D x[Wide::halves];
-    memcpy(&x, sums + i, sizeof x);
-    for (int h = 0; h < Wide::halves; ++h) checks[h] += finite_check(x[h]);
-    store_mean<Wide, code, stream>(result, begin + i, x);
+    typename Wide::D x[1][Wide::halves];
+    load_sums<Wide>(x, sums + i);
+    for (int h = 0; h < Wide::halves; ++h) checks[h] += finite_check(x[0][h]);
+    store_mean<Wide, code, stream>(result, begin + i, x[0]);
   }
   while (i < count) store_one(i++);
   double lanes[Wide::width];
