@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
-
-import numpy as np
 
 from fastagg._tensor import kind_of
 from fastagg.quantization import Quantized
@@ -55,6 +55,21 @@ class Structure:
     def leaf_name(self, index: int) -> str:
         """A leaf as error messages call it."""
         return "the array" if self.container is None else f"leaf {self.names[index]!r}"
+
+    def columns(self, updates: list[Any]) -> list[list[Any]]:
+        """For each leaf, what all clients sent. Updates of the first one's type are looked at without a call each."""
+        if self.container is None:
+            kind = type(updates[0])
+            if not all(type(update) is kind for update in updates):
+                for client, update in enumerate(updates):
+                    self.leaves(update, client)
+            return [updates]
+        if self.container is dict or self.container is OrderedDict:
+            names = updates[0].keys()
+            if all(type(update) is self.container and update.keys() == names for update in updates):
+                return [[update[name] for update in updates] for name in self.names]
+        rows = [self.leaves(update, client) for client, update in enumerate(updates)]
+        return [list(column) for column in zip(*rows, strict=True)]
 
     def leaves(self, update: Any, client: int | str) -> list[Any]:
         """The leaves of an update of this structure, in this structure's order.
@@ -128,8 +143,9 @@ def as_weights(weights: Any, count: int) -> list[float]:
         raise TypeError(f"weights: expected {count} numbers, got {weights!r}") from error
     if len(weights) != count:
         raise ValueError(f"weights: expected {count}, one for each update, got {len(weights)}")
-    for client, weight in enumerate(weights):
-        check_weight(weight, f"the weight of client {client}")
+    if not (min(weights) >= 0 and math.isfinite(sum(weights))):
+        for client, weight in enumerate(weights):
+            check_weight(weight, f"the weight of client {client}")
     if not any(weights):
         raise ValueError("weights: all are zero, so no client contributes")
     return weights
@@ -137,5 +153,5 @@ def as_weights(weights: Any, count: int) -> list[float]:
 
 def check_weight(weight: float, what: str) -> None:
     """Raises ValueError unless the weight is finite and not negative."""
-    if not 0 <= weight < np.inf:
+    if not 0 <= weight < math.inf:
         raise ValueError(f"{what}: expected a finite number of 0 or more, got {weight}")

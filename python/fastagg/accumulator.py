@@ -254,7 +254,7 @@ class Accumulator:
                 inputs.append(gather([array], structure, index, None))
             except (TypeError, ValueError) as error:
                 raise type(error)(str(error).replace("client 0", f"client {client}", 1)) from None
-        device = check_devices([leaf.device for leaf in inputs], structure)
+        device = check_devices(inputs, structure)
         if self._structure is None:
             self._leaves, self._structure, self._device = _lay_out(inputs, self.integer_policy), structure, device
             return inputs

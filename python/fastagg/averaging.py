@@ -86,10 +86,9 @@ def fedavg(
         raise ValueError("updates: expected at least one, got none")
     weights = as_weights(weights, len(updates))
     structure = Structure(updates[0])
-    columns = zip(*(structure.leaves(update, client) for client, update in enumerate(updates)), strict=True)
     target = None if dtype is None else float_code(dtype)
-    inputs = [gather(list(column), structure, index, target) for index, column in enumerate(columns)]
-    device = check_devices([leaf.device for leaf in inputs], structure)
+    inputs = [gather(column, structure, index, target) for index, column in enumerate(structure.columns(updates))]
+    device = check_devices(inputs, structure)
     results, views = _results(inputs, structure, out, updates[0])
 
     mean = _Mean(inputs, views, device, integer_policy)
@@ -114,22 +113,22 @@ class _Mean:
 
     def run(self, weights: list[float], check: bool) -> list[int]:
         """Writes the mean; returns the leaves whose sums are not finite."""
-        contributing = [client for client, weight in enumerate(weights) if weight > 0]
-        everyone = len(contributing) == len(weights)
-        scaled, total = scale_weights([weights[client] for client in contributing])
+        contributing = None if min(weights) > 0 else [client for client, weight in enumerate(weights) if weight > 0]
+        scaled, total = scale_weights(weights if contributing is None else [weights[client] for client in contributing])
         normalised: list[float] | None = None
         leaves: list[LeafOperands] = []
         for leaf, out in zip(self.inputs, self.outs, strict=True):
-            sources = leaf.sources if everyone else [leaf.sources[client] for client in contributing]
+            sources = leaf.sources if contributing is None else [leaf.sources[client] for client in contributing]
             fold, leaf_weights, scale = MEAN, scaled, 1.0 / total
             if leaf.result_code == Code.FLOAT64:
                 if normalised is None:
                     normalised = (np.asarray(scaled) / np.asarray(scaled).sum()).tolist()
                 leaf_weights, scale = normalised, 1.0
-            elif not leaf.is_float and self.integer_policy != "round":
+            elif leaf.result_code not in FLOATS and self.integer_policy != "round":
                 fold = MAXIMUM
                 sources = sources[:1] if self.integer_policy == "first" else sources
-            leaves.append((sources, leaf.code, leaf_weights, scale, out.count, fold, out.address, 0, out.code))
+            count = math.prod(leaf.shape)
+            leaves.append((sources, leaf.code, leaf_weights, scale, count, fold, out.address, 0, out.code))
         return self.backend.weighted_sum(leaves, self.stream, check)
 
     def offenders(self, weights: list[float], flagged: list[int], every: bool) -> dict[int, int]:
@@ -251,24 +250,25 @@ def is_finite(leaf: LeafInputs, client: int, stream: int) -> bool:
 
 def scale_weights(weights: list[float]) -> tuple[list[float], float]:
     """Weights divided by a power of two that leaves the largest in [0.5, 1): no sum overflows. And their sum."""
-    exponent = math.frexp(max(weights))[1]
-    scaled = [math.ldexp(weight, -exponent) for weight in weights]
+    factor = math.ldexp(1.0, -max(math.frexp(max(weights))[1], -1000))
+    scaled = [weight * factor for weight in weights]
     return scaled, math.fsum(scaled)
 
 
-def check_devices(devices: list[str], structure: Structure) -> str:
+def check_devices(inputs: list[LeafInputs], structure: Structure) -> str:
     """The one device of an update.
 
     Raises:
         ValueError: there are several.
     """
-    for index, device in enumerate(devices):
-        if device != devices[0]:
+    device = inputs[0].device
+    for index, leaf in enumerate(inputs):
+        if leaf.device != device:
             raise ValueError(
-                f"mixed devices in one update: {structure.leaf_name(0)} is on {devices[0]}, "
-                f"{structure.leaf_name(index)} on {device}"
+                f"mixed devices in one update: {structure.leaf_name(0)} is on {device}, "
+                f"{structure.leaf_name(index)} on {leaf.device}"
             )
-    return devices[0]
+    return device
 
 
 def check_policies(nan_policy: str, integer_policy: str) -> None:
@@ -283,7 +283,7 @@ def _results(inputs: list[LeafInputs], structure: Structure, out: Any, first: An
     """New arrays for the result, or those of `out`, with their addresses."""
     if out is None:
         arrays = [leaf.kind.empty(leaf.shape, leaf.dtype, leaf.device) for leaf in inputs]
-        views = [leaf.kind.writable_view(array) for leaf, array in zip(inputs, arrays, strict=True)]
+        views = [leaf.kind.view(array) for leaf, array in zip(inputs, arrays, strict=True)]
         return structure.build(arrays, first), views
     return out, check_out(inputs, structure, out)
 
