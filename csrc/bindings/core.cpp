@@ -6,6 +6,7 @@
 
 #include "cpu/dispatch.h"
 #include "cpu/operations.h"
+#include "cpu/probe.h"
 #include "cpu/thread_pool.h"
 #include "leaves.h"
 
@@ -35,6 +36,16 @@ bool cast(const py::tuple& source, int code, int block_shift, uintptr_t out, uin
                       reinterpret_cast<float*>(scales)};
   const py::gil_scoped_release release;
   return cpu::cast(operands);
+}
+
+uint64_t stream_probe(const std::vector<uint64_t>& sources, int64_t source_bytes, uintptr_t out, int64_t out_bytes,
+                      int64_t chunk_bytes) {
+  if (source_bytes < 0 || out_bytes < 0 || chunk_bytes <= 0 || chunk_bytes % 64 != 0)
+    throw py::value_error("stream_probe: bytes must not be negative, and chunk_bytes must be a multiple of 64");
+  const cpu::Probe probe{sources.data(), static_cast<int64_t>(sources.size()), source_bytes,
+                         reinterpret_cast<uint8_t*>(out), out_bytes, chunk_bytes};
+  const py::gil_scoped_release release;
+  return cpu::stream_probe(probe);
 }
 
 /// The addresses of the leading arrays that share the first one's dtype and shape, C-contiguous and aligned.
@@ -95,6 +106,10 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
       py::arg("array"), "Address of a NumPy array's first element.");
   m.def("advise_huge_pages", &bindings::advise_huge_pages, py::arg("address"), py::arg("bytes"),
         "Asks for huge pages for memory that is about to be written first.");
+
+  m.def("stream_probe", &bindings::stream_probe, py::arg("sources"), py::arg("source_bytes"), py::arg("out"),
+        py::arg("out_bytes"), py::arg("chunk_bytes"),
+        "Reads the sources side by side and overwrites `out`, without arithmetic: the benchmark's limit.");
 
   m.def("isa", [] { return std::string(kernels().name); }, "The instruction set in use.");
   m.def("available_isas", &available_isas, "Instruction sets of this build that the processor has, best first.");
