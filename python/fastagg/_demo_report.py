@@ -94,8 +94,10 @@ def draw(results: Results, output: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    style = {"font.size": 10, "font.family": "DejaVu Sans", "text.color": _INK, "axes.labelcolor": _INK}
-    with mpl.rc_context({**style, "xtick.color": _INK, "ytick.color": _INK, "axes.edgecolor": _PALE}):
+    with mpl.rc_context():
+        mpl.rcParams["axes.edgecolor"] = _PALE
+        for name in ("text.color", "axes.labelcolor", "xtick.color", "ytick.color"):
+            mpl.rcParams[name] = _INK
         figure = Figure(figsize=(12, 8.2), dpi=120, facecolor="white")
         FigureCanvasAgg(figure)
         grid = figure.add_gridspec(2, 2, height_ratios=(1.25, 1), hspace=0.42, wspace=0.14)
@@ -106,7 +108,7 @@ def draw(results: Results, output: Path) -> None:
         _draw_clients(figure.add_subplot(grid[1, :]), results)
         _write_titles(figure, results)
         output.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(output, metadata={"Software": None})
+        figure.savefig(output, format="png")
 
 
 def _write_titles(figure: Any, results: Results) -> None:
@@ -135,13 +137,13 @@ def _style_axes(axes: Axes, title: str) -> None:
 def _draw_accuracy_by_round(axes: Axes, results: Results) -> None:
     curves = np.array([one.accuracy for one in results.runs])
     apart = float(np.max(curves.max(axis=0) - curves.min(axis=0)))
-    _style_axes(axes, f"Test accuracy by round: the curves differ by at most {apart:.1%}")
+    _style_axes(axes, f"Test accuracy by round (curves within {apart * 100:.1f} points)")
     rounds = range(1, results.settings.rounds + 1)
     for one, (colour, width) in zip(results.runs, _WIRE_STYLES, strict=False):
         axes.plot(rounds, one.accuracy, color=colour, linewidth=width, label=one.wire, solid_capstyle="round")
     axes.set_xlabel("round")
     axes.set_xlim(0, results.settings.rounds * 1.03)
-    axes.set_ylim(np.floor(curves.min() * 10) / 10 - 0.1, 1)
+    axes.set_ylim(max(0, np.floor(curves.min() * 10) / 10 - 0.1), 1)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.legend(title="uploads", frameon=False, loc="lower right", alignment="left")
 
@@ -172,14 +174,14 @@ def _draw_clients(axes: Axes, results: Results) -> None:
     clients = np.arange(len(counts))
     bottom = np.zeros(len(counts))
     for digit in range(CLASSES):
-        axes.bar(
-            clients, counts[:, digit], 0.78, bottom, color=_DIGIT_COLOURS[digit], edgecolor="white", linewidth=0.6, label=digit
-        )
+        bars = axes.bar(clients, counts[:, digit], 0.78, bottom, color=_DIGIT_COLOURS[digit], label=str(digit))
+        for bar in bars:
+            bar.set(edgecolor="white", linewidth=0.6)
         bottom += counts[:, digit]
     axes.set_xticks(clients if len(clients) <= 30 else clients[:: len(clients) // 20])
     axes.set_xlim(-0.6, len(counts) - 0.4)
     axes.set_xlabel("client")
     axes.set_ylabel("images")
     handles, labels = axes.get_legend_handles_labels()
-    legend = {"title": "digit", "frameon": False, "loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
-    axes.legend(handles[::-1], labels[::-1], handlelength=1, handleheight=1, labelspacing=0.35, **legend)
+    legend = axes.legend(handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1, 0.5), handlelength=1)
+    legend.set(title="digit", frame_on=False)

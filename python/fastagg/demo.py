@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -162,7 +163,7 @@ def initial_model(settings: Settings) -> Model:
     random = np.random.default_rng((settings.seed, 2))
     sizes = (PIXELS, settings.hidden, CLASSES)
     model: Model = []
-    for inputs, outputs in zip(sizes[:-1], sizes[1:], strict=True):
+    for inputs, outputs in pairwise(sizes):
         model.append(random.normal(0, np.sqrt(2 / inputs), (inputs, outputs)).astype(np.float32))
         model.append(np.zeros(outputs, np.float32))
     return model
@@ -237,10 +238,10 @@ def _average_and_time(uploads: list[Update], examples: list[int], history: WireR
 
 def average_by_hand(uploads: Sequence[Update], examples: Sequence[int]) -> Model:
     """The weighted mean as people write it with NumPy: layer by layer, client by client."""
-    total = sum(examples)
+    shares = [count / sum(examples) for count in examples]
     return [
-        np.asarray(sum(count / total * _decode_by_hand(upload[layer]) for upload, count in zip(uploads, examples, strict=True)))
-        for layer in range(len(uploads[0]))
+        np.asarray(sum(share * _decode_by_hand(leaf) for share, leaf in zip(shares, leaves, strict=True)))
+        for leaves in zip(*uploads, strict=True)
     ]
 
 
@@ -249,9 +250,10 @@ def _decode_by_hand(leaf: Floats | Quantized) -> Floats:
     if not isinstance(leaf, Quantized):
         return leaf
     values: Floats = leaf.data.astype(np.float32)
-    if leaf.scales is None:
+    if leaf.scales is None or leaf.block is None:
         return values
-    return (values.ravel() * np.repeat(leaf.scales, leaf.block)[: values.size]).reshape(values.shape)
+    scales: Floats = np.repeat(leaf.scales, leaf.block)[: values.size]
+    return values * scales.reshape(values.shape)
 
 
 def _check_agreement(mean: Model, by_hand: Model) -> None:

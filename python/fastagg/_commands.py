@@ -1,0 +1,78 @@
+"""The commands of the command line; `fastagg.cli` starts them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from fastagg._extras import EXTRAS
+
+application = typer.Typer(
+    help="Weighted FedAvg, fused gradient allreduce and FP16 quantisation.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _require(extra: str) -> None:
+    """Ends with one sentence where a command's packages are not installed."""
+    missing = EXTRAS[extra].missing
+    if missing:
+        sys.exit(f"{EXTRAS[extra].adds} needs {', '.join(missing)}: {EXTRAS[extra].command}")
+
+
+@application.command()
+def info() -> None:
+    """Show versions, the processor's instruction sets, CUDA, and what could be added."""
+    from fastagg._info import tables
+
+    console = Console()
+    for table in tables():
+        console.print(table)
+
+
+@application.command()
+def demo(
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of training and averaging.")] = 30,
+    clients: Annotated[int, typer.Option(min=1, max=300, help="Clients; half of them are drawn each round.")] = 20,
+    seed: Annotated[int, typer.Option(min=0, help="Of everything random.")] = 0,
+    output: Annotated[Path, typer.Option("--output", "-o", dir_okay=False, help="The figure, a PNG.")] = Path(
+        "fastagg-demo.png"
+    ),
+) -> None:
+    """Train handwritten digits on unlike clients, with uploads in fp32, fp16 and int8."""
+    _require("demo")
+    from fastagg._demo_report import present
+    from fastagg.demo import Settings
+
+    present(Settings(rounds=rounds, clients=clients, seed=seed), output, Console())
+
+
+@application.command()
+def bench(
+    quick: Annotated[bool, typer.Option("--quick", help="Smaller sizes and fewer repeats.")] = False,
+    output: Annotated[Path, typer.Option("--output", "-o", file_okay=False, help="Folder for the results.")] = Path(
+        "fastagg-bench"
+    ),
+) -> None:
+    """Time fastagg against what people use instead, on this machine."""
+    _require("bench")
+    import pytest
+
+    options = ["--benchmark-only", "--results", str(output), *(["--quick"] if quick else [])]
+    # Nothing is written beside the installed benchmarks, which may be read-only.
+    sys.exit(pytest.main([str(_bench_folder()), "-p", "no:cacheprovider", *options]))
+
+
+def _bench_folder() -> Path:
+    """The benchmarks as installed, or those of the source checkout."""
+    package = Path(__file__).parent
+    for folder in (package / "bench", package.parents[1] / "bench"):
+        if (folder / "conftest.py").is_file():
+            return folder
+    sys.exit("The benchmarks are not in this installation: run fastagg bench from a wheel or a source checkout")

@@ -1,0 +1,39 @@
+"""fastagg's optional packages: which are installed, and how to get those that are not."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import NamedTuple
+
+
+class Extra(NamedTuple):
+    """What `pip install 'fastagg[name]'` adds."""
+
+    name: str
+    adds: str
+    modules: tuple[str, ...]
+
+    @property
+    def missing(self) -> list[str]:
+        """The modules that are not installed."""
+        return [module for module in self.modules if find_spec(module) is None]
+
+    @property
+    def command(self) -> str:
+        """What installs it."""
+        return f"pip install 'fastagg[{self.name}]'"
+
+
+EXTRAS = {
+    extra.name: extra
+    for extra in (
+        Extra("torch", "PyTorch tensors, all_reduce, the DDP hook", ("torch",)),
+        Extra("cli", "the command line", ("rich", "typer")),
+        Extra("bench", "fastagg bench", ("matplotlib", "pytest", "pytest_benchmark", "torch")),
+        Extra("demo", "fastagg demo", ("matplotlib", "sklearn")),
+        Extra("flower", "Flower strategies", ("flwr",)),
+        Extra("nvflare", "the NVFlare aggregator", ("nvflare",)),
+    )
+}
+
+CUDA_COMMAND = "pip install --no-binary fastagg --config-settings=cmake.define.FASTAGG_CUDA=ON fastagg"

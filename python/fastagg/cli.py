@@ -1,0 +1,16 @@
+"""The console script `fastagg`: it starts without the packages that its commands need, to say which are missing."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Runs the command line of `fastagg`."""
+    try:
+        from fastagg._commands import application
+    except ModuleNotFoundError as error:
+        if error.name not in ("rich", "typer"):
+            raise
+        sys.exit("The command line of fastagg needs typer and rich: pip install 'fastagg[cli]'")
+    application()

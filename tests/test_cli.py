@@ -1,0 +1,106 @@
+"""The command line: what it prints, how it ends, and what it says where a package is missing."""
+
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("typer")
+pytest.importorskip("rich")
+
+from typer.testing import CliRunner
+
+import fastagg
+from fastagg import _commands, _extras
+from fastagg._commands import application
+
+# Runs the command line where some packages cannot be imported.
+WITHOUT = """
+import sys
+from importlib.abc import MetaPathFinder
+
+hidden = {hidden!r}
+
+class Hide(MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name in hidden:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Hide())
+sys.argv = ["fastagg", *{arguments!r}]
+from fastagg.cli import main
+main()
+"""
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(application, arguments)
+
+
+def run_without(hidden, *arguments):
+    program = WITHOUT.format(hidden=hidden, arguments=arguments)
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+
+
+def test_info_shows_versions_and_instruction_sets():
+    result = invoke("info")
+    assert result.exit_code == 0
+    assert fastagg.__version__ in result.output
+    assert fastagg.build_info()["isa"] in result.output
+
+
+def test_info_names_the_command_for_what_is_missing(monkeypatch):
+    missing = _extras.Extra("flower", "Flower strategies", ("no_such_module",))
+    monkeypatch.setitem(_extras.EXTRAS, "flower", missing)
+    assert "pip install 'fastagg[flower]'" in invoke("info").output
+
+
+@pytest.mark.parametrize("hidden", ["typer", "rich"])
+def test_without_the_cli_packages_one_sentence(hidden):
+    result = run_without([hidden], "info")
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert result.stderr == "The command line of fastagg needs typer and rich: pip install 'fastagg[cli]'\n"
+
+
+@pytest.mark.parametrize(("command", "module"), [("demo", "no_matplotlib"), ("bench", "no_benchmark")])
+def test_without_a_command_s_packages_one_sentence(monkeypatch, command, module):
+    extra = _extras.EXTRAS[command]._replace(modules=(module,))
+    monkeypatch.setitem(_extras.EXTRAS, command, extra)
+    with pytest.raises(SystemExit) as ended:
+        _commands._require(command)
+    assert ended.value.code == f"fastagg {command} needs {module}: pip install 'fastagg[{command}]'"
+
+
+def test_without_numpy_s_companions_nothing_else_is_hidden():
+    result = run_without(["numpy"], "info")
+    assert result.returncode == 1
+    assert "No module named 'numpy'" in result.stderr
+
+
+@pytest.mark.parametrize("arguments", [("demo", "--rounds", "0"), ("demo", "--nonsense"), ("nonsense",)])
+def test_a_wrong_option_is_refused_without_a_traceback(arguments):
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert "Traceback" not in result.output
+
+
+def test_demo_prints_its_tables_and_draws_its_figure(tmp_path):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    output = tmp_path / "figure.png"
+    result = invoke("demo", "--rounds", "2", "--clients", "4", "--output", str(output))
+    assert result.exit_code == 0
+    for expected in ("Test accuracy", "round 2", "fp32", "fp16", "int8", "NumPy loop"):
+        assert expected in result.output
+    assert output.stat().st_size > 20_000
+
+
+def test_bench_runs_the_benchmarks_of_the_folder(monkeypatch, tmp_path):
+    pytest.importorskip("pytest_benchmark")
+    monkeypatch.setitem(_extras.EXTRAS, "bench", _extras.EXTRAS["bench"]._replace(modules=()))
+    monkeypatch.setattr(_commands, "_bench_folder", lambda: tmp_path)
+    given = []
+    monkeypatch.setattr(pytest, "main", lambda arguments: given.extend(arguments) or 0)
+    assert invoke("bench", "--quick", "--output", "results").exit_code == 0
+    assert given == [str(tmp_path), "-p", "no:cacheprovider", "--benchmark-only", "--results", "results", "--quick"]
