@@ -27,7 +27,7 @@ inline Source source_of(py::handle described) {
 class Leaves {
  public:
   /// `described`: one tuple a leaf, (sources, code of the sources, weights, scale, count, fold, out, companion, code of
-  /// the result). `sources` are addresses if they share a code, or tuples for `source_of` where the code given is None.
+  /// the result, dither). `sources` are addresses if they share a code, or tuples for `source_of` where the code given is None.
   explicit Leaves(const py::list& described) {
     for (py::handle leaf : described) add(py::reinterpret_borrow<py::tuple>(leaf));
   }
@@ -57,6 +57,7 @@ class Leaves {
     result.out = pointer(leaf[6]);
     result.companion = pointer(leaf[7]);
     result.code = static_cast<Code>(leaf[8].cast<int>());
+    result.dither = leaf[9].cast<uint16_t>();
     result.pairwise = pairs_fit(result);
     leaves_.push_back(result);
   }

@@ -66,9 +66,8 @@ struct Lane {
   static FASTAGG_INLINE void store_uint8(void* out, int64_t i, I code) {
     static_cast<uint8_t*>(out)[i] = static_cast<uint8_t>(code);
   }
-  template <bool stream>
-  static FASTAGG_INLINE void store_state48(void* high, void* low, int64_t i, const D (&x)[halves]) {
-    const uint64_t code = static_cast<uint64_t>(encode_state48<D, L>(x[0]));
+  static FASTAGG_INLINE void store_state48(void* high, void* low, int64_t i, const D (&x)[halves], uint16_t dither) {
+    const uint64_t code = static_cast<uint64_t>(encode_state48<D, L>(x[0], dither));
     static_cast<uint32_t*>(high)[i] = static_cast<uint32_t>(code >> 32);
     static_cast<uint16_t*>(low)[i] = static_cast<uint16_t>(code >> 16);
   }

@@ -59,6 +59,7 @@ struct Leaf {
   bool pairwise;  // sum_pair of core/weighted_sum.h applies
   Code code;      // of the result
   double scale;
+  uint16_t dither;  // of a state48 result: core/state48.h
   int64_t count;
   void* out;        // null: only look for non-finite values
   void* companion;  // the low halves of a state48 result

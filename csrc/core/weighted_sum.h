@@ -92,6 +92,7 @@ struct Result {
   void* out;
   void* companion;
   double scale;
+  uint16_t dither;
 };
 
 /// Scales sums and stores them as a result's code from index i on.
@@ -102,7 +103,7 @@ FASTAGG_INLINE void store_mean(const Result& result, int64_t i, typename Lanes::
   using L = typename Lanes::L;
   for (auto& half : x) half = half * result.scale;
   if constexpr (code == Code::float64) Lanes::template store_float64<stream>(result.out, i, x);
-  if constexpr (code == Code::state48) Lanes::template store_state48<stream>(result.out, result.companion, i, x);
+  if constexpr (code == Code::state48) Lanes::store_state48(result.out, result.companion, i, x, result.dither);
   if constexpr (code == Code::float32) Lanes::template store_float32<stream>(result.out, i, Lanes::narrow(x));
   if constexpr (code == Code::float16 || code == Code::bfloat16) {
     for (auto& half : x) half = round_to_odd<typename Lanes::D, L>(half);

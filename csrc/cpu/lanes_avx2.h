@@ -16,12 +16,6 @@ struct Avx2 {
   static FASTAGG_INLINE I extend_uint16(const void* data) {
     return (I)_mm256_cvtepu16_epi32(load_bytes<__m128i>(data));
   }
-  static FASTAGG_INLINE L extend_uint16_to_64(const void* data) {
-    return (L)_mm256_cvtepu16_epi64(_mm_loadu_si64(data));
-  }
-  static FASTAGG_INLINE L extend_uint32_to_64(const void* data) {
-    return (L)_mm256_cvtepu32_epi64(load_bytes<__m128i>(data));
-  }
   static FASTAGG_INLINE __m128 low(F x) { return _mm256_castps256_ps128(x); }
   static FASTAGG_INLINE __m128 high(F x) { return _mm256_extractf128_ps(x, 1); }
   static FASTAGG_INLINE F join(__m128 low, __m128 high) { return _mm256_set_m128(high, low); }
@@ -52,14 +46,20 @@ struct Avx2 {
     const __m128i words = _mm_packus_epi32(_mm_and_si128(low, byte), _mm_and_si128(high, byte));
     _mm_storeu_si64(out, _mm_packus_epi16(words, words));
   }
-  static FASTAGG_INLINE void store_lower_32(void* out, L x) {
-    const __m256i even = _mm256_permutevar8x32_epi32((__m256i)x, _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6));
-    _mm_storeu_si128(static_cast<__m128i*>(out), _mm256_castsi256_si128(even));
+  // 64-bit permutations undo what the unpacks and shuffles, which work in halves of 128 bits, do to the order.
+  static FASTAGG_INLINE void load_planes(const void* high, const void* low, L (&codes)[2]) {
+    const __m256i upper = _mm256_permute4x64_epi64(load_bytes<__m256i>(high), 0xd8);
+    const __m256i words = _mm256_slli_epi32(_mm256_cvtepu16_epi32(load_bytes<__m128i>(low)), 16);
+    const __m256i lower = _mm256_permute4x64_epi64(words, 0xd8);
+    codes[0] = (L)_mm256_unpacklo_epi32(lower, upper);
+    codes[1] = (L)_mm256_unpackhi_epi32(lower, upper);
   }
-  static FASTAGG_INLINE void store_lower_16(void* out, L x) {
-    const __m256i even = _mm256_permutevar8x32_epi32((__m256i)x, _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6));
-    const __m128i word = _mm_and_si128(_mm256_castsi256_si128(even), _mm_set1_epi32(0xffff));
-    _mm_storeu_si64(out, _mm_packus_epi32(word, word));
+  static FASTAGG_INLINE void store_planes(void* high, void* low, const L (&codes)[2]) {
+    const __m256 first = (__m256)codes[0], second = (__m256)codes[1];
+    const __m256i upper = (__m256i)_mm256_shuffle_ps(first, second, 0xdd);
+    const __m256i lower = (__m256i)_mm256_shuffle_ps(first, second, 0x88);
+    store_bytes(high, _mm256_permute4x64_epi64(upper, 0xd8));
+    store_uint16<false>(low, (I)_mm256_srli_epi32(_mm256_permute4x64_epi64(lower, 0xd8), 16));
   }
 
  private:

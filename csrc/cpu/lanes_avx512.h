@@ -20,12 +20,6 @@ struct Avx512 {
   static FASTAGG_INLINE I extend_uint16(const void* data) {
     return (I)_mm512_cvtepu16_epi32(load_bytes<__m256i>(data));
   }
-  static FASTAGG_INLINE L extend_uint16_to_64(const void* data) {
-    return (L)_mm512_cvtepu16_epi64(load_bytes<__m128i>(data));
-  }
-  static FASTAGG_INLINE L extend_uint32_to_64(const void* data) {
-    return (L)_mm512_cvtepu32_epi64(load_bytes<__m256i>(data));
-  }
   static FASTAGG_INLINE __m256 low(F x) { return _mm512_castps512_ps256(x); }
   static FASTAGG_INLINE __m256 high(F x) { return _mm512_extractf32x8_ps(x, 1); }
   static FASTAGG_INLINE F join(__m256 low, __m256 high) {
@@ -56,11 +50,18 @@ struct Avx512 {
   static FASTAGG_INLINE void store_uint8(void* out, I code) {
     _mm_storeu_si128(static_cast<__m128i*>(out), _mm512_cvtepi32_epi8((__m512i)code));
   }
-  static FASTAGG_INLINE void store_lower_32(void* out, L x) {
-    _mm256_storeu_si256(static_cast<__m256i*>(out), _mm512_cvtepi64_epi32((__m512i)x));
+  static FASTAGG_INLINE void load_planes(const void* high, const void* low, L (&codes)[2]) {
+    for (int h = 0; h < 2; ++h) {
+      const auto upper = load_bytes<__m256i>(static_cast<const uint32_t*>(high) + 8 * h);
+      const auto lower = load_bytes<__m128i>(static_cast<const uint16_t*>(low) + 8 * h);
+      codes[h] = (L)_mm512_cvtepu32_epi64(upper) << 32 | (L)_mm512_cvtepu16_epi64(lower) << 16;
+    }
   }
-  static FASTAGG_INLINE void store_lower_16(void* out, L x) {
-    _mm_storeu_si128(static_cast<__m128i*>(out), _mm512_cvtepi64_epi16((__m512i)x));
+  static FASTAGG_INLINE void store_planes(void* high, void* low, const L (&codes)[2]) {
+    for (int h = 0; h < 2; ++h) {
+      store_bytes(static_cast<uint32_t*>(high) + 8 * h, _mm512_cvtepi64_epi32((__m512i)(codes[h] >> 32)));
+      store_bytes(static_cast<uint16_t*>(low) + 8 * h, _mm512_cvtepi64_epi16((__m512i)(codes[h] >> 16)));
+    }
   }
 
  private:

@@ -15,8 +15,6 @@ struct Neon {
   static FASTAGG_INLINE I extend_uint8(const void* data) { return extend<I, uint8_t, 4>(data); }
   static FASTAGG_INLINE I extend_int8(const void* data) { return extend<I, int8_t, 4>(data); }
   static FASTAGG_INLINE I extend_uint16(const void* data) { return extend<I, uint16_t, 4>(data); }
-  static FASTAGG_INLINE L extend_uint16_to_64(const void* data) { return extend<L, uint16_t, 2>(data); }
-  static FASTAGG_INLINE L extend_uint32_to_64(const void* data) { return extend<L, uint32_t, 2>(data); }
   static FASTAGG_INLINE HalfF low(F x) { return bit_cast<HalfF>(vget_low_f32(bit_cast<float32x4_t>(x))); }
   static FASTAGG_INLINE HalfF high(F x) { return bit_cast<HalfF>(vget_high_f32(bit_cast<float32x4_t>(x))); }
   static FASTAGG_INLINE F join(HalfF low, HalfF high) {
@@ -43,11 +41,20 @@ struct Neon {
   static FASTAGG_INLINE void store_uint8(void* out, I code) {
     store<false>(out, __builtin_convertvector(code, Vector<uint8_t, 4>));
   }
-  static FASTAGG_INLINE void store_lower_32(void* out, L x) {
-    store<false>(out, __builtin_convertvector(x, Vector<int32_t, 8>));
+  static FASTAGG_INLINE void load_planes(const void* high, const void* low, L (&codes)[2]) {
+    for (int h = 0; h < 2; ++h) {
+      const L upper = extend<L, uint32_t, 2>(static_cast<const uint32_t*>(high) + 2 * h);
+      const L lower = extend<L, uint16_t, 2>(static_cast<const uint16_t*>(low) + 2 * h);
+      codes[h] = upper << 32 | lower << 16;
+    }
   }
-  static FASTAGG_INLINE void store_lower_16(void* out, L x) {
-    store<false>(out, __builtin_convertvector(x, Vector<int16_t, 4>));
+  static FASTAGG_INLINE void store_planes(void* high, void* low, const L (&codes)[2]) {
+    for (int h = 0; h < 2; ++h) {
+      const auto upper = __builtin_convertvector(codes[h] >> 32, Vector<int32_t, 8>);
+      const auto lower = __builtin_convertvector(codes[h] >> 16, Vector<int16_t, 4>);
+      store_bytes(static_cast<uint32_t*>(high) + 2 * h, upper);
+      store_bytes(static_cast<uint16_t*>(low) + 2 * h, lower);
+    }
   }
 
  private:

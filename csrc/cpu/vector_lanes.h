@@ -16,11 +16,11 @@ using Vector = typename VectorOf<T, bytes>::type;
 
 /// `count` lanes. `Isa` gives the conversions between element sizes, and the stores:
 ///   extend_uint8, extend_int8, extend_uint16   `count` small integers in memory to I
-///   extend_uint16_to_64, extend_uint32_to_64   half as many to L
 ///   low, high, join                            the halves of an F
 ///   widen, narrow                              half an F to D, and back
 ///   half_to_float                              `count` float16 in memory to F
-///   store<stream>, store_float16<stream>, store_uint16<stream>, store_uint8, store_lower_32, store_lower_16
+///   store<stream>, store_float16<stream>, store_uint16<stream>, store_uint8
+///   load_planes, store_planes                  the 32 and 16 upper bits of `count` int64
 template <int count, class Isa>
 struct VectorLanes {
   static constexpr int width = count, halves = 2, half = count / 2;
@@ -62,11 +62,9 @@ struct VectorLanes {
     }
   }
   static FASTAGG_INLINE void load_state48(const void* high, const void* low, int64_t i, D (&x)[halves]) {
-    for (int h = 0; h < halves; ++h) {
-      const L upper = Isa::extend_uint32_to_64(at<uint32_t>(high, i + h * half));
-      const L lower = Isa::extend_uint16_to_64(at<uint16_t>(low, i + h * half));
-      x[h] = decode_state48<D, L>(upper << 32 | lower << 16);
-    }
+    L codes[halves];
+    Isa::load_planes(at<uint32_t>(high, i), at<uint16_t>(low, i), codes);
+    for (int h = 0; h < halves; ++h) x[h] = decode_state48<D, L>(codes[h]);
   }
 
   static FASTAGG_INLINE F convert(I x) { return __builtin_convertvector(x, F); }
@@ -98,13 +96,9 @@ struct VectorLanes {
   static FASTAGG_INLINE void store_uint8(void* out, int64_t i, I code) {
     Isa::store_uint8(at<uint8_t>(out, i), code);
   }
-  template <bool stream>
-  static FASTAGG_INLINE void store_state48(void* high, void* low, int64_t i, const D (&x)[halves]) {
-    for (int h = 0; h < halves; ++h) {
-      const L code = encode_state48<D, L>(x[h]);
-      Isa::store_lower_32(at<uint32_t>(high, i + h * half), code >> 32);
-      Isa::store_lower_16(at<uint16_t>(low, i + h * half), code >> 16);
-    }
+  static FASTAGG_INLINE void store_state48(void* high, void* low, int64_t i, const D (&x)[halves], uint16_t dither) {
+    const L codes[halves] = {encode_state48<D, L>(x[0], dither), encode_state48<D, L>(x[1], dither)};
+    Isa::store_planes(at<uint32_t>(high, i), at<uint16_t>(low, i), codes);
   }
 
  private:

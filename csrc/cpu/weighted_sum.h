@@ -106,7 +106,7 @@ void add_clients(const Leaf& leaf, double* sums, int64_t begin, int64_t count) {
 template <class Lanes, Code code, bool stream>
 bool store_means(const Leaf& leaf, double* sums, int64_t begin, int64_t count) {
   using Wide = std::conditional_t<is_integer(code), Lane, Lanes>;
-  const Result result{leaf.out, leaf.companion, leaf.scale};
+  const Result result{leaf.out, leaf.companion, leaf.scale, leaf.dither};
   double check = 0;
   int64_t i = 0;
   const auto store_one = [&](int64_t one) {

@@ -8,8 +8,8 @@ from typing import Any, Protocol, cast
 
 from fastagg import _core
 
-# (sources, their code or None, weights, scale, count, fold, out, companion, code): see csrc/bindings/leaves.h.
-LeafOperands = tuple[list[Any], int | None, list[float], float, int, int, int, int, int]
+# (sources, their code or None, weights, scale, count, fold, out, companion, code, dither): see csrc/bindings/leaves.h.
+LeafOperands = tuple[list[Any], int | None, list[float], float, int, int, int, int, int, int]
 # (data, companion, code, block_shift)
 SourceOperands = tuple[int, int, int, int]
 # (seed, step, tensor, rank)

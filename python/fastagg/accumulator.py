@@ -18,7 +18,7 @@ from fastagg._updates import Structure, check_weight
 from fastagg.averaging import LeafInputs, check_devices, check_out, check_policies, gather, is_finite
 
 _ALIGNMENT = 64
-# The range of the 48-bit sums leaves no room for weights beyond these; counts of examples are far inside.
+# Beyond these, sums of float32 values could leave the range of float64; counts of examples are far inside.
 _LARGEST_WEIGHT, _SMALLEST_WEIGHT = 2.0**300, 2.0**-300
 
 
@@ -58,7 +58,7 @@ class Accumulator:
 
     ``result[i] = sum_k(weight_k * x_k[i]) / sum_k(weight_k)``
 
-    The sums are kept as 48-bit floats (10 bits of exponent, 37 of mantissa), twice: the sums as they are, and the sums
+    The sums are kept as the upper 48 bits of float64 (csrc/core/state48.h), twice: the sums as they are, and the sums
     with the update at hand, which become valid only when all of the update has proved good. That is 12 bytes an fp32,
     fp16 or bf16 element and 16 an fp64 one (plain float64 sums), whatever the number of clients. At most 1.2e-7 of the
     weighted mean of |x| off for ten thousand fp32 clients in any order and any tree of merges. Methods may be called
@@ -99,6 +99,7 @@ class Accumulator:
             self._added = 0
             self._count = 0
             self._total = 0.0
+            self._folds = 0
             self.dropped: list[DroppedUpdate] = []
 
     @property
@@ -186,7 +187,7 @@ class Accumulator:
             for leaf, source, view in zip(self._leaves, inputs, views, strict=True):
                 fold = MEAN if leaf.state in (Code.STATE48, Code.FLOAT64) else MAXIMUM
                 leaves.append(
-                    (source.sources, None, [1.0], 1.0 / self._total, leaf.count, fold, view.address, 0, leaf.code)
+                    (source.sources, None, [1.0], 1.0 / self._total, leaf.count, fold, view.address, 0, leaf.code, 0)
                 )
             backend_for(self._device).weighted_sum(leaves, self._stream(), False)
             return self._structure.build(arrays) if out is None else out
@@ -204,6 +205,7 @@ class Accumulator:
                 "leaves": [tuple(leaf) for leaf in self._leaves],
                 "device": self._device,
                 "sums": sums,
+                "folds": self._folds,
                 "added": self._added,
                 "count": self._count,
                 "total_weight": self._total,
@@ -229,7 +231,8 @@ class Accumulator:
             if state["sums"] is not None:
                 self._sums = self._allocate(state["sums"].nbytes)
                 _copy_bytes(self._sums, state["sums"])
-            self._added, self._count, self._total = state["added"], state["count"], state["total_weight"]
+            self._folds, self._added = state["folds"], state["added"]
+            self._count, self._total = state["count"], state["total_weight"]
             self.dropped = [DroppedUpdate(*dropped) for dropped in state["dropped"]]
             self.nan_policy, self.integer_policy = state["nan_policy"], state["integer_policy"]
             self.batch = state["batch"]
@@ -276,7 +279,7 @@ class Accumulator:
             flagged = self._combine_pending()
             offenders = self._offenders(flagged) if flagged else {}
             if not offenders:
-                self._sums, self._spare = self._spare, self._sums
+                self._swap()
                 self._count += len(self._pending)
                 self._total = math.fsum((self._total, *(weight for _, _, weight in self._pending)))
                 self._pending.clear()
@@ -306,14 +309,21 @@ class Accumulator:
             self._leaf_operands(leaf, [leaf.operands(base) for base in bases], weights, spare) for leaf in self._leaves
         ]
         backend_for(self._device).weighted_sum(leaves, self._stream(), False)
+        self._swap()
+
+    def _swap(self) -> None:
+        """Makes what was written to the spare block valid."""
         self._sums, self._spare = self._spare, self._sums
+        self._folds += 1
 
     def _leaf_operands(self, leaf: _Leaf, sources: list[Any], weights: list[float], base: int) -> LeafOperands:
         fold = MEAN
         if leaf.state not in (Code.STATE48, Code.FLOAT64):
             fold = MAXIMUM
             sources = sources[:1] if self.integer_policy == "first" else sources
-        return sources, None, weights, 1.0, leaf.count, fold, base + leaf.offset, leaf.companion(base), leaf.state
+        out = base + leaf.offset
+        dither = bit_reversed(self._folds)
+        return sources, None, weights, 1.0, leaf.count, fold, out, leaf.companion(base), leaf.state, dither
 
     def _offenders(self, flagged: list[int]) -> dict[int, int]:
         """The waiting clients with a non-finite value, and their first such leaf."""
@@ -401,6 +411,11 @@ def _state_code(leaf: LeafInputs, integer_policy: str) -> Code:
 
 def _state_bytes(state: Code, count: int) -> int:
     return (6 if state == Code.STATE48 else ELEMENT_BYTES[state]) * count
+
+
+def bit_reversed(index: int) -> int:
+    """The index-th number of van der Corput's sequence in units of 2**-16: evenly spread, whatever its length."""
+    return int(f"{index % 65536:016b}"[::-1], 2)
 
 
 def _address(sums: Any) -> int:

@@ -128,7 +128,7 @@ class _Mean:
                 fold = MAXIMUM
                 sources = sources[:1] if self.integer_policy == "first" else sources
             count = math.prod(leaf.shape)
-            leaves.append((sources, leaf.code, leaf_weights, scale, count, fold, out.address, 0, out.code))
+            leaves.append((sources, leaf.code, leaf_weights, scale, count, fold, out.address, 0, out.code, 0))
         return self.backend.weighted_sum(leaves, self.stream, check)
 
     def offenders(self, weights: list[float], flagged: list[int], every: bool) -> dict[int, int]:
@@ -244,7 +244,7 @@ def _result_dtype(kind: Kind, dtypes: list[Any], leaf_name: str, target: Code | 
 def is_finite(leaf: LeafInputs, client: int, stream: int) -> bool:
     """Whether a client's leaf holds no NaN and no infinity."""
     source, code = leaf.sources[client], leaf.code
-    operands = ([source], code, [1.0], 1.0, math.prod(leaf.shape), MEAN, 0, 0, Code.FLOAT32)
+    operands = ([source], code, [1.0], 1.0, math.prod(leaf.shape), MEAN, 0, 0, Code.FLOAT32, 0)
     return not backend_for(leaf.device).weighted_sum([operands], stream, True)
 
 
