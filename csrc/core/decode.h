@@ -27,9 +27,12 @@ constexpr FASTAGG_INLINE int significant_bits(Code code) {
   }
 }
 
-/// Whether blocks of the code are summed two clients at a time in float32 where that is exact enough.
-constexpr FASTAGG_INLINE bool is_narrow(Code code) {
-  return significant_bits(code) > 0 && significant_bits(code) < 24;
+/// Integers with a scale: clients' values are summed as integers where that is exact.
+constexpr FASTAGG_INLINE bool is_scaled_integer(Code code) { return code == Code::wire_int8 || code == Code::wire_int4; }
+
+/// Floats below float32: clients' values are summed in pairs, in float32, where that is exact enough.
+constexpr FASTAGG_INLINE bool is_narrow_float(Code code) {
+  return significant_bits(code) > 0 && significant_bits(code) < 24 && !is_scaled_integer(code);
 }
 
 /// The elements from index i on as float32, before their block's scale.
@@ -55,7 +58,7 @@ FASTAGG_INLINE void load_wide(const Source& source, int64_t i, typename Lanes::D
   if constexpr (code == Code::float32) return Lanes::template load_wide<float>(data, i, x);
   if constexpr (code == Code::state48) return Lanes::load_state48(data, source.companion, i, x);
   if constexpr (is_integer(code)) return Lanes::template load_wide<Element<code>>(data, i, x);
-  if constexpr (is_narrow(code) || code == Code::wire_sign) Lanes::widen(load<Lanes, code>(data, i), x);
+  if constexpr (has_scales(code) || is_narrow_float(code)) Lanes::widen(load<Lanes, code>(data, i), x);
 }
 
 /// The scale of the block that holds element i; 1 for codes without scales.

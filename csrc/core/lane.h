@@ -45,6 +45,22 @@ struct Lane {
   static FASTAGG_INLINE void widen(F x, D (&wide)[halves]) { wide[0] = x; }
   static FASTAGG_INLINE F narrow(const D (&wide)[halves]) { return static_cast<float>(wide[0]); }
 
+  /// Sums of integers times 15-bit weights.
+  struct IntegerProducts {
+    static constexpr int width = 1;
+    I sum = 0;
+
+    template <Code code>
+    FASTAGG_INLINE void add(const void* one, I weight, const void* other, I other_weight, int64_t i) {
+      sum += weight * load_integer<code>(one, i) + other_weight * load_integer<code>(other, i);
+    }
+    FASTAGG_INLINE void widen(D (&x)[1][halves]) const { x[0][0] = sum; }
+  };
+  template <Code code>
+  static FASTAGG_INLINE I load_integer(const void* data, int64_t i) {
+    return code == Code::wire_int4 ? load_int4(data, i) : load_int8(data, i);
+  }
+
   // Stores; `stream` asks for a store that leaves the cache alone.
   template <bool stream>
   static FASTAGG_INLINE void store_float32(void* out, int64_t i, F x) {

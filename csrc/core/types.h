@@ -87,7 +87,7 @@ struct Cast {
   float* scales;
 };
 
-/// Elements that one pass keeps in the first-level cache; a multiple of every block of scales.
+/// Elements that one pass of `cast` keeps in the first-level cache; a multiple of every block of scales.
 constexpr int64_t kChunk = 4096;
 constexpr int kMinimumBlockShift = 5;
 constexpr int kMaximumBlockShift = 12;

@@ -1,8 +1,11 @@
 // The arithmetic of `weighted_sum`: out = scale * sum_k weight_k * x_k.
 //
 // The sum runs in float64, in client order, one rounding a product and one a sum: products of float32 values with counts
-// are exact there. Narrow codes are paired first: the float32 sum of two clients' products, added to the float64 sum.
-// A pair is used where its products are exact in float32 or the result is narrower than that (`pairs_fit`).
+// are exact there. Two shortcuts spare the float64 unit where narrow codes would wait for it:
+// - Narrow floats are paired: the float32 sum of two clients' products joins the float64 sum. A pair is used where its
+//   products are exact in float32 or the result is narrower than that (`pairs_fit`).
+// - Scaled integers of a group of clients are added up before they join the sum: as integers where weights and scales
+//   allow (`integer_weights`), else in float64. Both are the same number.
 #pragma once
 #include "decode.h"
 
@@ -17,6 +20,13 @@ struct Group {
   const Source* sources;
   const double* weights;
   int clients;
+
+  /// Elements that share their scales: the blocks of all clients are multiples of the smallest.
+  FASTAGG_INLINE int smallest_block_shift() const {
+    int shift = sources[0].block_shift;
+    for (int k = 1; k < clients; ++k) shift = sources[k].block_shift < shift ? sources[k].block_shift : shift;
+    return shift;
+  }
 };
 
 /// The clients from `first` on that share its code, at most kGroup.
@@ -42,7 +52,6 @@ FASTAGG_INLINE F sum_pair(F weight, F x, F other_weight, F other) {
 
 /// Whether a weight, times any value with so many significant bits, is exact in float32.
 FASTAGG_INLINE bool product_is_exact(double weight, int bits) {
-  if (bits == 0 || bits == 24) return true;  // no narrow code: never paired
   const int64_t mantissa = bit_cast<int64_t>(weight) & 0xfffffffffffff;
   return (mantissa & ((int64_t{1} << (29 + bits)) - 1)) == 0;  // at most 24 - bits bits are in use
 }
@@ -51,9 +60,38 @@ FASTAGG_INLINE bool product_is_exact(double weight, int bits) {
 FASTAGG_INLINE bool pairs_fit(const Leaf& leaf) {
   if (leaf.code == Code::float16 || leaf.code == Code::bfloat16) return true;
   if (leaf.code != Code::float32) return false;
-  for (int32_t k = 0; k < leaf.clients; ++k)
-    if (!product_is_exact(leaf.weights[k], significant_bits(leaf.sources[k].code))) return false;
+  for (int32_t k = 0; k < leaf.clients; ++k) {
+    const Code code = leaf.sources[k].code;
+    if (is_narrow_float(code) && !product_is_exact(leaf.weights[k], significant_bits(code))) return false;
+  }
   return true;
+}
+
+/// The products of weights and scales of a group, for one block, as multiples of a power of two: 15 bits each, so that
+/// a group's sum of products with int8 fits 32 bits.
+struct IntegerWeights {
+  int16_t values[kGroup];
+  double unit;
+  bool exact;  // the multiples are the products themselves
+};
+
+template <Code code>
+FASTAGG_INLINE IntegerWeights integer_weights(const Group& group, int64_t i) {
+  double products[kGroup], largest = 0;
+  for (int k = 0; k < group.clients; ++k) {
+    products[k] = group.weights[k] * static_cast<double>(scale_at<code>(group.sources[k], i));
+    largest = products[k] > largest ? products[k] : largest;
+  }
+  const int64_t exponent = bit_cast<int64_t>(largest) >> 52;  // biased; weights and scales are positive
+  if (exponent < 64 || exponent > 1983) return {{}, 0, false};
+  IntegerWeights result{{}, bit_cast<double>((exponent - 14) << 52), true};
+  const double inverse = bit_cast<double>((2046 + 14 - exponent) << 52);
+  for (int k = 0; k < group.clients; ++k) {
+    const double multiple = products[k] * inverse;  // below 2^15, unless NaN
+    result.exact &= multiple >= 0 && multiple == (multiple + 0x1p52) - 0x1p52;
+    result.values[k] = multiple >= 0 ? static_cast<int16_t>(multiple) : int16_t{0};
+  }
+  return result;
 }
 
 /// A double as the float32 whose further rounding to a narrower float equals one rounding: truncated, its last bit set

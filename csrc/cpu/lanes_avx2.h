@@ -9,12 +9,27 @@ struct Avx2 {
   using F = __m256;
   using I = Vector<int32_t, 32>;
   using D = __m256d;
+  using Words = __m256i;
   using L = Vector<int64_t, 32>;
 
   static FASTAGG_INLINE I extend_uint8(const void* data) { return (I)_mm256_cvtepu8_epi32(_mm_loadu_si64(data)); }
   static FASTAGG_INLINE I extend_int8(const void* data) { return (I)_mm256_cvtepi8_epi32(_mm_loadu_si64(data)); }
   static FASTAGG_INLINE I extend_uint16(const void* data) {
     return (I)_mm256_cvtepu16_epi32(load_bytes<__m128i>(data));
+  }
+  static FASTAGG_INLINE __m256i extend_int8_to_16(const void* data) {
+    return _mm256_cvtepi8_epi16(load_bytes<__m128i>(data));
+  }
+  static FASTAGG_INLINE void add_products(I (&sums)[2], __m256i x, int16_t weight, __m256i y, int16_t other_weight) {
+    const __m256i weights = _mm256_set1_epi32(other_weight << 16 | weight);
+    sums[0] += (I)_mm256_madd_epi16(_mm256_unpacklo_epi16(x, y), weights);
+    sums[1] += (I)_mm256_madd_epi16(_mm256_unpackhi_epi16(x, y), weights);
+  }
+  static FASTAGG_INLINE void widen_sums(const I (&sums)[2], D (&x)[2][2]) {
+    for (int h = 0; h < 2; ++h) {  // unpacking left each sum with every other four elements
+      x[0][h] = _mm256_cvtepi32_pd(_mm256_castsi256_si128((__m256i)sums[h]));
+      x[1][h] = _mm256_cvtepi32_pd(_mm256_extracti128_si256((__m256i)sums[h], 1));
+    }
   }
   static FASTAGG_INLINE __m128 low(F x) { return _mm256_castps256_ps128(x); }
   static FASTAGG_INLINE __m128 high(F x) { return _mm256_extractf128_ps(x, 1); }

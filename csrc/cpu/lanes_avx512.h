@@ -9,6 +9,7 @@ struct Avx512 {
   using F = __m512;
   using I = Vector<int32_t, 64>;
   using D = __m512d;
+  using Words = __m512i;
   using L = Vector<int64_t, 64>;
 
   static FASTAGG_INLINE I extend_uint8(const void* data) {
@@ -19,6 +20,23 @@ struct Avx512 {
   }
   static FASTAGG_INLINE I extend_uint16(const void* data) {
     return (I)_mm512_cvtepu16_epi32(load_bytes<__m256i>(data));
+  }
+  static FASTAGG_INLINE __m512i extend_int8_to_16(const void* data) {
+    return _mm512_cvtepi8_epi16(load_bytes<__m256i>(data));
+  }
+  static FASTAGG_INLINE void add_products(I (&sums)[2], __m512i x, int16_t weight, __m512i y, int16_t other_weight) {
+    const __m512i weights = _mm512_set1_epi32(other_weight << 16 | weight);
+    sums[0] += (I)_mm512_madd_epi16(_mm512_unpacklo_epi16(x, y), weights);
+    sums[1] += (I)_mm512_madd_epi16(_mm512_unpackhi_epi16(x, y), weights);
+  }
+  static FASTAGG_INLINE void widen_sums(const I (&sums)[2], D (&x)[2][2]) {
+    // Unpacking left each sum with every other four elements.
+    const __m512i order[2] = {_mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15)};
+    for (int r = 0; r < 2; ++r) {
+      const __m512i elements = _mm512_permutex2var_epi64((__m512i)sums[0], order[r], (__m512i)sums[1]);
+      x[r][0] = _mm512_cvtepi32_pd(_mm512_castsi512_si256(elements));
+      x[r][1] = _mm512_cvtepi32_pd(_mm512_extracti64x4_epi64(elements, 1));
+    }
   }
   static FASTAGG_INLINE __m256 low(F x) { return _mm512_castps512_ps256(x); }
   static FASTAGG_INLINE __m256 high(F x) { return _mm512_extractf32x8_ps(x, 1); }

@@ -9,12 +9,24 @@ struct Neon {
   using F = Vector<float, 16>;
   using I = Vector<int32_t, 16>;
   using D = Vector<double, 16>;
+  using Words = int16x8_t;
   using L = Vector<int64_t, 16>;
   using HalfF = Vector<float, 8>;
 
   static FASTAGG_INLINE I extend_uint8(const void* data) { return extend<I, uint8_t, 4>(data); }
   static FASTAGG_INLINE I extend_int8(const void* data) { return extend<I, int8_t, 4>(data); }
   static FASTAGG_INLINE I extend_uint16(const void* data) { return extend<I, uint16_t, 4>(data); }
+  static FASTAGG_INLINE int16x8_t extend_int8_to_16(const void* data) { return vmovl_s8(load_bytes<int8x8_t>(data)); }
+  static FASTAGG_INLINE void add_products(I (&sums)[2], int16x8_t x, int16_t weight, int16x8_t y, int16_t other_weight) {
+    sums[0] += (I)vmlal_n_s16(vmull_n_s16(vget_low_s16(x), weight), vget_low_s16(y), other_weight);
+    sums[1] += (I)vmlal_n_s16(vmull_n_s16(vget_high_s16(x), weight), vget_high_s16(y), other_weight);
+  }
+  static FASTAGG_INLINE void widen_sums(const I (&sums)[2], D (&x)[2][2]) {
+    for (int r = 0; r < 2; ++r) {
+      x[r][0] = (D)vcvtq_f64_s64(vmovl_s32(vget_low_s32((int32x4_t)sums[r])));
+      x[r][1] = (D)vcvtq_f64_s64(vmovl_s32(vget_high_s32((int32x4_t)sums[r])));
+    }
+  }
   static FASTAGG_INLINE HalfF low(F x) { return bit_cast<HalfF>(vget_low_f32(bit_cast<float32x4_t>(x))); }
   static FASTAGG_INLINE HalfF high(F x) { return bit_cast<HalfF>(vget_high_f32(bit_cast<float32x4_t>(x))); }
   static FASTAGG_INLINE F join(HalfF low, HalfF high) {

@@ -16,6 +16,7 @@ using Vector = typename VectorOf<T, bytes>::type;
 
 /// `count` lanes. `Isa` gives the conversions between element sizes, and the stores:
 ///   extend_uint8, extend_int8, extend_uint16   `count` small integers in memory to I
+///   extend_int8_to_16, add_products, widen_sums   for IntegerProducts
 ///   low, high, join                            the halves of an F
 ///   widen, narrow                              half an F to D, and back
 ///   half_to_float                              `count` float16 in memory to F
@@ -76,6 +77,19 @@ struct VectorLanes {
     return Isa::join(Isa::narrow(wide[0]), Isa::narrow(wide[1]));
   }
 
+  /// Sums of two clients' integers times their 15-bit weights, for two vectors' elements.
+  struct IntegerProducts {
+    static constexpr int width = 2 * count;
+    I sums[2] = {};  // in an order of the instruction set's own
+
+    template <Code code>
+    FASTAGG_INLINE void add(const void* one, int16_t weight, const void* other, int16_t other_weight, int64_t i) {
+      Isa::add_products(sums, (typename Isa::Words)load_words<code>(one, i), weight,
+                        (typename Isa::Words)load_words<code>(other, i), other_weight);
+    }
+    FASTAGG_INLINE void widen(D (&x)[2][halves]) const { Isa::widen_sums(sums, x); }
+  };
+
   template <bool stream>
   static FASTAGG_INLINE void store_float32(void* out, int64_t i, F x) {
     Isa::template store<stream>(at<float>(out, i), x);
@@ -102,6 +116,14 @@ struct VectorLanes {
   }
 
  private:
+  using Words = Vector<int16_t, 4 * count>;
+
+  template <Code code>
+  static FASTAGG_INLINE Words load_words(const void* data, int64_t i) {
+    if constexpr (code == Code::wire_int8) return bit_cast<Words>(Isa::extend_int8_to_16(at<int8_t>(data, i)));
+    const I bytes = load_uint8(data, i / 2);  // each becomes the two words of its lane
+    return bit_cast<Words>((bytes << 28 >> 28 & 0xffff) | (bytes << 24 >> 28 << 16));
+  }
   template <class T>
   static FASTAGG_INLINE const T* at(const void* data, int64_t i) {
     return static_cast<const T*>(data) + i;

@@ -7,6 +7,8 @@
 
 namespace fastagg {
 
+/// Sums of a chunk: half of a first-level cache, which the clients' streams share.
+constexpr int64_t kSums = 2048;
 /// Vectors of sums that stay in registers while a group is added.
 constexpr int kRegisters = 2;
 
@@ -25,6 +27,11 @@ FASTAGG_INLINE void store_sums(double* sums, const typename Lanes::D (&sum)[regi
   for (int r = 0; r < registers; ++r)
     for (int h = 0; h < Lanes::halves; ++h)
       store_bytes(sums + r * Lanes::width + h * half, sum[r][h]);
+}
+
+/// Sets sums to -0.0: what addition leaves alone, zeros' signs included.
+inline void clear(double* sums, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) sums[i] = -0.0;
 }
 
 /// sums[i] += weight_k * x_k[begin + i] for the clients of a group, in float64, while whole registers fit before `count`.
@@ -75,10 +82,54 @@ FASTAGG_INLINE int64_t add_pairs(double* sums, Group group, int64_t begin, int64
   return i;
 }
 
+/// The same for scaled integers of one block, with their exact integer weights.
+template <class Lanes, Code code>
+FASTAGG_INLINE int64_t add_integers(double* sums, Group group, const IntegerWeights& weights, int64_t begin, int64_t i,
+                                    int64_t count) {
+  using D = typename Lanes::D;
+  using Products = typename Lanes::IntegerProducts;
+  for (; i + Products::width <= count; i += Products::width) {
+    Products products;
+    for (int k = 0; k < group.clients; k += 2) {
+      const bool odd = k + 1 == group.clients;
+      const Source &one = group.sources[k], &other = group.sources[odd ? k : k + 1];
+      products.template add<code>(one.data, weights.values[k], other.data, odd ? 0 : weights.values[k + 1], begin + i);
+    }
+    D sum[Products::width / Lanes::width][Lanes::halves], x[Products::width / Lanes::width][Lanes::halves];
+    load_sums<Lanes>(sum, sums + i);
+    products.widen(x);
+    for (int r = 0; r < Products::width / Lanes::width; ++r)
+      for (int h = 0; h < Lanes::halves; ++h) sum[r][h] = add_product(sum[r][h], broadcast<D>(weights.unit), x[r][h]);
+    store_sums<Lanes>(sums + i, sum);
+  }
+  return i;
+}
+
+/// Adds a group of scaled integers to a chunk's sums, block by block.
+template <class Lanes, Code code>
+void add_scaled_integers(double* sums, Group group, int64_t begin, int64_t count) {
+  const int64_t block = int64_t{1} << group.smallest_block_shift();
+  for (int64_t i = 0; i < count; i += block) {
+    const int64_t end = i + block < count ? i + block : count;
+    const IntegerWeights weights = integer_weights<code>(group, begin + i);
+    if (weights.exact) {
+      const int64_t done = add_integers<Lanes, code>(sums, group, weights, begin, i, end);
+      add_integers<Lane, code>(sums, group, weights, begin, done, end);
+      continue;
+    }
+    double group_sums[kSums];
+    clear(group_sums, end - i);
+    const int64_t done = add_products<Lanes, code>(group_sums, group, begin + i, 0, end - i);
+    add_products<Lane, code>(group_sums, group, begin + i, done, end - i);
+    for (int64_t j = i; j < end; ++j) sums[j] = sums[j] + group_sums[j - i];
+  }
+}
+
 /// Adds a group of clients of one code to a chunk's sums: its vectors first, its tail as lanes of one.
 template <class Lanes, Code code>
 void add_group(double* sums, Group group, bool pairwise, int64_t begin, int64_t count) {
-  if constexpr (is_narrow(code)) {
+  if constexpr (is_scaled_integer(code)) return add_scaled_integers<Lanes, code>(sums, group, begin, count);
+  if constexpr (is_narrow_float(code)) {
     if (pairwise) {
       const Group pairs{group.sources, group.weights, group.clients & ~1};
       const int64_t done = add_pairs<Lanes, code>(sums, pairs, begin, 0, count);
@@ -149,7 +200,7 @@ void store_maximum(const Leaf& leaf, int64_t begin, int64_t end) {
   }
 }
 
-/// `weighted_sum` of the elements [begin, end) of a leaf, `begin` a multiple of kChunk; true if every sum is finite.
+/// `weighted_sum` of the elements [begin, end) of a leaf, `begin` a multiple of kSums; true if every sum is finite.
 /// With `stream`, the result bypasses the cache.
 template <class Lanes>
 bool weighted_sum(const Leaf& leaf, int64_t begin, int64_t end, bool stream) {
@@ -160,10 +211,10 @@ bool weighted_sum(const Leaf& leaf, int64_t begin, int64_t end, bool stream) {
     });
     return finite;
   }
-  alignas(64) double sums[kChunk];
-  for (; begin < end; begin += kChunk) {
-    const int64_t count = end - begin < kChunk ? end - begin : kChunk;
-    for (int64_t i = 0; i < count; ++i) sums[i] = -0.0;  // what addition leaves alone, zeros' signs included
+  alignas(64) double sums[kSums];
+  for (; begin < end; begin += kSums) {
+    const int64_t count = end - begin < kSums ? end - begin : kSums;
+    clear(sums, count);
     add_clients<Lanes>(leaf, sums, begin, count);
     if (leaf.out == nullptr) {
       finite &= all_finite(sums, count);

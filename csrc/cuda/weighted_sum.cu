@@ -12,55 +12,64 @@ namespace {
 /// Clients whose loads are under way together.
 constexpr int kInFlight = 4;
 
-/// sums += weight_k * x_k for the clients of a group, from index i on: one by one in float64, or in float32 where two
+/// sums += weight_k * x_k for neighbouring clients, from index i on: one by one in float64, or in float32 where two
 /// clients' products are added up before they join the sum.
-template <Code code, int n, class T>
-FASTAGG_INLINE void add_clients(double (&sums)[n], const Group& group, int64_t i) {
+template <Code code, int n, class T, int clients>
+FASTAGG_INLINE void add_clients(double (&sums)[n], const Source* sources, const double* client_weights, int64_t i) {
   constexpr int step = std::is_same_v<T, float> ? 2 : 1;
-  for (int first = 0; first < group.clients; first += kInFlight) {
-    Elements<code, n> x[kInFlight];
-    T weights[kInFlight];
-#pragma unroll
-    for (int k = 0; k < kInFlight; ++k) {
-      if (first + k >= group.clients) break;
-      const Source source = group.sources[first + k];
-      x[k] = load_elements<code, n>(source, i);
-      weights[k] = static_cast<T>(group.weights[first + k]) * static_cast<T>(scale_at<code>(source, i));
-    }
-#pragma unroll
-    for (int k = 0; k < kInFlight; k += step) {
-      if (first + k >= group.clients) break;
-#pragma unroll
-      for (int j = 0; j < n; ++j) {
-        if constexpr (step == 1) {
-          sums[j] = add_product(sums[j], weights[k], value_of<double>(x[k], j));
-        } else {
-          const float one = value_of<float>(x[k], j), other = value_of<float>(x[k + 1], j);
-          sums[j] = sums[j] + static_cast<double>(sum_pair(weights[k], one, weights[k + 1], other));
-        }
+  Elements<code, n> x[clients];
+  T weights[clients];
+  for (int k = 0; k < clients; ++k) {
+    const Source source = sources[k];
+    x[k] = load_elements<code, n>(source, i);
+    weights[k] = static_cast<T>(client_weights[k]) * static_cast<T>(scale_at<code>(source, i));
+  }
+  for (int k = 0; k < clients; k += step) {
+    for (int j = 0; j < n; ++j) {
+      if constexpr (step == 1) {
+        sums[j] = add_product(sums[j], weights[k], value_of<double>(x[k], j));
+      } else {
+        const float one = value_of<float>(x[k], j), other = value_of<float>(x[k + 1], j);
+        sums[j] = sums[j] + static_cast<double>(sum_pair(weights[k], one, weights[k + 1], other));
       }
     }
   }
 }
 
+/// Adds the clients of a group from `k` on, one by one.
+template <Code code, int n>
+FASTAGG_INLINE void add_products(double (&sums)[n], const Group& group, int k, int64_t i) {
+  for (; k + kInFlight <= group.clients; k += kInFlight)
+    add_clients<code, n, double, kInFlight>(sums, group.sources + k, group.weights + k, i);
+  for (; k < group.clients; ++k) add_clients<code, n, double, 1>(sums, group.sources + k, group.weights + k, i);
+}
+
 /// Adds a group of clients of one code: in pairs where that is exact enough, the odd one on its own.
 template <Code code, int n>
-FASTAGG_INLINE void add_group(double (&sums)[n], Group group, bool pairwise, int64_t i) {
-  if constexpr (is_narrow(code)) {
+FASTAGG_INLINE void add_group(double (&sums)[n], const Group& group, bool pairwise, int64_t i) {
+  if constexpr (is_scaled_integer(code)) {  // added up before they join the sum
+    double group_sums[n];
+    for (double& sum : group_sums) sum = -0.0;
+    add_products<code, n>(group_sums, group, 0, i);
+    for (int j = 0; j < n; ++j) sums[j] = sums[j] + group_sums[j];
+    return;
+  }
+  int k = 0;
+  if constexpr (is_narrow_float(code)) {
     if (pairwise) {
-      const int paired = group.clients & ~1;
-      add_clients<code, n, float>(sums, {group.sources, group.weights, paired}, i);
-      group = {group.sources + paired, group.weights + paired, group.clients & 1};
+      for (; k + kInFlight <= group.clients; k += kInFlight)
+        add_clients<code, n, float, kInFlight>(sums, group.sources + k, group.weights + k, i);
+      for (; k + 2 <= group.clients; k += 2)
+        add_clients<code, n, float, 2>(sums, group.sources + k, group.weights + k, i);
     }
   }
-  add_clients<code, n, double>(sums, group, i);
+  add_products<code, n>(sums, group, k, i);
 }
 
 template <Code code, int n>
 FASTAGG_INLINE void store_means(const Leaf& leaf, const double (&sums)[n], int64_t i) {
   Elements<code, n> means;
-  const Result result{means.entries.values, means.companion.values, leaf.scale};
-#pragma unroll
+  const Result result{means.entries.values, means.companion.values, leaf.scale, leaf.dither};
   for (int j = 0; j < n; ++j) {
     double x[1] = {sums[j]};
     store_mean<ThreadLane, code, false>(result, j, x);
@@ -72,7 +81,6 @@ FASTAGG_INLINE void store_means(const Leaf& leaf, const double (&sums)[n], int64
 template <int n>
 FASTAGG_INLINE bool mean(const Leaf& leaf, int64_t i) {
   double sums[n];
-#pragma unroll
   for (double& sum : sums) sum = -0.0;  // what addition leaves alone, zeros' signs included
   for (int first = 0; first < leaf.clients;) {
     const Group group = group_from(leaf, first);
@@ -81,7 +89,6 @@ FASTAGG_INLINE bool mean(const Leaf& leaf, int64_t i) {
     first += group.clients;
   }
   double check = 0;
-#pragma unroll
   for (double sum : sums) check += finite_check(sum);
   if (leaf.out != nullptr)
     with_code(leaf.code, [&](auto code) {
