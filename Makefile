@@ -7,7 +7,7 @@ ARGUMENTS ?=
 VENV := .venv
 INSTALL := $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet
 NATIVE_SOURCES := CMakeLists.txt $(shell find csrc -type f)
-PYTHON_SOURCES := $(shell find python bench -type f -name '*.py*' -not -path '*/__pycache__/*')
+PYTHON_SOURCES := $(shell find python $(wildcard bench) -type f -name '*.py*' -not -path '*/__pycache__/*')
 
 # cmake, ninja and the linters are the environment's own.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
