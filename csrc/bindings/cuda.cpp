@@ -12,9 +12,7 @@
 namespace fastagg::bindings {
 namespace {
 
-struct CudaError : std::runtime_error {
-  using std::runtime_error::runtime_error;
-};
+struct CudaError : std::runtime_error { using std::runtime_error::runtime_error; };
 
 /// Throws what a call of the runtime returned, unless it is success.
 void check_status(cudaError_t status, const char* doing) {

@@ -1,7 +1,6 @@
 // `cast`: from any floating code to any other, through float32 in registers, as csrc/cpu/cast.h does: the same bytes.
 // Wires with scales are encoded by blocks, each by a few neighbouring threads of one warp; all other codes by vectors.
 #include "core/cast.h"
-
 #include "elements.cuh"
 #include "launch.cuh"
 #include "operations.h"
@@ -86,12 +85,12 @@ FASTAGG_INLINE void encode_vector(const Operands& op, int64_t i, const float (&x
   for (int j = 0; j < kVector; ++j) {
     auto& out = codes.entries.values;
     raise(largest, x[j]);
-    if constexpr (code == Code::float32 || code == Code::float64)
-      out[j] = x[j];
+    if constexpr (code == Code::float32 || code == Code::float64) out[j] = x[j];
     else if constexpr (code == Code::float16 && rounding == Rounding::nearest)
       ThreadLane::store_float16<false>(out, j, x[j]);
     else
-      out[j] = static_cast<uint16_t>(encode<code, rounding, float, int32_t>(x[j], static_cast<int32_t>(random.words[j])));
+      out[j] =
+          static_cast<uint16_t>(encode<code, rounding, float, int32_t>(x[j], static_cast<int32_t>(random.words[j])));
   }
   store_vector<code>(op, i, codes);
 }
@@ -107,8 +106,7 @@ FASTAGG_INLINE void encode_in_block(const Operands& op, int64_t i, const float (
     int32_t encoded;
     if constexpr (code == Code::wire_int8 || code == Code::wire_int4)
       encoded = marked ? 0 : encode_integer<rounding, float, int32_t>(x[j], inverse.first, inverse.second, random_bits);
-    else
-      encoded = encode<code, rounding, float, int32_t>(x[j] * inverse.first * inverse.second, random_bits);
+    else encoded = encode<code, rounding, float, int32_t>(x[j] * inverse.first * inverse.second, random_bits);
     if constexpr (code == Code::wire_int4) {
       if (i + j < op.cast.count) codes.entries.values[j / 2] |= static_cast<uint8_t>((encoded & 15) << (j % 2 * 4));
     } else {
@@ -168,7 +166,8 @@ __device__ inline int32_t encode_block(const Operands& op, int64_t begin, int la
     }
   }
   finite = largest_of_lanes(finite, lanes);
-  const bool marked = (code == Code::wire_int8 || code == Code::wire_int4) && largest_of_lanes(largest, lanes) >= kInfinity;
+  const bool marked =
+      (code == Code::wire_int8 || code == Code::wire_int4) && largest_of_lanes(largest, lanes) >= kInfinity;
   const int exponent = scale_exponent(bit_cast<float>(finite), code);
   if (lane == 0 && begin < end)
     op.cast.scales[begin >> op.cast.block_shift] = marked ? bit_cast<float>(0x7fc00000) : scale_of(exponent);
@@ -185,7 +184,8 @@ __global__ void __launch_bounds__(kThreads) encode_blocks(Operands op) {
   const int lanes = (1 << op.cast.block_shift) / kVector < kWarp ? (1 << op.cast.block_shift) / kVector : kWarp;
   const int64_t tile = int64_t{kWarp / lanes} << op.cast.block_shift;  // elements of a warp's blocks
   const int lane = static_cast<int>(threadIdx.x % kWarp);
-  const int64_t warp = (int64_t{kThreads} * blockIdx.x + threadIdx.x) / kWarp, warps = int64_t{kThreads} / kWarp * gridDim.x;
+  const int64_t warp = (int64_t{kThreads} * blockIdx.x + threadIdx.x) / kWarp,
+                warps = int64_t{kThreads} / kWarp * gridDim.x;
   int32_t largest = 0;
   for (int64_t begin = warp * tile; begin < op.cast.count; begin += warps * tile) {
     const int64_t block_begin = begin + (int64_t{lane / lanes} << op.cast.block_shift);
@@ -225,8 +225,10 @@ __device__ inline int32_t encode_signs(const Operands& op, int64_t begin, int la
 
 __global__ void __launch_bounds__(kThreads) encode_sign_blocks(Operands op) {
   const int64_t block = int64_t{1} << op.cast.block_shift;
-  const int lane = static_cast<int>(threadIdx.x % kSignStrides), of_warp = static_cast<int>(threadIdx.x % kWarp / kSignStrides);
-  const int64_t warp = (int64_t{kThreads} * blockIdx.x + threadIdx.x) / kWarp, warps = int64_t{kThreads} / kWarp * gridDim.x;
+  const int lane = static_cast<int>(threadIdx.x % kSignStrides),
+            of_warp = static_cast<int>(threadIdx.x % kWarp / kSignStrides);
+  const int64_t warp = (int64_t{kThreads} * blockIdx.x + threadIdx.x) / kWarp,
+                warps = int64_t{kThreads} / kWarp * gridDim.x;
   int32_t largest = 0;
   for (int64_t begin = warp * 2 * block; begin < op.cast.count; begin += warps * 2 * block) {
     const int32_t here = encode_signs(op, begin + of_warp * block, lane);
@@ -246,21 +248,32 @@ Kernel kernel_for() {
 
 template <Code code>
 Kernel kernel_for(Rounding rounding) {
-  return rounding == Rounding::stochastic ? kernel_for<code, Rounding::stochastic>() : kernel_for<code, Rounding::nearest>();
+  return rounding == Rounding::stochastic ? kernel_for<code, Rounding::stochastic>()
+                                          : kernel_for<code, Rounding::nearest>();
 }
 
 Kernel kernel_for(Code code, Rounding rounding) {
   switch (code) {
-    case Code::float64: return kernel_for<Code::float64, Rounding::nearest>();
-    case Code::float32: return kernel_for<Code::float32, Rounding::nearest>();
-    case Code::float16: return kernel_for<Code::float16>(rounding);
-    case Code::bfloat16: return kernel_for<Code::bfloat16>(rounding);
-    case Code::wire_fp8_e4m3: return kernel_for<Code::wire_fp8_e4m3>(rounding);
-    case Code::wire_fp8_e5m2: return kernel_for<Code::wire_fp8_e5m2>(rounding);
-    case Code::wire_int8: return kernel_for<Code::wire_int8>(rounding);
-    case Code::wire_int4: return kernel_for<Code::wire_int4>(rounding);
-    case Code::wire_sign: return kernel_for<Code::wire_sign, Rounding::nearest>();
-    default: return nullptr;
+    case Code::float64:
+      return kernel_for<Code::float64, Rounding::nearest>();
+    case Code::float32:
+      return kernel_for<Code::float32, Rounding::nearest>();
+    case Code::float16:
+      return kernel_for<Code::float16>(rounding);
+    case Code::bfloat16:
+      return kernel_for<Code::bfloat16>(rounding);
+    case Code::wire_fp8_e4m3:
+      return kernel_for<Code::wire_fp8_e4m3>(rounding);
+    case Code::wire_fp8_e5m2:
+      return kernel_for<Code::wire_fp8_e5m2>(rounding);
+    case Code::wire_int8:
+      return kernel_for<Code::wire_int8>(rounding);
+    case Code::wire_int4:
+      return kernel_for<Code::wire_int4>(rounding);
+    case Code::wire_sign:
+      return kernel_for<Code::wire_sign, Rounding::nearest>();
+    default:
+      return nullptr;
   }
 }
 
@@ -269,7 +282,8 @@ Kernel kernel_for(Code code, Rounding rounding) {
 cudaError_t cast(const Cast& cast, int32_t* nonfinite, cudaStream_t stream) noexcept {
   const Kernel kernel = kernel_for(cast.code, cast.rounding);
   if (kernel == nullptr) return cudaErrorInvalidValue;
-  const uintptr_t past = (reinterpret_cast<uintptr_t>(cast.source.data) | reinterpret_cast<uintptr_t>(cast.out)) % kAlignment;
+  const uintptr_t past =
+      (reinterpret_cast<uintptr_t>(cast.source.data) | reinterpret_cast<uintptr_t>(cast.out)) % kAlignment;
   // A block of threads has at least this many elements to do.
   constexpr int64_t share = int64_t{kThreads} * kVector;
   return launch_persistent(kernel, (cast.count + share - 1) / share, stream, Operands{cast, past == 0, nonfinite});

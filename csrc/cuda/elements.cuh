@@ -32,8 +32,7 @@ FASTAGG_INLINE Elements<code, n> load_elements(const Source& source, int64_t i) 
   Whole elements;
   const auto* from = static_cast<const Element<code>*>(source.data) + i / Whole::per_entry;
   elements.entries = *reinterpret_cast<const typename Whole::Entries*>(from);
-  if constexpr (n < Whole::per_entry)
-    elements.entries.values[0] >>= i % Whole::per_entry * (8 / Whole::per_entry);
+  if constexpr (n < Whole::per_entry) elements.entries.values[0] >>= i % Whole::per_entry * (8 / Whole::per_entry);
   if constexpr (code == Code::state48)
     elements.companion = reinterpret_cast<const typename Whole::Companion*>(source.companion)[i / n];
   return elements;

@@ -1,4 +1,5 @@
-// The host's side of `weighted_sum`: leaves with all that they point to as one block of bytes, for one copy to the device.
+// The host's side of `weighted_sum`: leaves with all that they point to as one block of bytes, for one copy to the
+// device.
 #pragma once
 #include <algorithm>
 #include <vector>
@@ -7,7 +8,8 @@
 
 namespace fastagg::cuda {
 
-/// Plans and fills the block: a flag a leaf, the leaves, then sources and weights. Leaves without elements are left out.
+/// Plans and fills the block: a flag a leaf, the leaves, then sources and weights. Leaves without elements are left
+/// out.
 class LeafTableBuilder {
  public:
   /// `leaves` must outlive the builder. Weights that neighbouring leaves share are stored once.
@@ -45,7 +47,8 @@ class LeafTableBuilder {
       std::copy_n(leaf(i).sources, leaf(i).clients, reinterpret_cast<Source*>(bytes.data() + sources_at_[i]));
       std::copy_n(leaf(i).weights, leaf(i).clients, reinterpret_cast<double*>(bytes.data() + weights_at_[i]));
     }
-    *table = {reinterpret_cast<const TableLeaf*>(device + leaves_at_), size(), tasks, reinterpret_cast<int32_t*>(device)};
+    *table = {reinterpret_cast<const TableLeaf*>(device + leaves_at_), size(), tasks,
+              reinterpret_cast<int32_t*>(device)};
     return bytes;
   }
 

@@ -1,7 +1,6 @@
-// `weighted_sum`: every leaf of a model in one launch. A thread keeps the float64 sums of a few elements in registers and
-// walks the clients in order, as csrc/cpu/weighted_sum.h does: the same bits.
+// `weighted_sum`: every leaf of a model in one launch. A thread keeps the float64 sums of a few elements in registers
+// and walks the clients in order, as csrc/cpu/weighted_sum.h does: the same bits.
 #include "core/weighted_sum.h"
-
 #include "elements.cuh"
 #include "launch.cuh"
 #include "operations.h"
