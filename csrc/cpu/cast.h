@@ -50,8 +50,8 @@ template <class Lanes, Code from, bool stream>
 int32_t decode_chunk(const Cast& op, float* out, int64_t begin, int64_t at, int64_t count) {
   int32_t largest = 0;
   const int64_t head = stream ? until_aligned(out, at, sizeof(float), count) : 0;
-  // Lanes of sub-byte codes start at whole bytes: an unaligned destination of theirs is stored the usual way.
-  if (stream && head != 0 && (from == Code::wire_int4 || from == Code::wire_sign))
+  // A vector must not reach into the next block of scales: an unaligned destination is stored the usual way.
+  if (stream && head != 0 && has_scales(from))
     return decode_chunk<Lanes, from, false>(op, out, begin, at, count);
   int64_t i = decode_vectors<Lane, from, false>(op, out, begin, at, 0, head, largest);
   i = decode_vectors<Lanes, from, stream>(op, out, begin, at, i, count, largest);
