@@ -1,0 +1,113 @@
+"""The targets, and whether a run's rows reach them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from contenders import FASTAGG, FASTAGG_OUT
+from rows import Row
+
+
+class Target(NamedTuple):
+    """One target and what was measured."""
+
+    text: str
+    needed: str
+    measured: str  # "" where a row of it is missing
+    reached: bool
+
+    @property
+    def verdict(self) -> str:
+        """In words."""
+        if not self.measured:
+            return "not measured"
+        return "reached" if self.reached else "not reached"
+
+
+class Results:
+    """A run's rows by operation, case and contender."""
+
+    def __init__(self, rows: list[Row]) -> None:
+        self._rows = {(row.operation, row.key, row.contender): row for row in rows}
+
+    def value(self, operation: str, key: str, contender: str, of: Callable[[Row], float | None]) -> float | None:
+        """A number of one row, or None without that row."""
+        row = self._rows.get((operation, key, contender))
+        return None if row is None else of(row)
+
+    def fraction(self, operation: str, key: str) -> float | None:
+        """Of the limit, for fastagg into existing memory."""
+        return self.value(operation, key, FASTAGG_OUT, lambda row: row.fraction_of_limit)
+
+    def speedup(self, operation: str, key: str, contender: str) -> float | None:
+        """How many times as long as fastagg a contender takes."""
+        return self.value(operation, key, contender, lambda row: row.times_fastagg)
+
+
+def targets(rows: list[Row]) -> list[Target]:
+    """Every target, in the order of the report."""
+    results = Results(rows)
+    return [*_fedavg(results), *_casts(results), *_memory(results), *_accumulator(results)]
+
+
+def _fedavg(results: Results) -> list[Target]:
+    one = "fedavg K=10, N=25M fp32, one array"
+    state_dict = results.value("fedavg", "state_dict", FASTAGG_OUT, lambda row: row.times_twin)
+    small = results.value("fedavg", "small", FASTAGG, lambda row: row.median * 1e6)
+    return [
+        _at_least(f"{one}, out=: of the limit", 0.85, results.fraction("fedavg", "array")),
+        _at_least(f"{one}, out=: times torch's add_ loop", 2, results.speedup("fedavg", "array", "torch add_, out=")),
+        _at_least(f"{one}: times torch's add_ loop", 2, results.speedup("fedavg", "array", "torch add_")),
+        _at_least(f"{one}: times Flower's ServerApp", 7, results.speedup("fedavg", "array", "Flower ServerApp")),
+        _at_most("the same as a state_dict of 214 leaves: times the one array's time", 1.2, state_dict),
+        _at_least("fedavg K=100, N=2.5M, out=: of the limit", 0.75, results.fraction("fedavg", "hundred clients")),
+        *(
+            _at_least(f"{key} uploads, out=: of the limit of their own bytes", 0.75, results.fraction("fedavg", key))
+            for key in ("fp16", "bf16", "int8")
+        ),
+        _at_most("fedavg K=10, N=1000: microseconds a call", 15, small),
+    ]
+
+
+def _casts(results: Results) -> list[Target]:
+    found = []
+    for operation, arrow in (("quantize", "fp32 to fp16"), ("dequantize", "fp16 to fp32")):
+        text = f"{operation} {arrow}, 64M"
+        copy, to = (results.speedup(operation, "fp16", name) for name in ("torch copy_, out=", "torch .to()"))
+        found += [
+            _at_least(f"{text}, out=: of the limit", 0.85, results.fraction(operation, "fp16")),
+            _at_least(f"{text}, out=: times torch's copy_", 1.15, copy),
+            _at_least(f"{text}: times torch's .to()", 2, to),
+        ]
+    return found
+
+
+def _memory(results: Results) -> list[Target]:
+    models = results.value("fedavg", "array", FASTAGG, lambda row: row.extra_models)
+    held = results.value("accumulator", "batch=1", FASTAGG, lambda row: row.most_bytes_per_element)
+    return [
+        _at_most("fedavg: peak extra memory in models", 1, models),
+        _at_most("Accumulator: bytes an fp32 element, whatever K", 12, held),
+    ]
+
+
+def _accumulator(results: Results) -> list[Target]:
+    single = results.speedup("accumulator", "batch=1", "torch add_")
+    batched = results.speedup("accumulator", "batch=8", "torch add_")
+    return [
+        _at_most("Accumulator batch=1: times the time of torch's add_", 1.7, None if single is None else 1 / single),
+        _at_least("Accumulator batch=8: times torch's add_ loop", 1.5, batched),
+    ]
+
+
+def _at_least(text: str, bound: float, measured: float | None) -> Target:
+    return Target(text, f"at least {bound:g}", _shown(measured), measured is not None and round(measured, 2) >= bound)
+
+
+def _at_most(text: str, bound: float, measured: float | None) -> Target:
+    return Target(text, f"at most {bound:g}", _shown(measured), measured is not None and round(measured, 2) <= bound)
+
+
+def _shown(measured: float | None) -> str:
+    return "" if measured is None else f"{measured:.2f}"
