@@ -1,0 +1,26 @@
+"""Programs run in processes of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+
+def run(program: str, timeout: float = 60, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs Python code with some environment variables set; FASTAGG_ISA and OMP_NUM_THREADS are not inherited."""
+    inherited = {name: value for name, value in os.environ.items() if name not in ("FASTAGG_ISA", "OMP_NUM_THREADS")}
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        env={**inherited, **environment},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def output_of(program: str, timeout: float = 60, **environment: str) -> str:
+    """What a program that must succeed prints."""
+    done = run(program, timeout, **environment)
+    assert done.returncode == 0, f"ended with {done.returncode}: {done.stderr[-3000:]}"
+    return done.stdout.strip()
