@@ -1,0 +1,228 @@
+"""The floors of the house: who may include, import and link whom."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import fastagg
+from fastagg import _core
+
+ROOT = Path(__file__).resolve().parent.parent
+NATIVE = ROOT / "csrc"
+PYTHON = ROOT / "python" / "fastagg"
+
+# The folders whose headers a folder may include, its own among them. cpu and cuda never see each other.
+MAY_INCLUDE = {
+    "core": {"core"},
+    "cpu": {"core", "cpu"},
+    "cuda": {"core", "cuda"},
+    "comm": {"core", "cpu", "cuda", "comm"},
+    "bindings": {"core", "cpu", "cuda", "comm", "bindings"},
+}
+
+# Floor 4: what each module may import of fastagg. All others are floor 5, which no module of floor 4 may import.
+MAY_IMPORT = {
+    "_codes": set(),
+    "_errors": set(),
+    "_backend": {"_core"},
+    "_build": {"_core"},
+    "_tensor": {"_core", "_codes"},
+    "quantization": {"_core", "_backend", "_codes", "_tensor"},
+    "_updates": {"_tensor", "quantization"},
+    "_overlap": {"_codes"},
+    "averaging": {"_backend", "_codes", "_errors", "_overlap", "_tensor", "_updates", "quantization"},
+    "accumulator": {"_backend", "_codes", "_errors", "_tensor", "_updates", "averaging"},
+}
+ARRAY_LIBRARIES = {"torch", "cupy", "jax", "tensorflow"}
+
+
+def native_sources() -> list[Path]:
+    """Every C++ and CUDA file."""
+    return [path for path in sorted(NATIVE.rglob("*")) if path.suffix in {".h", ".cpp", ".cu", ".cuh"}]
+
+
+def without_comments(path: Path) -> str:
+    """A C++ file without its comments."""
+    return re.sub(r"//[^\n]*|/\*.*?\*/", "", path.read_text(), flags=re.DOTALL)
+
+
+def code_of(path: Path) -> str:
+    """A C++ file without its comments and string literals."""
+    return re.sub(r'"(?:\\.|[^"\\\n])*"', '""', without_comments(path))
+
+
+def name_of(path: Path) -> str:
+    """A file as the failures name it."""
+    return str(path.relative_to(ROOT))
+
+
+by_source = pytest.mark.parametrize("path", native_sources(), ids=name_of)
+
+
+def test_there_is_something_to_look_at() -> None:
+    assert len(native_sources()) > 20
+    assert {path.parent.name for path in native_sources()} <= set(MAY_INCLUDE)
+
+
+@by_source
+def test_a_floor_includes_only_floors_below(path: Path) -> None:
+    floor = path.parent.name
+    for included in re.findall(r'#\s*include\s+"([^"]+)"', without_comments(path)):
+        if included == "cuda_on_cpu.h":  # the tests' own, in the place of CUDA's
+            assert path.name == "launch.cuh"
+            continue
+        beside = path.parent / included
+        target = beside if beside.is_file() else NATIVE / included
+        assert target.is_file(), f"{included} is nowhere"
+        assert target.resolve().parent.name in MAY_INCLUDE[floor], f"{floor} may not include {included}"
+
+
+@by_source
+def test_only_bindings_know_python(path: Path) -> None:
+    if path.parent.name == "bindings":
+        return
+    found = re.findall(r"pybind11|Python\.h|PyObject|Py_\w+|PyGILState\w*", without_comments(path))
+    assert not found
+
+
+@by_source
+def test_nothing_native_knows_torch(path: Path) -> None:
+    assert not re.findall(r"\b(?:torch|ATen|c10|libtorch)\b", code_of(path))
+    assert not re.findall(r'#\s*include\s+[<"](?:torch|ATen|c10)', without_comments(path))
+
+
+@by_source
+def test_core_is_headers_only(path: Path) -> None:
+    assert path.parent.name != "core" or path.suffix == ".h"
+
+
+@by_source
+def test_only_launch_knows_how_kernels_start(path: Path) -> None:
+    assert path.name == "launch.cuh" or "<<<" not in code_of(path)
+
+
+@by_source
+def test_native_code_never_prints_and_never_exits(path: Path) -> None:
+    code = code_of(path)
+    assert not re.findall(r"\b(?:printf|fprintf|puts|putchar|perror|cout|cerr|clog)\b", code)
+    assert not re.findall(r"\b(?:exit|_exit|_Exit|quick_exit|abort|terminate|assert)\s*\(", code)
+
+
+@by_source
+def test_no_fast_math(path: Path) -> None:
+    assert not re.findall(r"fast.?math|__fmaf?\w*|\bfmaf?\s*\(|_mm\d*_fn?m(?:add|sub)\w*|vfmaq?\w*", code_of(path))
+
+
+def test_builds_turn_contraction_off() -> None:
+    flags = (ROOT / "CMakeLists.txt").read_text()
+    assert "-ffp-contract=off" in flags
+    assert not re.findall(r"-ffast-math|-Ofast|--use_fast_math|-march=native", flags)
+    if (NATIVE / "cuda").is_dir() and "csrc/cuda" in flags:
+        assert "-fmad=false" in flags
+
+
+def imports_of(path: Path) -> tuple[set[str], set[str]]:
+    """The modules of fastagg that a module imports, and everything else: those needed only for types left out."""
+    inside, outside = set(), set()
+    tree = ast.parse(path.read_text())
+    for_types = {
+        id(child)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+        for child in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if id(node) in for_types:
+            continue
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: imports are absolute"
+            plain = node.module == "fastagg"
+            names = [f"fastagg.{alias.name}" for alias in node.names] if plain else [str(node.module)]
+        else:
+            continue
+        for name in names:
+            (inside if name.split(".")[0] == "fastagg" else outside).add(name.removeprefix("fastagg."))
+    return inside, {name.split(".")[0] for name in outside}
+
+
+@pytest.mark.parametrize("module", MAY_IMPORT)
+def test_python_modules_import_only_what_is_below(module: str) -> None:
+    inside, _ = imports_of(PYTHON / f"{module}.py")
+    assert inside <= MAY_IMPORT[module], f"{module} may not import {inside - MAY_IMPORT[module]}"
+
+
+def test_the_allowed_imports_have_no_circles() -> None:
+    left = {module: allowed - {"_core"} for module, allowed in MAY_IMPORT.items()}
+    while left:
+        ground = {module for module, allowed in left.items() if not allowed & set(left)}
+        assert ground, f"a circle among {sorted(left)}"
+        left = {module: allowed for module, allowed in left.items() if module not in ground}
+
+
+@pytest.mark.parametrize("module", [*(set(MAY_IMPORT) - {"_tensor"}), "__init__"])
+def test_only_tensor_knows_array_libraries(module: str) -> None:
+    _, outside = imports_of(PYTHON / f"{module}.py")
+    assert not outside & ARRAY_LIBRARIES
+
+
+def test_importing_fastagg_imports_no_optional_package() -> None:
+    from processes import output_of
+
+    program = """
+import sys, fastagg
+optional = {"torch", "cupy", "ml_dtypes", "rich", "typer", "matplotlib", "sklearn", "flwr", "nvflare", "pytest"}
+print(sorted(optional & set(sys.modules)))
+"""
+    assert output_of(program) == "[]"
+
+
+def test_the_version_has_one_home() -> None:
+    declared = re.search(r'^version = "([^"]+)"', (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE)
+    assert declared is not None
+    assert fastagg.__version__ == declared.group(1)
+    assert fastagg.build_info()["version"] == declared.group(1)
+
+
+def test_everything_public_is_there() -> None:
+    for name in fastagg.__all__:
+        assert hasattr(fastagg, name)
+
+
+def test_the_module_links_neither_torch_nor_cuda() -> None:
+    tool = shutil.which("readelf")
+    if tool is None:
+        pytest.skip("no readelf")
+    done = subprocess.run([tool, "-d", _core.__file__], capture_output=True, text=True, check=True)
+    needed = re.findall(r"NEEDED.*\[([^\]]+)\]", done.stdout)
+    assert needed
+    assert not [name for name in needed if re.search(r"torch|c10|cuda|nvidia|python", name)]
+
+
+def weak_functions(path: Path) -> set[str]:
+    """The functions of an object file that the linker may take from any other instead."""
+    done = subprocess.run(["nm", "-C", path], capture_output=True, text=True, check=True)
+    return {line.split(maxsplit=2)[2] for line in done.stdout.splitlines() if re.match(r"[0-9a-f]+ W ", line)}
+
+
+def test_no_loop_of_an_instruction_set_can_serve_another() -> None:
+    # A function emitted by two object files is one symbol: the linker could keep the copy made for AVX-512.
+    if shutil.which("nm") is None:
+        pytest.skip("no nm")
+    build = Path(os.environ.get("FASTAGG_BUILD", ROOT / "build"))
+    objects = {path.name.split(".")[0]: path for path in build.rglob("csrc/cpu/*.cpp.o")}
+    special = {"avx2", "avx512", "neon"} & set(objects)
+    if not special or "scalar" not in objects:
+        pytest.skip("no object files: FASTAGG_BUILD names the folder of a build")
+    weak = {name: weak_functions(path) for name, path in objects.items()}
+    for name in special:
+        others = set().union(*(functions for other, functions in weak.items() if other != name))
+        assert not weak[name] & others
