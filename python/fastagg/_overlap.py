@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,8 +30,8 @@ def check(inputs: list[LeafInputs], outs: list[View], structure: Structure) -> N
                 f"out, {structure.leaf_name(index)}: overlaps client {client}'s {structure.leaf_name(leaf)}"
             )
     sorted_outs = sorted(range(len(outs)), key=lambda index: outs[index].span)
-    for one, other in zip(sorted_outs, sorted_outs[1:], strict=False):
-        if outs[one].count and outs[other].count and outs[one].span[1] > outs[other].span[0]:
+    for one, other in pairwise(sorted_outs):
+        if outs[one].elements and outs[other].elements and outs[one].span[1] > outs[other].span[0]:
             raise ValueError(f"out: {structure.leaf_name(one)} and {structure.leaf_name(other)} overlap")
 
 

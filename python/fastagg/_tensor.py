@@ -25,14 +25,14 @@ class View(NamedTuple):
     owner: Any
 
     @property
-    def count(self) -> int:
+    def elements(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
 
     @property
     def span(self) -> tuple[int, int]:
         """First address, and the one behind the last byte."""
-        return self.address, self.address + self.count * ELEMENT_BYTES[self.code]
+        return self.address, self.address + self.elements * ELEMENT_BYTES[self.code]
 
 
 class Kind(Protocol):
@@ -74,6 +74,18 @@ class Kind(Protocol):
 
     def stream(self, device: str) -> int:
         """The caller's current stream on a CUDA device."""
+        ...
+
+    def dtype_named(self, name: str) -> Any:
+        """The library's dtype of that plain name."""
+        ...
+
+    def to_numpy(self, array: Any) -> np.ndarray:
+        """A copy in the host's memory."""
+        ...
+
+    def from_numpy(self, array: np.ndarray, device: str) -> Any:
+        """A copy on a device."""
         ...
 
 
@@ -131,6 +143,18 @@ class NumPy:
     def stream(self, device: str) -> int:
         """See `Kind`."""
         return 0
+
+    def dtype_named(self, name: str) -> Any:
+        """See `Kind`."""
+        return self.dtype_for(Code.BFLOAT16) if name == "bfloat16" else np.dtype(name)
+
+    def to_numpy(self, array: Any) -> np.ndarray:
+        """See `Kind`."""
+        return np.array(array)
+
+    def from_numpy(self, array: np.ndarray, device: str) -> Any:
+        """See `Kind`."""
+        return array.copy()
 
 
 class Torch:
@@ -210,6 +234,18 @@ class Torch:
         """See `Kind`."""
         return 0 if device == "cpu" else int(self.torch.cuda.current_stream(device).cuda_stream)
 
+    def dtype_named(self, name: str) -> Any:
+        """See `Kind`."""
+        return getattr(self.torch, name)
+
+    def to_numpy(self, array: Any) -> np.ndarray:
+        """See `Kind`."""
+        return np.array(array.cpu().numpy())
+
+    def from_numpy(self, array: np.ndarray, device: str) -> Any:
+        """See `Kind`."""
+        return self.torch.tensor(array, device=device)
+
 
 class CuPy:
     """CuPy arrays."""
@@ -263,6 +299,19 @@ class CuPy:
     def stream(self, device: str) -> int:
         """See `Kind`."""
         return int(self.cupy.cuda.get_current_stream().ptr)
+
+    def dtype_named(self, name: str) -> Any:
+        """See `Kind`."""
+        return NumPy().dtype_named(name)
+
+    def to_numpy(self, array: Any) -> np.ndarray:
+        """See `Kind`."""
+        return np.array(array.get())
+
+    def from_numpy(self, array: np.ndarray, device: str) -> Any:
+        """See `Kind`."""
+        with self.cupy.cuda.Device(int(device.removeprefix("cuda:"))):
+            return self.cupy.array(array)
 
 
 _kinds: dict[str, Kind] = {"numpy": NumPy()}

@@ -52,6 +52,20 @@ class Structure:
 
     __hash__ = None  # type: ignore[assignment]
 
+    def describe(self) -> dict[str, Any]:
+        """Plain values, for a checkpoint. Types other than Python's own containers come back as dict or list."""
+        container = None if self.container is None else self.container.__name__
+        return {"container": container, "mapping": self.is_mapping, "names": list(self.names)}
+
+    @classmethod
+    def described(cls, plain: dict[str, Any]) -> Structure:
+        """The structure that `describe` described."""
+        structure = cls.__new__(cls)
+        structure.names, structure.is_mapping = tuple(plain["names"]), plain["mapping"]
+        known = {None: None, "dict": dict, "OrderedDict": OrderedDict, "list": list, "tuple": tuple}
+        structure.container = known.get(plain["container"], dict if structure.is_mapping else list)
+        return structure
+
     def leaf_name(self, index: int) -> str:
         """A leaf as error messages call it."""
         return "the array" if self.container is None else f"leaf {self.names[index]!r}"

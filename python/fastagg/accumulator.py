@@ -8,14 +8,13 @@ import threading
 import warnings
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from fastagg._backend import MAXIMUM, MEAN, LeafOperands, backend_for
-from fastagg._codes import ELEMENT_BYTES, Code, code_of_dtype, name_of
+from fastagg._codes import ELEMENT_BYTES, Code, name_of
 from fastagg._errors import DroppedUpdateWarning
-from fastagg._tensor import kind_named
+from fastagg._tensor import Kind, adopt, kind_named
 from fastagg._updates import Structure, check_weight
 from fastagg.averaging import LeafInputs, check_devices, check_out, check_policies, gather, is_finite
+from fastagg.quantization import Quantized
 
 _ALIGNMENT = 64
 # Beyond these, sums of float32 values could leave the range of float64; counts of examples are far inside.
@@ -41,8 +40,19 @@ class _Leaf(NamedTuple):
     offset: int
 
     @property
-    def count(self) -> int:
+    def elements(self) -> int:
+        """Number of elements."""
         return math.prod(self.shape)
+
+    def describe(self) -> list[Any]:
+        """Plain values, for a checkpoint."""
+        return [self.kind, name_of(self.dtype), int(self.code), list(self.shape), int(self.state), self.offset]
+
+    @classmethod
+    def described(cls, plain: list[Any]) -> _Leaf:
+        """The leaf that `describe` described."""
+        kind, dtype, code, shape, state, offset = plain
+        return cls(kind, kind_named(kind).dtype_named(dtype), Code(code), tuple(shape), Code(state), offset)
 
     def operands(self, base: int) -> tuple[int, int, int, int]:
         """The sums in the block of memory at `base`, as a source."""
@@ -50,7 +60,7 @@ class _Leaf(NamedTuple):
 
     def companion(self, base: int) -> int:
         """The lower halves of 48-bit sums."""
-        return base + self.offset + 4 * self.count if self.state == Code.STATE48 else 0
+        return base + self.offset + 4 * self.elements if self.state == Code.STATE48 else 0
 
 
 class Accumulator:
@@ -187,7 +197,7 @@ class Accumulator:
             for leaf, source, view in zip(self._leaves, inputs, views, strict=True):
                 fold = MEAN if leaf.state in (Code.STATE48, Code.FLOAT64) else MAXIMUM
                 leaves.append(
-                    (source.sources, None, [1.0], 1.0 / self._total, leaf.count, fold, view.address, 0, leaf.code, 0)
+                    (source.sources, None, [1.0], 1.0 / self._total, leaf.elements, fold, view.address, 0, leaf.code, 0)
                 )
             backend_for(self._device).weighted_sum(leaves, self._stream(), False)
             return self._structure.build(arrays) if out is None else out
@@ -198,11 +208,11 @@ class Accumulator:
             self._fold()
             sums = None
             if self._sums is not None:
-                sums = self._sums.copy() if self._device == "cpu" else self._sums.cpu().numpy()
+                sums = self._kind().to_numpy(self._sums)
             return {
                 "version": 1,
-                "structure": self._structure,
-                "leaves": [tuple(leaf) for leaf in self._leaves],
+                "structure": None if self._structure is None else self._structure.describe(),
+                "leaves": [leaf.describe() for leaf in self._leaves],
                 "device": self._device,
                 "sums": sums,
                 "folds": self._folds,
@@ -225,12 +235,11 @@ class Accumulator:
             raise ValueError("state: expected what Accumulator.state_dict() returned, version 1")
         with self._lock:
             self.reset()
-            self._structure = copy.deepcopy(state["structure"])
-            self._leaves = [_Leaf(*leaf) for leaf in state["leaves"]]
+            self._structure = None if state["structure"] is None else Structure.described(state["structure"])
+            self._leaves = [_Leaf.described(leaf) for leaf in state["leaves"]]
             self._device = state["device"]
             if state["sums"] is not None:
-                self._sums = self._allocate(state["sums"].nbytes)
-                _copy_bytes(self._sums, state["sums"])
+                self._sums = self._kind().from_numpy(state["sums"], self._device)
             self._folds, self._added = state["folds"], state["added"]
             self._count, self._total = state["count"], state["total_weight"]
             self.dropped = [DroppedUpdate(*dropped) for dropped in state["dropped"]]
@@ -265,7 +274,7 @@ class Accumulator:
             who = f"client {client}, {structure.leaf_name(index)}"
             if leaf.shape != known.shape:
                 raise ValueError(f"{who}: expected shape {known.shape} like the first client's, got {leaf.shape}")
-            if name_of(leaf.dtype) != name_of(known.dtype) and not (leaf.code is None and leaf.is_float):
+            if name_of(leaf.dtype) != name_of(known.dtype) and not isinstance(columns[index], Quantized):
                 raise TypeError(
                     f"{who}: expected dtype {name_of(known.dtype)} like the first client's, got {name_of(leaf.dtype)}"
                 )
@@ -285,7 +294,10 @@ class Accumulator:
                 self._pending.clear()
                 return
             self._pending = [entry for entry in self._pending if entry[0] not in offenders]
-            self._report(offenders)
+            structure = self._structure
+            if self._count == 0 and not self._pending:  # a refused first update says nothing of those to come
+                self._structure, self._spare = None, None
+            self._report(offenders, structure)
 
     def _combine_pending(self) -> list[int]:
         """Writes sums + pending updates to the spare block; returns the leaves that are not finite there."""
@@ -323,7 +335,7 @@ class Accumulator:
             sources = sources[:1] if self.integer_policy == "first" else sources
         out = base + leaf.offset
         dither = bit_reversed(self._folds)
-        return sources, None, weights, 1.0, leaf.count, fold, out, leaf.companion(base), leaf.state, dither
+        return sources, None, weights, 1.0, leaf.elements, fold, out, leaf.companion(base), leaf.state, dither
 
     def _offenders(self, flagged: list[int]) -> dict[int, int]:
         """The waiting clients with a non-finite value, and their first such leaf."""
@@ -334,25 +346,23 @@ class Accumulator:
                     found[client] = index
         return dict(sorted(found.items()))
 
-    def _report(self, offenders: dict[int, int]) -> None:
+    def _report(self, offenders: dict[int, int], structure: Structure | None) -> None:
         """Raises for, or warns of, updates that were left out."""
-        assert self._structure is not None
+        assert structure is not None
         messages = {
-            client: f"client {client}, {self._structure.leaf_name(index)}: holds a NaN or an infinity"
+            client: f"client {client}, {structure.leaf_name(index)}: holds a NaN or an infinity"
             for client, index in offenders.items()
         }
         if self.nan_policy == "raise":
             raise ValueError("; ".join(messages.values()))
         for client, index in offenders.items():
-            names = self._structure.names
+            names = structure.names
             self.dropped.append(DroppedUpdate(client, names[index] if names else None, "holds a NaN or an infinity"))
             warnings.warn(f"dropped: {messages[client]}", DroppedUpdateWarning, stacklevel=4)
 
     def _check_mergeable(self, other: Accumulator) -> None:
         if other.integer_policy != self.integer_policy:
-            raise ValueError(
-                f"other: expected integer_policy {self.integer_policy!r}, got {other.integer_policy!r}"
-            )
+            raise ValueError(f"other: expected integer_policy {self.integer_policy!r}, got {other.integer_policy!r}")
         if self._structure is None or other._structure is None:
             return
         if self._structure != other._structure:
@@ -379,13 +389,17 @@ class Accumulator:
     def _spare_address(self) -> int:
         if self._spare is None:
             last = self._leaves[-1]
-            self._spare = self._allocate(last.offset + _state_bytes(last.state, last.count))
+            self._spare = self._allocate(last.offset + _state_bytes(last.state, last.elements))
         return _address(self._spare)
 
     def _allocate(self, size: int) -> Any:
         """A block of bytes on the updates' device."""
-        kind = kind_named("numpy" if self._device == "cpu" else self._leaves[0].kind)
+        kind = self._kind()
         return kind.empty((size,), kind.dtype_for(Code.UINT8), self._device)
+
+    def _kind(self) -> Kind:
+        """The library that holds the sums: NumPy on the CPU."""
+        return kind_named("numpy" if self._device == "cpu" else self._leaves[0].kind)
 
     def _stream(self) -> int:
         return kind_named(self._leaves[0].kind).stream(self._device)
@@ -398,7 +412,7 @@ def _lay_out(inputs: list[LeafInputs], integer_policy: str) -> list[_Leaf]:
         state = _state_code(leaf, integer_policy)
         code = leaf.result_code
         leaves.append(_Leaf(leaf.kind.name, leaf.dtype, code, leaf.shape, state, offset))
-        size = _state_bytes(state, leaves[-1].count)
+        size = _state_bytes(state, leaves[-1].elements)
         offset += -(-size // _ALIGNMENT) * _ALIGNMENT
     return leaves
 
@@ -419,14 +433,4 @@ def bit_reversed(index: int) -> int:
 
 
 def _address(sums: Any) -> int:
-    return kind_named("numpy" if isinstance(sums, np.ndarray) else "torch").view(sums).address
-
-
-def _copy_bytes(target: Any, saved: np.ndarray) -> None:
-    """Copies saved bytes to a block on any device."""
-    if isinstance(target, np.ndarray):
-        target[:] = saved
-    elif hasattr(target, "copy_"):
-        target.copy_(target.new_tensor(saved))
-    else:
-        target.set(saved)
+    return adopt(sums)[0].view(sums).address

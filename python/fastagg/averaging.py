@@ -172,7 +172,14 @@ def _uniform(
     result = target if target is not None and code in FLOATS else code
     device = kind.device_of(first)
     return LeafInputs(
-        addresses, code, kind, dtype if result == code else kind.dtype_for(result), result, tuple(first.shape), device, []
+        addresses,
+        code,
+        kind,
+        dtype if result == code else kind.dtype_for(result),
+        result,
+        tuple(first.shape),
+        device,
+        [],
     )
 
 

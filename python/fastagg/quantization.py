@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from fastagg import _core
-from fastagg._backend import RandomKey, SourceOperands, backend_for, draw_seed
+from fastagg._backend import SourceOperands, backend_for, draw_seed
 from fastagg._codes import FLOATS, WIRES, Code, wire_name
 from fastagg._tensor import Kind, View, adopt, kind_named, kind_of
 
@@ -125,7 +125,7 @@ def quantize(
         _shift(block),
         _address(kind, out.data),
         _address(kind, out.scales),
-        view.count,
+        view.elements,
         stochastic,
         (*key, 0) if key else (0, 0, 0, 0),
         kind.stream(view.device),
@@ -167,7 +167,16 @@ def dequantize(q: Quantized, *, out: Any = None) -> Any:
     if _overlap(view, data):
         raise ValueError("out: overlaps the codes")
     backend_for(data.device).cast(
-        source_operands(q), view.code, 0, view.address, 0, view.count, False, (0, 0, 0, 0), kind.stream(data.device), False
+        source_operands(q),
+        view.code,
+        0,
+        view.address,
+        0,
+        view.elements,
+        False,
+        (0, 0, 0, 0),
+        kind.stream(data.device),
+        False,
     )
     return out
 
@@ -250,10 +259,10 @@ def _named_dtype(kind: Kind, name: str) -> Any:
 
 
 def _allocate(kind: Kind, view: View, wire: str, block: int | None, dtype: Any) -> Quantized:
-    data = kind.empty(_data_shape(wire, view.shape, view.count), _data_dtype(kind, wire), view.device)
+    data = kind.empty(_data_shape(wire, view.shape, view.elements), _data_dtype(kind, wire), view.device)
     scales = None
     if block is not None:
-        scales = kind.empty((-(-view.count // block),), _named_dtype(kind, "float32"), view.device)
+        scales = kind.empty((-(-view.elements // block),), _named_dtype(kind, "float32"), view.device)
     return Quantized(data, scales, wire=wire, shape=view.shape, dtype=dtype, block=block)
 
 
@@ -296,4 +305,6 @@ def _check_layout(q: Quantized) -> None:
         raise TypeError(f"scales: expected a {kind.name} float32 array, got {type(q.scales).__name__}")
     scales = kind.view(q.scales)
     if scales.code != Code.FLOAT32 or scales.shape != (-(-count // block),) or scales.device != data.device:
-        raise ValueError(f"scales: expected {-(-count // block)} float32 on {data.device}, got {q.scales.dtype} {scales.shape}")
+        raise ValueError(
+            f"scales: expected {-(-count // block)} float32 on {data.device}, got {q.scales.dtype} {scales.shape}"
+        )

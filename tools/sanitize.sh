@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Runs the native code under AddressSanitizer with UBSan, and under ThreadSanitizer: the CPU's loops and thread pool, and
+# the CUDA kernels on the CPU. The drivers are C++, so that no sanitizer has to live with an interpreter.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+export UBSAN_OPTIONS=print_stacktrace=1
+# A forked child keeps its parent's threads in memory only: those are no leaks.
+export ASAN_OPTIONS=detect_leaks=0
+
+for sanitizers in address,undefined thread; do
+  folder=build/sanitize/${sanitizers%%,*}
+  printf '\n-- the CPU floor under %s\n' "$sanitizers"
+  cmake -S tests/native -B "$folder/native" -DFASTAGG_SANITIZE="$sanitizers" >/dev/null
+  cmake --build "$folder/native" --parallel 2
+  "$folder/native/conformance"
+done
