@@ -45,6 +45,7 @@ format: $(VENV)/.stamp-lint ## format all sources
 	bash tools/native_sources.sh | xargs clang-format -i
 
 stubs: $(VENV)/.stamp-lint ## rewrite the stubs of the native modules
+	bash tools/build_strict.sh
 	bash tools/stubs.sh write
 
 lock: $(VENV)/.stamp-lint ## pin the newest versions in requirements/

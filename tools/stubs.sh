@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Writes the stubs of the native modules that tools/lint_native.sh has built (write), or compares them (check).
+# Writes the stubs of the native modules that tools/build_strict.sh has built (write), or compares them (check, the
+# default). A build without nvcc has no _cuda, so that its stub is then left alone.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -17,9 +18,11 @@ for module in _core _cuda; do
   fi
   PYTHONPATH=$stage pybind11-stubgen --exit-code -o build/lint/stubs "fastagg.$module"
   stub=build/lint/stubs/fastagg/$module.pyi
-  # The version is the build's, and not an interface.
-  sed -i -E "s/^(__[a-z]+__: str) = .*/\1/" "$stub"
-  ruff check --select I,F401,UP --fix --quiet "$stub" || true
+  # The version is the build's, and not an interface; mypy wants to know what is in a list.
+  sed -i -E -e 's/^(__[a-z]+__: str) = .*/\1/' -e 's/: list([,)])/: list[typing.Any]\1/g' \
+    -e 's/: tuple([,)])/: tuple[typing.Any, ...]\1/g' -e 's/-> list:/-> list[typing.Any]:/' "$stub"
+  grep -q '^import typing' "$stub" || sed -i 's/^from __future__ import annotations$/&\nimport typing/' "$stub"
+  ruff check --select I --fix --quiet "$stub"
   ruff format --quiet "$stub"
   case ${1:-check} in
     write) cp "$stub" "python/fastagg/$module.pyi" ;;

@@ -1,0 +1,114 @@
+"""
+fastagg's operations on the CPU.
+"""
+
+from __future__ import annotations
+
+import collections.abc
+import typing
+
+import numpy
+
+__all__: list[str] = [
+    "MAXIMUM_BLOCK",
+    "MINIMUM_BLOCK",
+    "advise_huge_pages",
+    "available_isas",
+    "available_processors",
+    "cast",
+    "force_isa",
+    "get_num_threads",
+    "isa",
+    "numpy_address",
+    "numpy_addresses",
+    "set_num_threads",
+    "stream_probe",
+    "weighted_sum",
+]
+
+def advise_huge_pages(
+    address: typing.SupportsInt | typing.SupportsIndex, bytes: typing.SupportsInt | typing.SupportsIndex
+) -> None:
+    """
+    Asks for huge pages for memory that is about to be written first.
+    """
+
+def available_isas() -> list[str]:
+    """
+    Instruction sets of this build that the processor has, best first.
+    """
+
+def available_processors() -> int:
+    """
+    Processors that this process may run on.
+    """
+
+def cast(
+    source: tuple[typing.Any, ...],
+    code: typing.SupportsInt | typing.SupportsIndex,
+    block_shift: typing.SupportsInt | typing.SupportsIndex,
+    out: typing.SupportsInt | typing.SupportsIndex,
+    scales: typing.SupportsInt | typing.SupportsIndex,
+    count: typing.SupportsInt | typing.SupportsIndex,
+    stochastic: bool,
+    key: tuple[
+        typing.SupportsInt | typing.SupportsIndex,
+        typing.SupportsInt | typing.SupportsIndex,
+        typing.SupportsInt | typing.SupportsIndex,
+        typing.SupportsInt | typing.SupportsIndex,
+    ],
+) -> bool:
+    """
+    Decodes a source and encodes it as another code; returns whether nothing became infinite or NaN.
+    """
+
+def force_isa(name: str) -> None:
+    """
+    Uses one instruction set from now on.
+    """
+
+def get_num_threads() -> int:
+    """
+    Threads that an operation uses.
+    """
+
+def isa() -> str:
+    """
+    The instruction set in use.
+    """
+
+def numpy_address(array: numpy.ndarray) -> int:
+    """
+    Address of a NumPy array's first element.
+    """
+
+def numpy_addresses(arrays: list[typing.Any]) -> list[typing.Any]:
+    """
+    Addresses of the leading NumPy arrays that share the first one's dtype, shape and C layout.
+    """
+
+def set_num_threads(count: typing.SupportsInt | typing.SupportsIndex) -> None:
+    """
+    Sets the threads that an operation uses; 0 restores the default.
+    """
+
+def stream_probe(
+    sources: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+    source_bytes: typing.SupportsInt | typing.SupportsIndex,
+    out: typing.SupportsInt | typing.SupportsIndex,
+    out_bytes: typing.SupportsInt | typing.SupportsIndex,
+    chunk_bytes: typing.SupportsInt | typing.SupportsIndex,
+) -> int:
+    """
+    Reads the sources side by side and overwrites `out`, without arithmetic: the benchmark's limit.
+    """
+
+def weighted_sum(leaves: list[typing.Any]) -> list[int]:
+    """
+    Weighted sums or maxima of leaves, in place; returns the indices of leaves with non-finite sums.
+    """
+
+MAXIMUM_BLOCK: int = 4096
+MINIMUM_BLOCK: int = 32
+__compiler__: str
+__version__: str

@@ -1,0 +1,53 @@
+"""
+fastagg's operations on CUDA devices.
+"""
+
+from __future__ import annotations
+
+import typing
+
+__all__: list[str] = ["CudaError", "cast", "device_count", "driver_version", "runtime_version", "weighted_sum"]
+
+class CudaError(RuntimeError):
+    pass
+
+def cast(
+    source: tuple[typing.Any, ...],
+    code: typing.SupportsInt | typing.SupportsIndex,
+    block_shift: typing.SupportsInt | typing.SupportsIndex,
+    out: typing.SupportsInt | typing.SupportsIndex,
+    scales: typing.SupportsInt | typing.SupportsIndex,
+    count: typing.SupportsInt | typing.SupportsIndex,
+    stochastic: bool,
+    key: tuple[
+        typing.SupportsInt | typing.SupportsIndex,
+        typing.SupportsInt | typing.SupportsIndex,
+        typing.SupportsInt | typing.SupportsIndex,
+        typing.SupportsInt | typing.SupportsIndex,
+    ],
+    stream: typing.SupportsInt | typing.SupportsIndex,
+    check: bool,
+) -> bool:
+    """
+    Decodes a source and encodes it as another code on a stream; with check, waits and returns whether nothing became infinite or NaN.
+    """
+
+def device_count() -> int:
+    """
+    CUDA devices that can be used; 0 without a driver.
+    """
+
+def driver_version() -> int:
+    """
+    CUDA's version that the driver serves; 0 without a driver.
+    """
+
+def runtime_version() -> int:
+    """
+    CUDA's version that this module was built with.
+    """
+
+def weighted_sum(leaves: list[typing.Any], stream: typing.SupportsInt | typing.SupportsIndex, check: bool) -> list[int]:
+    """
+    Weighted sums or maxima of leaves on a stream; with check, waits and returns the indices of leaves with non-finite sums.
+    """
