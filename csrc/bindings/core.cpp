@@ -1,4 +1,5 @@
-// _core: the CPU's operations for Python. Addresses come in as integers; python/fastagg/_tensor.py checks what they name.
+// _core: the CPU's operations for Python. Addresses come in as integers; python/fastagg/_tensor.py checks what they
+// name.
 #include <pybind11/numpy.h>
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -42,8 +43,9 @@ uint64_t stream_probe(const std::vector<uint64_t>& sources, int64_t source_bytes
                       int64_t chunk_bytes) {
   if (source_bytes < 0 || out_bytes < 0 || chunk_bytes <= 0 || chunk_bytes % 64 != 0)
     throw py::value_error("stream_probe: bytes must not be negative, and chunk_bytes must be a multiple of 64");
-  const cpu::Probe probe{sources.data(), static_cast<int64_t>(sources.size()), source_bytes,
-                         reinterpret_cast<uint8_t*>(out), out_bytes, chunk_bytes};
+  const cpu::Probe probe{sources.data(), static_cast<int64_t>(sources.size()),
+                         source_bytes,   reinterpret_cast<uint8_t*>(out),
+                         out_bytes,      chunk_bytes};
   const py::gil_scoped_release release;
   return cpu::stream_probe(probe);
 }
@@ -76,7 +78,8 @@ void advise_huge_pages(uintptr_t address, size_t bytes) {
 #if defined(__linux__)
   constexpr uintptr_t page = 4096;
   const uintptr_t begin = (address + page - 1) / page * page, end = (address + bytes) / page * page;
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: a refusal is no error
+  if (end > begin)
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: a refusal is no error
 #else
   (void)address, (void)bytes;
 #endif
@@ -118,7 +121,9 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
   m.def(
       "set_num_threads",
       [](int count) {
-        if (count < 0) throw py::value_error("the number of threads must be 1 or more (0: the default), got " + std::to_string(count));
+        if (count < 0)
+          throw py::value_error("the number of threads must be 1 or more (0: the default), got " +
+                                std::to_string(count));
         set_num_threads(count);
       },
       py::arg("count"), "Sets the threads that an operation uses; 0 restores the default.");

@@ -27,7 +27,8 @@ inline Source source_of(py::handle described) {
 class Leaves {
  public:
   /// `described`: one tuple a leaf, (sources, code of the sources, weights, scale, count, fold, out, companion, code of
-  /// the result, dither). `sources` are addresses if they share a code, or tuples for `source_of` where the code given is None.
+  /// the result, dither). `sources` are addresses if they share a code, or tuples for `source_of` where the code given
+  /// is None.
   explicit Leaves(const py::list& described) {
     for (py::handle leaf : described) add(py::reinterpret_borrow<py::tuple>(leaf));
   }

@@ -45,9 +45,7 @@ FASTAGG_INLINE float scale_of(int exponent) {
 }
 
 /// Two floats whose product with x is x / 2^exponent: one alone would overflow for the smallest scales.
-struct Inverse {
-  float first, second;
-};
+struct Inverse { float first, second; };
 
 FASTAGG_INLINE Inverse inverse_of(int exponent) {
   const int first = exponent < -126 ? 126 : -exponent;

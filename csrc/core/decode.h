@@ -28,7 +28,9 @@ constexpr FASTAGG_INLINE int significant_bits(Code code) {
 }
 
 /// Integers with a scale: clients' values are summed as integers where that is exact.
-constexpr FASTAGG_INLINE bool is_scaled_integer(Code code) { return code == Code::wire_int8 || code == Code::wire_int4; }
+constexpr FASTAGG_INLINE bool is_scaled_integer(Code code) {
+  return code == Code::wire_int8 || code == Code::wire_int4;
+}
 
 /// Floats below float32: clients' values are summed in pairs, in float32, where that is exact enough.
 constexpr FASTAGG_INLINE bool is_narrow_float(Code code) {

@@ -36,8 +36,8 @@ struct Lane {
     x[0] = static_cast<double>(static_cast<const T*>(data)[i]);
   }
   static FASTAGG_INLINE void load_state48(const void* high, const void* low, int64_t i, D (&x)[halves]) {
-    const uint64_t code = uint64_t{static_cast<const uint32_t*>(high)[i]} << 32 |
-                          uint64_t{static_cast<const uint16_t*>(low)[i]} << 16;
+    const uint64_t code =
+        uint64_t{static_cast<const uint32_t*>(high)[i]} << 32 | uint64_t{static_cast<const uint16_t*>(low)[i]} << 16;
     x[0] = decode_state48<D, L>(static_cast<L>(code));
   }
 

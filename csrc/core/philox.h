@@ -4,9 +4,7 @@
 
 namespace fastagg {
 
-struct Random4 {
-  uint32_t words[4];
-};
+struct Random4 { uint32_t words[4]; };
 
 /// The random words of elements 4 * group to 4 * group + 3.
 FASTAGG_INLINE Random4 philox(RandomKey key, uint32_t group) {

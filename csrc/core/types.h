@@ -6,8 +6,8 @@
 #include <type_traits>
 #include <utility>
 
-// Functors run on scalars, on SIMD lanes and on CUDA threads. They are always inlined: emitted as a function of its own,
-// one compiled for AVX-512 could be the copy that the linker keeps for everybody.
+// Functors run on scalars, on SIMD lanes and on CUDA threads. They are always inlined: emitted as a function of its
+// own, one compiled for AVX-512 could be the copy that the linker keeps for everybody.
 #ifdef __CUDACC__
 #define FASTAGG_INLINE __host__ __device__ __forceinline__
 #else

@@ -1,7 +1,7 @@
 // The arithmetic of `weighted_sum`: out = scale * sum_k weight_k * x_k.
 //
-// The sum runs in float64, in client order, one rounding a product and one a sum: products of float32 values with counts
-// are exact there. Two shortcuts spare the float64 unit where narrow codes would wait for it:
+// The sum runs in float64, in client order, one rounding a product and one a sum: products of float32 values with
+// counts are exact there. Two shortcuts spare the float64 unit where narrow codes would wait for it:
 // - Narrow floats are paired: the float32 sum of two clients' products joins the float64 sum. A pair is used where its
 //   products are exact in float32 or the result is narrower than that (`pairs_fit`).
 // - Scaled integers of a group of clients are added up before they join the sum: as integers where weights and scales

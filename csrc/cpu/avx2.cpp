@@ -1,4 +1,5 @@
-// The loops for AVX2 and F16C. Standard headers come before the target region: nothing of theirs may use the instruction set.
+// The loops for AVX2 and F16C. Standard headers come before the target region: nothing of theirs may use the
+// instruction set.
 #include <cstddef>
 #include <cstdint>
 #include <cstring>

@@ -51,8 +51,7 @@ int32_t decode_chunk(const Cast& op, float* out, int64_t begin, int64_t at, int6
   int32_t largest = 0;
   const int64_t head = stream ? until_aligned(out, at, sizeof(float), count) : 0;
   // A vector must not reach into the next block of scales: an unaligned destination is stored the usual way.
-  if (stream && head != 0 && has_scales(from))
-    return decode_chunk<Lanes, from, false>(op, out, begin, at, count);
+  if (stream && head != 0 && has_scales(from)) return decode_chunk<Lanes, from, false>(op, out, begin, at, count);
   int64_t i = decode_vectors<Lane, from, false>(op, out, begin, at, 0, head, largest);
   i = decode_vectors<Lanes, from, stream>(op, out, begin, at, i, count, largest);
   decode_vectors<Lane, from, false>(op, out, begin, at, i, count, largest);
@@ -120,9 +119,7 @@ FASTAGG_INLINE int64_t encode_block_vectors(uint8_t* codes, const float* x, cons
 }
 
 /// The largest magnitude of a block, and the largest finite one.
-struct Magnitudes {
-  int32_t largest, finite;
-};
+struct Magnitudes { int32_t largest, finite; };
 
 template <class Lanes>
 FASTAGG_INLINE Magnitudes block_magnitudes(const float* x, int64_t count) {
@@ -142,7 +139,8 @@ FASTAGG_INLINE Magnitudes block_magnitudes(const float* x, int64_t count) {
   return {largest, finite};
 }
 
-/// A block of a wire of powers of two. A non-finite value marks an integer block by a NaN scale; fp8 codes it as itself.
+/// A block of a wire of powers of two. A non-finite value marks an integer block by a NaN scale; fp8 codes it as
+/// itself.
 template <class Lanes, Code code, Rounding rounding>
 FASTAGG_INLINE void encode_block(uint8_t* codes, float* scale, const float* x, const uint32_t* random, int64_t count,
                                  Magnitudes magnitudes) {
@@ -223,12 +221,9 @@ int32_t encode_any(const Cast& op, const float* x, int64_t begin, int64_t count,
       largest = stochastic ? encode_blocks<Lanes, code, Rounding::stochastic>(op, x, random, begin, count)
                            : encode_blocks<Lanes, code, nearest>(op, x, random, begin, count);
     } else if constexpr (code <= Code::bfloat16) {
-      if (stochastic)
-        largest = encode_chunk<Lanes, code, Rounding::stochastic, false>(op, x, random, begin, count);
-      else if (stream)
-        largest = encode_chunk<Lanes, code, nearest, true>(op, x, random, begin, count);
-      else
-        largest = encode_chunk<Lanes, code, nearest, false>(op, x, random, begin, count);
+      if (stochastic) largest = encode_chunk<Lanes, code, Rounding::stochastic, false>(op, x, random, begin, count);
+      else if (stream) largest = encode_chunk<Lanes, code, nearest, true>(op, x, random, begin, count);
+      else largest = encode_chunk<Lanes, code, nearest, false>(op, x, random, begin, count);
     }
   });
   return largest;

@@ -12,12 +12,8 @@ struct Avx512 {
   using Words = __m512i;
   using L = Vector<int64_t, 64>;
 
-  static FASTAGG_INLINE I extend_uint8(const void* data) {
-    return (I)_mm512_cvtepu8_epi32(load_bytes<__m128i>(data));
-  }
-  static FASTAGG_INLINE I extend_int8(const void* data) {
-    return (I)_mm512_cvtepi8_epi32(load_bytes<__m128i>(data));
-  }
+  static FASTAGG_INLINE I extend_uint8(const void* data) { return (I)_mm512_cvtepu8_epi32(load_bytes<__m128i>(data)); }
+  static FASTAGG_INLINE I extend_int8(const void* data) { return (I)_mm512_cvtepi8_epi32(load_bytes<__m128i>(data)); }
   static FASTAGG_INLINE I extend_uint16(const void* data) {
     return (I)_mm512_cvtepu16_epi32(load_bytes<__m256i>(data));
   }
@@ -31,7 +27,8 @@ struct Avx512 {
   }
   static FASTAGG_INLINE void widen_sums(const I (&sums)[2], D (&x)[2][2]) {
     // Unpacking left each sum with every other four elements.
-    const __m512i order[2] = {_mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15)};
+    const __m512i order[2] = {_mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11),
+                              _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15)};
     for (int r = 0; r < 2; ++r) {
       const __m512i elements = _mm512_permutex2var_epi64((__m512i)sums[0], order[r], (__m512i)sums[1]);
       x[r][0] = _mm512_cvtepi32_pd(_mm512_castsi512_si256(elements));
@@ -45,9 +42,7 @@ struct Avx512 {
   }
   static FASTAGG_INLINE D widen(__m256 x) { return _mm512_cvtps_pd(x); }
   static FASTAGG_INLINE __m256 narrow(D x) { return _mm512_cvtpd_ps(x); }
-  static FASTAGG_INLINE F half_to_float(const void* data) {
-    return _mm512_cvtph_ps(load_bytes<__m256i>(data));
-  }
+  static FASTAGG_INLINE F half_to_float(const void* data) { return _mm512_cvtph_ps(load_bytes<__m256i>(data)); }
 
   template <bool stream, class Vector64>
   static FASTAGG_INLINE void store(void* out, Vector64 x) {

@@ -17,7 +17,8 @@ struct Neon {
   static FASTAGG_INLINE I extend_int8(const void* data) { return extend<I, int8_t, 4>(data); }
   static FASTAGG_INLINE I extend_uint16(const void* data) { return extend<I, uint16_t, 4>(data); }
   static FASTAGG_INLINE int16x8_t extend_int8_to_16(const void* data) { return vmovl_s8(load_bytes<int8x8_t>(data)); }
-  static FASTAGG_INLINE void add_products(I (&sums)[2], int16x8_t x, int16_t weight, int16x8_t y, int16_t other_weight) {
+  static FASTAGG_INLINE void add_products(I (&sums)[2], int16x8_t x, int16_t weight, int16x8_t y,
+                                          int16_t other_weight) {
     sums[0] += (I)vmlal_n_s16(vmull_n_s16(vget_low_s16(x), weight), vget_low_s16(y), other_weight);
     sums[1] += (I)vmlal_n_s16(vmull_n_s16(vget_high_s16(x), weight), vget_high_s16(y), other_weight);
   }

@@ -20,9 +20,7 @@ constexpr int64_t kStreamBytes = 4 << 20;
 int threads_for(int64_t bytes) { return bytes >= kParallelBytes ? get_num_threads() : 1; }
 
 /// A range of one leaf.
-struct Task {
-  int64_t leaf, begin, end;
-};
+struct Task { int64_t leaf, begin, end; };
 
 int64_t touched_bytes(const Leaf& leaf) {
   int64_t bytes = encoded_bytes(leaf.code, leaf.count);

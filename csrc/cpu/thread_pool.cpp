@@ -92,7 +92,8 @@ class ThreadPool {
   bool stopping_ = false;
 };
 
-// Never destroyed: threads may still be waiting when the process ends, and a forked child's copy has no threads to join.
+// Never destroyed: threads may still be waiting when the process ends, and a forked child's copy has no threads to
+// join.
 ThreadPool* pool = nullptr;
 std::mutex* pool_in_use = new std::mutex;
 std::atomic<int> thread_count{0};

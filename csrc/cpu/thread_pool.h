@@ -21,8 +21,7 @@ void parallel_for(int64_t tasks, int threads, void (*body)(void* context, int64_
 template <class Body>
 void parallel_for(int64_t tasks, int threads, Body&& body) {
   using Function = std::remove_reference_t<Body>;
-  parallel_for(
-      tasks, threads, [](void* context, int64_t task) { (*static_cast<Function*>(context))(task); }, &body);
+  parallel_for(tasks, threads, [](void* context, int64_t task) { (*static_cast<Function*>(context))(task); }, &body);
 }
 
 }  // namespace fastagg

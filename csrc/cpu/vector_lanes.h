@@ -32,7 +32,9 @@ struct VectorLanes {
   using HalfF = Vector<float, 2 * count>;
 
   static FASTAGG_INLINE F load_float32(const void* data, int64_t i) { return load_bytes<F>(at<float>(data, i)); }
-  static FASTAGG_INLINE F load_float16(const void* data, int64_t i) { return Isa::half_to_float(at<uint16_t>(data, i)); }
+  static FASTAGG_INLINE F load_float16(const void* data, int64_t i) {
+    return Isa::half_to_float(at<uint16_t>(data, i));
+  }
   static FASTAGG_INLINE I load_uint16(const void* data, int64_t i) { return Isa::extend_uint16(at<uint16_t>(data, i)); }
   static FASTAGG_INLINE I load_uint8(const void* data, int64_t i) { return Isa::extend_uint8(at<uint8_t>(data, i)); }
   static FASTAGG_INLINE I load_int8(const void* data, int64_t i) { return Isa::extend_int8(at<int8_t>(data, i)); }

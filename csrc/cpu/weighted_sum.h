@@ -25,8 +25,7 @@ template <class Lanes, int registers>
 FASTAGG_INLINE void store_sums(double* sums, const typename Lanes::D (&sum)[registers][Lanes::halves]) {
   constexpr int half = Lanes::width / Lanes::halves;
   for (int r = 0; r < registers; ++r)
-    for (int h = 0; h < Lanes::halves; ++h)
-      store_bytes(sums + r * Lanes::width + h * half, sum[r][h]);
+    for (int h = 0; h < Lanes::halves; ++h) store_bytes(sums + r * Lanes::width + h * half, sum[r][h]);
 }
 
 /// Sets sums to -0.0: what addition leaves alone, zeros' signs included.
@@ -34,8 +33,8 @@ inline void clear(double* sums, int64_t count) {
   for (int64_t i = 0; i < count; ++i) sums[i] = -0.0;
 }
 
-/// sums[i] += weight_k * x_k[begin + i] for the clients of a group, in float64, while whole registers fit before `count`.
-/// Returns where it stopped.
+/// sums[i] += weight_k * x_k[begin + i] for the clients of a group, in float64, while whole registers fit before
+/// `count`. Returns where it stopped.
 template <class Lanes, Code code>
 FASTAGG_INLINE int64_t add_products(double* sums, Group group, int64_t begin, int64_t i, int64_t count) {
   using D = typename Lanes::D;
@@ -69,11 +68,13 @@ FASTAGG_INLINE int64_t add_pairs(double* sums, Group group, int64_t begin, int64
     for (int k = 0; k < group.clients; k += 2) {
       const Source &one = group.sources[k], &other = group.sources[k + 1];
       const auto weight = broadcast<F>(static_cast<float>(group.weights[k]) * scale_at<code>(one, begin + i));
-      const auto other_weight = broadcast<F>(static_cast<float>(group.weights[k + 1]) * scale_at<code>(other, begin + i));
+      const auto other_weight =
+          broadcast<F>(static_cast<float>(group.weights[k + 1]) * scale_at<code>(other, begin + i));
       for (int r = 0; r < registers; ++r) {
         const int64_t at = begin + i + r * Lanes::width;
         D x[halves];
-        Lanes::widen(sum_pair(weight, load<Lanes, code>(one.data, at), other_weight, load<Lanes, code>(other.data, at)), x);
+        Lanes::widen(sum_pair(weight, load<Lanes, code>(one.data, at), other_weight, load<Lanes, code>(other.data, at)),
+                     x);
         for (int h = 0; h < halves; ++h) sum[r][h] = sum[r][h] + x[h];
       }
     }
