@@ -7,6 +7,7 @@ cd "$(dirname "$0")/.."
 export UBSAN_OPTIONS=print_stacktrace=1
 # A forked child keeps its parent's threads in memory only: those are no leaks.
 export ASAN_OPTIONS=detect_leaks=0
+export TSAN_OPTIONS=die_after_fork=0
 
 for sanitizers in address,undefined thread; do
   folder=build/sanitize/${sanitizers%%,*}
