@@ -131,7 +131,7 @@ __device__ inline void report(const Operands& op, int32_t largest) {
 }
 
 template <Code code, Rounding rounding>
-__global__ void __launch_bounds__(kThreads) encode_vectors(Operands op) {
+__global__ void __launch_bounds__(kThreads, kBlocks) encode_vectors(Operands op) {
   const int64_t stride = int64_t{kVector} * kThreads * gridDim.x;
   const int64_t begin = kVector * (int64_t{kThreads} * blockIdx.x + threadIdx.x);
   int32_t largest = 0;
@@ -180,7 +180,7 @@ __device__ inline int32_t encode_block(const Operands& op, int64_t begin, int la
 }
 
 template <Code code, Rounding rounding>
-__global__ void __launch_bounds__(kThreads) encode_blocks(Operands op) {
+__global__ void __launch_bounds__(kThreads, kBlocks) encode_blocks(Operands op) {
   const int lanes = (1 << op.cast.block_shift) / kVector < kWarp ? (1 << op.cast.block_shift) / kVector : kWarp;
   const int64_t tile = int64_t{kWarp / lanes} << op.cast.block_shift;  // elements of a warp's blocks
   const int lane = static_cast<int>(threadIdx.x % kWarp);
@@ -223,7 +223,7 @@ __device__ inline int32_t encode_signs(const Operands& op, int64_t begin, int la
   return largest;
 }
 
-__global__ void __launch_bounds__(kThreads) encode_sign_blocks(Operands op) {
+__global__ void __launch_bounds__(kThreads, kBlocks) encode_sign_blocks(Operands op) {
   const int64_t block = int64_t{1} << op.cast.block_shift;
   const int lane = static_cast<int>(threadIdx.x % kSignStrides),
             of_warp = static_cast<int>(threadIdx.x % kWarp / kSignStrides);

@@ -13,6 +13,8 @@ namespace fastagg::cuda {
 
 /// Threads of a block, in every kernel.
 constexpr int kThreads = 128;
+/// Blocks that a multiprocessor shall hold at least: this bounds the registers, above what the kernels need.
+constexpr int kBlocks = 6;
 
 #ifdef __CUDACC__
 template <class... Parameters, class... Arguments>

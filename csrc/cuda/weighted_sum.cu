@@ -146,7 +146,7 @@ FASTAGG_INLINE int64_t leaf_of(const LeafTable& table, int64_t leaf, int64_t tas
   return leaf;
 }
 
-__global__ void __launch_bounds__(kThreads) weighted_sum_kernel(LeafTable table) {
+__global__ void __launch_bounds__(kThreads, kBlocks) weighted_sum_kernel(LeafTable table) {
   int64_t index = 0;
   for (int64_t task = blockIdx.x; task < table.tasks; task += gridDim.x) {
     index = leaf_of(table, index, task);
