@@ -446,6 +446,19 @@ def test_a_batch_lets_go_of_what_it_folded() -> None:
     assert gone() is None
 
 
+def test_a_batch_keeps_alive_what_it_holds() -> None:
+    accumulator = fastagg.Accumulator(batch=4)
+    references = []
+    for k in range(3):
+        update = {"a": np.full(7, k, np.float32)}
+        references.append(weakref.ref(update["a"]))
+        accumulator.add(update)
+        del update
+    gc.collect()
+    assert all(reference() is not None for reference in references)
+    assert accumulator.result()["a"].tolist() == [1] * 7
+
+
 def test_results_do_not_share_memory() -> None:
     accumulator = filled([np.ones(5, np.float32)], [1])
     accumulator.result()[...] = 77
