@@ -27,7 +27,7 @@ headers=1 compile --constraints "$pins" pyproject.toml --all-extras --group lint
 mv "$pins.all" "$pins"
 
 write build --group build
-write lint --group lint pyproject.toml --extra bench --extra demo
+write lint --group lint pyproject.toml --extra test
 write demo --group build pyproject.toml --extra demo
 headers=1 write test --group build --group cuda-headers pyproject.toml --extra test
 write bench --group build pyproject.toml --extra bench --extra flower --extra nvflare
