@@ -10,6 +10,16 @@ struct alignas(sizeof(T) * n < 16 ? sizeof(T) * n : 16) Vector {
   T values[n];
 };
 
+/// The pointer, known to the compiler to be one to global memory: those read from tables could point anywhere, and cost
+/// generic accesses.
+template <class T>
+FASTAGG_INLINE T* global(T* pointer) {
+#ifdef __CUDA_ARCH__
+  __builtin_assume(__isGlobal(pointer));
+#endif
+  return pointer;
+}
+
 /// Elements of a code that share an array's entry.
 constexpr FASTAGG_INLINE int elements_per_entry(Code code) {
   return code == Code::wire_int4 ? 2 : code == Code::wire_sign ? 8 : 1;
@@ -30,11 +40,11 @@ template <Code code, int n>
 FASTAGG_INLINE Elements<code, n> load_elements(const Source& source, int64_t i) {
   using Whole = Elements<code, n>;
   Whole elements;
-  const auto* from = static_cast<const Element<code>*>(source.data) + i / Whole::per_entry;
+  const auto* from = global(static_cast<const Element<code>*>(source.data)) + i / Whole::per_entry;
   elements.entries = *reinterpret_cast<const typename Whole::Entries*>(from);
   if constexpr (n < Whole::per_entry) elements.entries.values[0] >>= i % Whole::per_entry * (8 / Whole::per_entry);
   if constexpr (code == Code::state48)
-    elements.companion = reinterpret_cast<const typename Whole::Companion*>(source.companion)[i / n];
+    elements.companion = global(reinterpret_cast<const typename Whole::Companion*>(source.companion))[i / n];
   return elements;
 }
 
@@ -42,9 +52,9 @@ FASTAGG_INLINE Elements<code, n> load_elements(const Source& source, int64_t i) 
 template <Code code, int n>
 FASTAGG_INLINE void store_elements(void* out, void* companion, int64_t i, const Elements<code, n>& elements) {
   using Whole = Elements<code, n>;
-  reinterpret_cast<typename Whole::Entries*>(out)[i / n] = elements.entries;
+  global(reinterpret_cast<typename Whole::Entries*>(out))[i / n] = elements.entries;
   if constexpr (code == Code::state48)
-    reinterpret_cast<typename Whole::Companion*>(companion)[i / n] = elements.companion;
+    global(reinterpret_cast<typename Whole::Companion*>(companion))[i / n] = elements.companion;
 }
 
 /// Element j of those loaded: as float32 before its block's scale, or as float64.

@@ -19,9 +19,9 @@ FASTAGG_INLINE void add_clients(double (&sums)[n], const Source* sources, const 
   Elements<code, n> x[clients];
   T weights[clients];
   for (int k = 0; k < clients; ++k) {
-    const Source source = sources[k];
+    const Source source = global(sources)[k];
     x[k] = load_elements<code, n>(source, i);
-    weights[k] = static_cast<T>(client_weights[k]) * static_cast<T>(scale_at<code>(source, i));
+    weights[k] = static_cast<T>(global(client_weights)[k]) * static_cast<T>(scale_at<code>(source, i));
   }
   for (int k = 0; k < clients; k += step) {
     for (int j = 0; j < n; ++j) {

@@ -1,0 +1,157 @@
+// Both operations on the CPU and as CUDA kernels on the CPU, compared byte by byte: a program without Python, for the
+// sanitizers, which make an interpreter slow and loud.
+#include <algorithm>
+#include <cstdio>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "core/weighted_sum.h"
+#include "cpu/operations.h"
+#include "cuda/leaf_table.h"
+
+namespace fastagg {
+namespace {
+
+constexpr int64_t kSlack = 64;  // bytes around an array that nobody may touch
+int failures = 0;
+
+/// An array of its own allocation, `shift` bytes beyond an address aligned for vectors.
+class Array {
+ public:
+  Array(int64_t bytes, int64_t shift) : bytes_(bytes), memory_(bytes + shift + 2 * kSlack, 0x5a) {
+    begin_ = kSlack - static_cast<int64_t>(reinterpret_cast<uintptr_t>(memory_.data()) % kSlack) + shift;
+  }
+  uint8_t* data() { return memory_.data() + begin_; }
+  /// The same bytes, and nothing written around them.
+  bool operator==(const Array& other) const {
+    const auto around = [](const Array& array) {
+      for (int64_t i = 0; i < static_cast<int64_t>(array.memory_.size()); ++i)
+        if ((i < array.begin_ || i >= array.begin_ + array.bytes_) && array.memory_[i] != 0x5a) return false;
+      return true;
+    };
+    return around(*this) && around(other) &&
+           memcmp(memory_.data() + begin_, other.memory_.data() + other.begin_, bytes_) == 0;
+  }
+
+ private:
+  int64_t bytes_, begin_;
+  std::vector<uint8_t> memory_;
+};
+
+/// An encoded array with its companion, filled by chance.
+struct Encoded {
+  Array data, companion;
+  Source source;
+
+  Encoded(Code code, int64_t count, uint8_t block_shift, int64_t shift, std::mt19937& random)
+      : data(encoded_bytes(code, count), shift * encoded_bytes(code, 1)),
+        companion(4 * count, shift * 2),
+        source{data.data(), companion.data(), code, block_shift} {
+    std::normal_distribution<float> normal(0, 3);
+    std::vector<float> values(count);
+    for (float& value : values) value = normal(random);
+    if (is_integer(code)) {
+      for (int64_t i = 0; i < encoded_bytes(code, count); ++i) data.data()[i] = static_cast<uint8_t>(random());
+    } else if (code == Code::state48) {
+      for (int64_t i = 0; i < count; ++i) {
+        const auto bits = bit_cast<uint64_t>(static_cast<double>(values[i]) * 1.1);
+        const auto high = static_cast<uint32_t>(bits >> 32);
+        const auto low = static_cast<uint16_t>(bits >> 16);
+        memcpy(data.data() + 4 * i, &high, sizeof high);
+        memcpy(companion.data() + 2 * i, &low, sizeof low);
+      }
+    } else {
+      const Source floats{values.data(), nullptr, Code::float32, 0};
+      cpu::cast({floats, code, block_shift, Rounding::nearest, {}, count, data.data(), scales()});
+    }
+  }
+  float* scales() { return reinterpret_cast<float*>(companion.data()); }
+};
+
+void expect(bool equal, const char* operation, Code from, Code to, int64_t count, int64_t shift) {
+  if (equal) return;
+  ++failures;
+  std::printf("%s of %d elements from code %d to code %d, shifted by %d elements: different\n", operation,
+              static_cast<int>(count), static_cast<int>(from), static_cast<int>(to), static_cast<int>(shift));
+}
+
+void compare_casts(Code from, Code to, Rounding rounding, int64_t count, uint8_t block_shift, int64_t shift) {
+  std::mt19937 random(1);
+  Encoded source(from, count, block_shift, shift, random);
+  Array out(encoded_bytes(to, count), shift * encoded_bytes(to, 1)), scales(4 * ((count >> block_shift) + 1), 0);
+  Array expected_out = out, expected_scales = scales;
+  Cast cast{source.source, to,    block_shift, rounding,
+            {7, 1, 2, 3},  count, out.data(),  reinterpret_cast<float*>(scales.data())};
+  int32_t nonfinite = 0;
+  const bool launched = cuda::cast(cast, &nonfinite, nullptr) == cudaSuccess;
+  cast.out = expected_out.data(), cast.scales = reinterpret_cast<float*>(expected_scales.data());
+  const bool finite = cpu::cast(cast);
+  expect(launched && finite == (nonfinite == 0) && out == expected_out && scales == expected_scales, "cast", from, to,
+         count, shift);
+}
+
+/// One client's code to every result's, as one launch.
+void compare_sums(Code from, int clients, int64_t count, uint8_t block_shift, int64_t shift) {
+  std::mt19937 random(2);
+  std::vector<Encoded> encoded;
+  std::vector<Source> sources;
+  std::vector<double> weights;
+  encoded.reserve(clients);
+  for (int k = 0; k < clients; ++k) {
+    encoded.emplace_back(k == clients / 2 ? Code::float32 : from, count, block_shift, shift, random);
+    sources.push_back(encoded.back().source);
+    weights.push_back(1 + static_cast<double>(random() % 100) + (count % 2) * 0.3);
+  }
+  std::vector<Array> outs, companions, expected_outs, expected_companions;
+  std::vector<Leaf> leaves;
+  for (Code code = Code::float64; code < Code::wire_fp8_e4m3; code = static_cast<Code>(static_cast<int>(code) + 1)) {
+    outs.emplace_back(encoded_bytes(code, count), shift * encoded_bytes(code, 1));
+    companions.emplace_back(2 * count, shift * 2);
+    leaves.push_back(
+        {sources.data(), weights.data(), clients, Fold::mean, false, code, 0.01, 999, count, nullptr, nullptr});
+    leaves.back().pairwise = pairs_fit(leaves.back());
+  }
+  expected_outs = outs, expected_companions = companions;
+  const auto finite = std::make_unique<bool[]>(leaves.size());
+  for (size_t i = 0; i < leaves.size(); ++i)
+    leaves[i].out = expected_outs[i].data(), leaves[i].companion = expected_companions[i].data();
+  cpu::weighted_sum(leaves.data(), static_cast<int64_t>(leaves.size()), finite.get());
+  for (size_t i = 0; i < leaves.size(); ++i) leaves[i].out = outs[i].data(), leaves[i].companion = companions[i].data();
+  const cuda::LeafTableBuilder builder(leaves.data(), static_cast<int64_t>(leaves.size()));
+  std::vector<char> device(builder.bytes());
+  cuda::LeafTable table;
+  const std::vector<char> bytes = builder.bytes_for(device.data(), &table);
+  std::copy(bytes.begin(), bytes.end(), device.begin());
+  const bool launched = cuda::weighted_sum(table, nullptr) == cudaSuccess;
+  for (size_t i = 0; i < leaves.size(); ++i)
+    expect(launched && finite[i] == (table.nonfinite[i] == 0) && outs[i] == expected_outs[i] &&
+               companions[i] == expected_companions[i],
+           "weighted_sum", from, leaves[i].code, count, shift);
+}
+
+/// All pairs of codes, sizes around a warp, a block of scales and a task, aligned and not.
+void compare_all() {
+  const auto is_castable = [](Code code) { return !is_integer(code) && code != Code::state48; };
+  for (int64_t shift = 0; shift < 2; ++shift) {
+    for (int64_t count : {1, 33, 1030, 2051}) {
+      const uint8_t block_shift = count == 2051 ? 8 : 5;
+      for (int from = 0; from < kCodes; ++from) {
+        compare_sums(static_cast<Code>(from), from % 12 + 1, count, block_shift, shift);
+        for (int to = 0; to < kCodes; ++to)
+          if (is_castable(static_cast<Code>(from)) && is_castable(static_cast<Code>(to)))
+            for (Rounding rounding : {Rounding::nearest, Rounding::stochastic})
+              compare_casts(static_cast<Code>(from), static_cast<Code>(to), rounding, count, block_shift, shift);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace fastagg
+
+int main() {
+  fastagg::compare_all();
+  std::puts(fastagg::failures == 0 ? "the same bytes" : "different bytes");
+  return fastagg::failures != 0;
+}
