@@ -47,12 +47,11 @@ def filled(columns: list[Any], weights: list[float], **options: Any) -> fastagg.
     return accumulator
 
 
-def held(accumulator: fastagg.Accumulator) -> tuple[Any, ...]:
-    """All that a refused update must leave as it was."""
+def held(accumulator: fastagg.Accumulator) -> dict[str, Any]:
+    """All that a refused update must leave as it was: the state but for the numbering of clients."""
     state = accumulator.state_dict()
-    sums = None if state["sums"] is None else state["sums"].tobytes()
-    structure = None if state["structure"] is None else state["structure"].names
-    return sums, structure, state["leaves"], state["count"], state["total_weight"], tuple(state["dropped"])
+    sums = state["sums"]
+    return {**state, "sums": None if sums is None else sums.tobytes(), "added": None}
 
 
 def assert_within_bound(result: np.ndarray, columns: list[np.ndarray], weights: list[float]) -> None:
