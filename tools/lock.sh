@@ -12,7 +12,7 @@ trap 'rm -f "$pins"' EXIT
 compile() {
   # torch's CUDA packages are left to torch, for its CPU build has none; the headers that we ask for ourselves stay.
   uv pip compile --quiet --universal --python-version 3.10 --no-header --no-annotate --no-emit-package fastagg "$@" |
-    awk -v headers="$headers" '!/^(nvidia-|cuda-|triton)/ || (headers && /^nvidia-cuda-(crt|runtime)=/)'
+    awk -v headers="$headers" '!/^(nvidia-|cuda-|triton)/ || (headers && /^nvidia-cuda-(cccl|crt|runtime)=/)'
 }
 
 write() { # FILE ARGUMENTS…: one locked file, with the versions of $pins
