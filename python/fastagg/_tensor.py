@@ -181,8 +181,9 @@ class Torch:
             raise TypeError(f"expected a dense tensor, got layout {array.layout}")
         if array.device.type not in ("cpu", "cuda"):
             raise TypeError(f"expected a tensor on a CPU or CUDA device, got {array.device}")
-        array = array.detach().resolve_neg().contiguous()
-        return View(array.data_ptr(), code, tuple(array.shape), str(array.device), array)
+        if not array.is_contiguous() or array.is_neg():
+            array = array.detach().resolve_neg().contiguous()
+        return View(array.data_ptr(), code, tuple(array.shape), self.device_of(array), array)
 
     def writable_view(self, array: Any) -> View:
         """See `Kind`."""
@@ -195,7 +196,7 @@ class Torch:
         """See `Kind`."""
         first, plain = arrays[0], self.plain
         addresses: list[int] = []
-        if first.layout is not self.torch.strided:
+        if first.layout is not self.torch.strided or first.device.type not in ("cpu", "cuda"):
             return addresses
         dtype, shape, device = first.dtype, first.shape, first.get_device()
         for array in arrays:
@@ -217,7 +218,8 @@ class Torch:
 
     def device_of(self, array: Any) -> str:
         """See `Kind`."""
-        return str(array.device)
+        index = array.get_device()
+        return "cpu" if index < 0 else f"cuda:{index}"
 
     def dtype_for(self, code: Code) -> Any:
         """See `Kind`."""
