@@ -93,7 +93,11 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
   namespace py = pybind11;
   m.doc() = "fastagg's operations on the CPU.";
   m.attr("__version__") = FASTAGG_VERSION;
+#if defined(__clang__)
   m.attr("__compiler__") = __VERSION__;
+#else
+  m.attr("__compiler__") = "GCC " __VERSION__;
+#endif
   m.attr("MINIMUM_BLOCK") = 1 << kMinimumBlockShift;
   m.attr("MAXIMUM_BLOCK") = 1 << kMaximumBlockShift;
 

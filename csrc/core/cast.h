@@ -26,7 +26,9 @@ FASTAGG_INLINE I encode(F x, I random) {
 template <class Lanes>
 FASTAGG_INLINE typename Lanes::F narrow_for(Code code, typename Lanes::D (&x)[Lanes::halves]) {
   if (code != Code::float32)
-    for (auto& half : x) half = round_to_odd<typename Lanes::D, typename Lanes::L>(half);
+    for (auto& half : x)
+      half = code == Code::bfloat16 ? round_to_odd_for<Code::bfloat16, typename Lanes::D, typename Lanes::L>(half)
+                                    : round_to_odd<typename Lanes::D, typename Lanes::L>(half);
   return Lanes::narrow(x);
 }
 

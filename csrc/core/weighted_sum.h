@@ -104,6 +104,26 @@ FASTAGG_INLINE D round_to_odd(D x) {
   return bit_cast<D>((bits & ~tail) | sticky);
 }
 
+/// The same for bfloat16, whose subnormals pass through float32's: those have a grid of their own to be odd on.
+template <class D, class L>
+FASTAGG_INLINE D round_to_odd_for_bfloat16(D x) {
+  const D magnitude = bit_cast<D>(bit_cast<L>(x) & INT64_MAX);
+  const D on_grid = magnitude + 0x1p-97;  // its last bit is 2^-149, the unit of float32's subnormals
+  const D nearest = on_grid - 0x1p-97;
+  const L even = (bit_cast<L>(on_grid) & 1) == 0 ? L{} + 1 : L{};
+  const L step = nearest > magnitude ? -even : even;
+  const D odd = bit_cast<D>(bit_cast<L>(on_grid) + step) - 0x1p-97;
+  const L subnormal = bit_cast<L>(nearest == magnitude ? magnitude : odd) | (bit_cast<L>(x) & INT64_MIN);
+  return magnitude < 0x1p-126 ? bit_cast<D>(subnormal) : round_to_odd<D, L>(x);
+}
+
+/// A double that will be rounded to `code` by way of float32, rounded to odd.
+template <Code code, class D, class L>
+FASTAGG_INLINE D round_to_odd_for(D x) {
+  if constexpr (code == Code::bfloat16) return round_to_odd_for_bfloat16<D, L>(x);
+  return round_to_odd<D, L>(x);
+}
+
 /// Zero if x is finite, else NaN.
 template <class D>
 FASTAGG_INLINE D finite_check(D x) {
@@ -144,7 +164,7 @@ FASTAGG_INLINE void store_mean(const Result& result, int64_t i, typename Lanes::
   if constexpr (code == Code::state48) Lanes::store_state48(result.out, result.companion, i, x, result.dither);
   if constexpr (code == Code::float32) Lanes::template store_float32<stream>(result.out, i, Lanes::narrow(x));
   if constexpr (code == Code::float16 || code == Code::bfloat16) {
-    for (auto& half : x) half = round_to_odd<typename Lanes::D, L>(half);
+    for (auto& half : x) half = round_to_odd_for<code, typename Lanes::D, L>(half);
     const F mean = Lanes::narrow(x);
     if constexpr (code == Code::float16) {
       Lanes::template store_float16<stream>(result.out, i, mean);

@@ -39,7 +39,7 @@ struct Elements {
 template <Code code, int n>
 FASTAGG_INLINE Elements<code, n> load_elements(const Source& source, int64_t i) {
   using Whole = Elements<code, n>;
-  Whole elements;
+  Whole elements{};
   const auto* from = global(static_cast<const Element<code>*>(source.data)) + i / Whole::per_entry;
   elements.entries = *reinterpret_cast<const typename Whole::Entries*>(from);
   if constexpr (n < Whole::per_entry) elements.entries.values[0] >>= i % Whole::per_entry * (8 / Whole::per_entry);

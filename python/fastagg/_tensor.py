@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
@@ -52,7 +51,7 @@ class Kind(Protocol):
         """
         ...
 
-    def addresses(self, arrays: Sequence[Any]) -> list[int]:
+    def addresses(self, arrays: list[Any]) -> list[int]:
         """Addresses of the leading arrays that look just like the first one: the fast path for many clients."""
         ...
 
@@ -114,7 +113,7 @@ class NumPy:
             raise ValueError("expected a writable, C-contiguous, aligned array")
         return self.view(array)
 
-    def addresses(self, arrays: Sequence[Any]) -> list[int]:
+    def addresses(self, arrays: list[Any]) -> list[int]:
         """See `Kind`."""
         return _core.numpy_addresses(arrays)
 
@@ -170,7 +169,9 @@ class Torch:
 
     def adopt(self, array: Any) -> Any:
         """CUDA memory of another library, in place."""
-        return self.torch.from_dlpack(array) if hasattr(array, "__dlpack__") else self.torch.as_tensor(array)
+        return (
+            self.torch.utils.dlpack.from_dlpack(array) if hasattr(array, "__dlpack__") else self.torch.as_tensor(array)
+        )
 
     def view(self, array: Any) -> View:
         """See `Kind`."""
@@ -192,7 +193,7 @@ class Torch:
             raise ValueError("expected a contiguous tensor")
         return view
 
-    def addresses(self, arrays: Sequence[Any]) -> list[int]:
+    def addresses(self, arrays: list[Any]) -> list[int]:
         """See `Kind`."""
         first, plain = arrays[0], self.plain
         addresses: list[int] = []
@@ -277,7 +278,7 @@ class CuPy:
             raise ValueError("expected a C-contiguous array")
         return self.view(array)
 
-    def addresses(self, arrays: Sequence[Any]) -> list[int]:
+    def addresses(self, arrays: list[Any]) -> list[int]:
         """See `Kind`. Every array is looked at one by one."""
         return []
 

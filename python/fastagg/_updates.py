@@ -127,7 +127,7 @@ class Structure:
         if hasattr(self.container, "_fields"):  # a named tuple
             return self.container(*leaves)
         try:
-            return self.container(leaves)  # type: ignore[call-arg]
+            return self.container(leaves)
         except TypeError:
             return leaves
 
@@ -136,7 +136,7 @@ class Structure:
             return named
         try:
             result = copy.copy(like) if like is not None else self.container()  # type: ignore[misc]
-            result.update(named)  # type: ignore[attr-defined]
+            result.update(named)
         except (AttributeError, TypeError):  # a mapping that cannot be built or written
             return named
         return result
@@ -152,17 +152,17 @@ def as_weights(weights: Any, count: int) -> list[float]:
     if weights is None:
         return [1.0] * count
     try:
-        weights = [float(weight) for weight in weights]
+        numbers = [float(weight) for weight in weights]
     except (TypeError, ValueError) as error:
         raise TypeError(f"weights: expected {count} numbers, got {weights!r}") from error
-    if len(weights) != count:
-        raise ValueError(f"weights: expected {count}, one for each update, got {len(weights)}")
-    if not (min(weights) >= 0 and math.isfinite(sum(weights))):
-        for client, weight in enumerate(weights):
+    if len(numbers) != count:
+        raise ValueError(f"weights: expected {count}, one for each update, got {len(numbers)}")
+    if not (min(numbers) >= 0 and math.isfinite(sum(numbers))):
+        for client, weight in enumerate(numbers):
             check_weight(weight, f"the weight of client {client}")
-    if not any(weights):
+    if not any(numbers):
         raise ValueError("weights: all are zero, so no client contributes")
-    return weights
+    return numbers
 
 
 def check_weight(weight: float, what: str) -> None:

@@ -13,7 +13,7 @@ from fastagg import _overlap
 from fastagg._backend import MAXIMUM, MEAN, LeafOperands, backend_for
 from fastagg._codes import FLOATS, Code, code_of_dtype, float_code, name_of
 from fastagg._errors import DroppedUpdateWarning
-from fastagg._tensor import Kind, View, adopt, kind_named, kind_of
+from fastagg._tensor import Kind, View, adopt, kind_of
 from fastagg._updates import Structure, as_weights
 from fastagg.quantization import Quantized, device_of, source_operands
 
@@ -194,7 +194,7 @@ def _gather_one_by_one(column: list[Any], structure: Structure, index: int, targ
     for client, leaf in enumerate(column):
         try:
             if isinstance(leaf, Quantized):
-                kind, dtype, leaf_shape, leaf_device = kind_named(leaf._kind), leaf.dtype, leaf.shape, device_of(leaf)
+                kind, dtype, leaf_shape, leaf_device = leaf._kind, leaf.dtype, leaf.shape, device_of(leaf)
                 sources.append(source_operands(leaf))
             else:
                 kind, array = adopt(leaf)

@@ -7,8 +7,8 @@ from typing import Any
 
 from fastagg import _core
 from fastagg._backend import SourceOperands, backend_for, draw_seed
-from fastagg._codes import FLOATS, WIRES, Code, wire_name
-from fastagg._tensor import Kind, View, adopt, kind_named, kind_of
+from fastagg._codes import FLOATS, WIRES, Code, name_of, wire_name
+from fastagg._tensor import Kind, View, adopt, kind_of
 
 DEFAULT_BLOCK = 256
 
@@ -34,7 +34,7 @@ class Quantized:
         seed: the (seed, step, tensor) of stochastic rounding, or None.
     """
 
-    __slots__ = ("_kind", "block", "data", "dtype", "nonfinite", "scales", "seed", "shape", "wire")
+    __slots__ = ("_data", "_kind", "_scales", "block", "dtype", "nonfinite", "seed", "shape", "wire")
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class Quantized:
         *,
         wire: str,
         shape: tuple[int, ...],
-        dtype: Any,
+        dtype: Any = "float32",
         block: int | None = None,
         nonfinite: bool = False,
         seed: tuple[int, int, int] | None = None,
@@ -52,11 +52,23 @@ class Quantized:
         kind = kind_of(data)
         if kind is None:
             raise TypeError(f"data: expected an array, got {type(data).__name__}")
-        self._kind, self.wire, self.shape = kind.name, wire_name(wire), tuple(shape)
-        self.data = kind.view(data).owner
-        self.scales = None if scales is None else kind.view(scales).owner
-        self.dtype, self.block, self.nonfinite, self.seed = dtype, block, nonfinite, seed
+        self._kind, self.wire, self.shape = kind, wire_name(wire), tuple(shape)
+        # Looked at once: averaging thousands of leaves asks for their addresses again and again.
+        self._data = kind.view(data)
+        self._scales = None if scales is None else adopt(scales)[0].view(scales)
+        self.dtype = kind.dtype_named(name_of(dtype))
+        self.block, self.nonfinite, self.seed = block, nonfinite, seed
         _check_layout(self)
+
+    @property
+    def data(self) -> Any:
+        """The codes."""
+        return self._data.owner
+
+    @property
+    def scales(self) -> Any:
+        """One float32 a block, or None."""
+        return None if self._scales is None else self._scales.owner
 
     @property
     def nbytes(self) -> int:
@@ -153,8 +165,7 @@ def dequantize(q: Quantized, *, out: Any = None) -> Any:
     """
     if not isinstance(q, Quantized):
         raise TypeError(f"q: expected a Quantized, got {type(q).__name__}")
-    kind = kind_named(q._kind)
-    data = kind.view(q.data)
+    kind, data = q._kind, q._data
     if out is None:
         out = kind.empty(q.shape, q.dtype, data.device)
     elif kind_of(out) is not kind:
@@ -183,13 +194,12 @@ def dequantize(q: Quantized, *, out: Any = None) -> Any:
 
 def source_operands(q: Quantized) -> SourceOperands:
     """A `Quantized` as the native code reads it, where it lies."""
-    kind = kind_named(q._kind)
-    return _address(kind, q.data), _address(kind, q.scales), WIRES[q.wire], _shift(q.block)
+    return q._data.address, q._scales.address if q._scales else 0, WIRES[q.wire], _shift(q.block)
 
 
 def device_of(q: Quantized) -> str:
     """Where the codes lie."""
-    return kind_named(q._kind).view(q.data).device
+    return q._data.device
 
 
 def _shift(block: int | None) -> int:
@@ -271,7 +281,7 @@ def _check_out(out: Quantized, kind: Kind, view: View, wire: str, block: int | N
     if not isinstance(out, Quantized):
         raise TypeError(f"out: expected a Quantized, got {type(out).__name__}")
     expected = (wire, view.shape, block, kind.name)
-    given = (out.wire, out.shape, out.block, out._kind)
+    given = (out.wire, out.shape, out.block, out._kind.name)
     if expected != given:
         raise ValueError(f"out: expected (wire, shape, block, library) {expected}, got {given}")
     for array in (out.data, out.scales):
@@ -286,9 +296,7 @@ def _check_out(out: Quantized, kind: Kind, view: View, wire: str, block: int | N
 
 def _check_layout(q: Quantized) -> None:
     """Raises ValueError or TypeError unless the arrays hold what the wire, the shape and the block ask for."""
-    kind = kind_named(q._kind)
-    count = math.prod(q.shape)
-    data = kind.view(q.data)
+    kind, data, count = q._kind, q._data, math.prod(q.shape)
     expected_shape = _data_shape(q.wire, q.shape, count)
     expected_dtype = _data_dtype(kind, q.wire)
     if data.shape != expected_shape:
@@ -301,9 +309,9 @@ def _check_layout(q: Quantized) -> None:
         return
     block = _check_block(q.wire, q.block)
     assert block is not None
-    if q.scales is None or kind_of(q.scales) is not kind:
+    scales = q._scales
+    if scales is None or kind_of(scales.owner) is not kind:
         raise TypeError(f"scales: expected a {kind.name} float32 array, got {type(q.scales).__name__}")
-    scales = kind.view(q.scales)
     if scales.code != Code.FLOAT32 or scales.shape != (-(-count // block),) or scales.device != data.device:
         raise ValueError(
             f"scales: expected {-(-count // block)} float32 on {data.device}, got {q.scales.dtype} {scales.shape}"
