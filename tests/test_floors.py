@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "_updates": {"_tensor", "quantization"},
     "_overlap": {"_codes"},
     "averaging": {"_backend", "_codes", "_errors", "_overlap", "_tensor", "_updates", "quantization"},
-    "accumulator": {"_backend", "_codes", "_errors", "_tensor", "_updates", "averaging"},
+    "accumulator": {"_backend", "_codes", "_errors", "_tensor", "_updates", "averaging", "quantization"},
 }
 ARRAY_LIBRARIES = {"torch", "cupy", "jax", "tensorflow"}
 
