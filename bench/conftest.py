@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import shlex
 import time
 import timeit
 from collections.abc import Callable
@@ -42,7 +43,7 @@ class Subject:
     def __init__(self, case: Case, quick: bool) -> None:
         self.case, self.quick = case, quick
         self.inputs = Inputs(case)
-        self.limit = Limit(self.inputs) if case.iterations == 1 else None
+        self.limit = Limit(self.inputs, quick) if case.iterations == 1 else None
         self.rounds, self.warmup_rounds = (3, 1) if quick else (9, 2)
 
 
@@ -85,6 +86,7 @@ def measure(benchmark: Any, request: pytest.FixtureRequest, subject: Subject) ->
         repeats = subject.case.iterations > 1
         if repeats:
             beside.time_rival_alone()
+        begin, processor_begin = time.perf_counter(), time.process_time()
         benchmark.pedantic(
             call,
             setup=None if repeats else beside.take_turn,
@@ -92,6 +94,8 @@ def measure(benchmark: Any, request: pytest.FixtureRequest, subject: Subject) ->
             warmup_rounds=subject.warmup_rounds,
             iterations=subject.case.iterations,
         )
+        if repeats:  # one thread, and no limit to tell
+            beside.shares = [(time.process_time() - processor_begin) / (time.perf_counter() - begin)]
         if benchmark.stats is not None:  # None under --benchmark-disable
             extra = _extra_memory(subject, contender)
             row = beside.row(list(benchmark.stats.stats.data), extra)
@@ -109,15 +113,17 @@ class _Beside:
         rival = rival_of(contender, CONTENDERS[subject.case.operation])
         self.rival = None if contender.is_fastagg else rival.prepare(subject.inputs)
         self.limits: list[float] = []
+        self.shares: list[float] = []
         self.rivals: list[float] = []
         self.twins: list[float] = []
 
     def take_turn(self) -> None:
         """Runs the limit, fastagg and the twin before a round."""
-        time.sleep(0.002)  # threads of the last round's library may still be spinning
+        time.sleep(0.02)  # threads of the last round's library may still be spinning
         if self.subject.limit is not None:
-            quick = self.subject.quick
-            self.limits.append(seconds(self.subject.limit) if quick else self.subject.limit.seconds_when_quiet())
+            elapsed, share = self.subject.limit.timed()
+            self.limits.append(elapsed)
+            self.shares.append(share)
         if self.rival is not None:
             self.rivals.append(seconds(self.rival))
         if self.twin is not None:
@@ -143,6 +149,7 @@ class _Beside:
             package=self.contender.package,
             seconds=times,
             limit_seconds=self.limits[cold:],
+            processor_shares=self.shares[cold:],
             rival_seconds=self.rivals[cold:],
             twin_seconds=self.twins[cold:],
             bytes=limit.bytes if limit is not None else None,
@@ -197,4 +204,4 @@ def _results_folder(config: pytest.Config) -> Path:
 def _command(config: pytest.Config) -> str:
     """The command as anyone can repeat it: this folder is called bench wherever it is."""
     arguments = [str(argument) for argument in config.invocation_params.args]
-    return " ".join(["pytest", *("bench" if Path(one).resolve() == _HERE else one for one in arguments)])
+    return shlex.join(["pytest", *("bench" if Path(one).resolve() == _HERE else one for one in arguments)])

@@ -15,12 +15,13 @@ import numpy as np
 import fastagg
 from fastagg import _core
 from inputs import Inputs, bytes_of
+from rows import QUIET_SHARE
 
 # Bytes read from one buffer before the next one's turn: which is fastest depends on the processor and on K.
 _CHUNKS = tuple(1024 * kibibytes for kibibytes in (1, 4, 16, 64, 256, 1024))
 _TRIES = 3
-# A probe this much slower than the best one tells of a neighbour; so many seconds a case may be spent on waiting.
-_QUIET, _PAUSE, _PATIENCE = 1.25, 0.2, 20.0
+# Seconds to wait for a busy machine before looking again, and in all for a case.
+_PAUSE, _PATIENCE = 0.2, 20.0
 
 
 class Limit:
@@ -30,7 +31,7 @@ class Limit:
     runs over one buffer a client, of the same library and size, so that it is a single walk.
     """
 
-    def __init__(self, inputs: Inputs) -> None:
+    def __init__(self, inputs: Inputs, quick: bool) -> None:
         case = inputs.case
         self.walks = 1
         self.buffers, self.out = _buffers(inputs)
@@ -39,8 +40,8 @@ class Limit:
             self.buffers = [*self.buffers[: case.batch], _touched(inputs, inputs.result_bytes)]
         self._addresses = [_address(buffer) for buffer in self.buffers]
         self._source_bytes, self._out_bytes = int(self.buffers[0].nbytes), int(self.out.nbytes)
-        self._best, self._chunk = min((self._quickest(chunk), chunk) for chunk in _CHUNKS)
-        self._patience = _PATIENCE
+        self._chunk = min(_CHUNKS, key=self._quickest)
+        self._threads, self._patience = fastagg.get_num_threads(), 0.0 if quick else _PATIENCE
 
     def __call__(self) -> None:
         """One run of the probe."""
@@ -52,18 +53,22 @@ class Limit:
         """Bytes that the operation cannot but read and write."""
         return self.walks * (len(self._addresses) * self._source_bytes + self._out_bytes)
 
-    def seconds_when_quiet(self) -> float:
-        """The probe's time, run again while somebody else keeps the machine busy and patience lasts."""
+    def timed(self) -> tuple[float, float]:
+        """The probe's seconds, and its share of its threads' processors; again while others use those too much.
+
+        A thread that waits for memory still holds its processor: a share below 1 is time that somebody else had.
+        """
         while True:
+            processor_begin = time.process_time()
             elapsed = seconds(self)
-            self._best = min(self._best, elapsed)
-            if elapsed <= _QUIET * self._best or self._patience <= 0:
-                return elapsed
+            share = (time.process_time() - processor_begin) / (elapsed * self._threads)
+            if share >= QUIET_SHARE or self._patience <= 0:
+                return elapsed, share
             time.sleep(_PAUSE)
             self._patience -= _PAUSE + elapsed
 
     def _quickest(self, chunk: int) -> float:
-        return self.walks * min(seconds(lambda: self._walk(chunk)) for _ in range(_TRIES))
+        return min(seconds(lambda: self._walk(chunk)) for _ in range(_TRIES))
 
     def _walk(self, chunk: int) -> None:
         _core.stream_probe(self._addresses, self._source_bytes, _address(self.out), self._out_bytes, chunk)

@@ -77,7 +77,7 @@ def _measure_call(case: Case, name: str) -> int:
 def _measure_accumulator(case: Case, clients: int) -> int:
     """The sums of many clients that arrive one by one in the same memory, so that only copies can keep them."""
     fastagg.fedavg([np.ones(1_000_000, np.float32)] * 2)
-    update = np.zeros(case.elements, np.float32)
+    update = np.ones(case.elements, np.float32)  # zeros would have no pages yet
     accumulator = fastagg.Accumulator()
 
     def add_all() -> None:

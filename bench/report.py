@@ -11,7 +11,7 @@ from typing import Any
 
 import machine
 from contenders import CONTENDERS
-from rows import Row
+from rows import QUIET_SHARE, Row
 from targets import targets
 
 _COLUMNS = (
@@ -24,10 +24,6 @@ _COLUMNS = (
     "time / fastagg's",
     "peak extra memory, models",
 )
-
-
-# From here on the machine was busy with something else as well.
-_DISTURBED = 1.5
 
 
 def stem(quick: bool) -> str:
@@ -55,7 +51,7 @@ def summary(rows: list[Row], quick: bool) -> str:
     """The targets in a few lines."""
     if quick:
         return "quick run: small arrays, so the targets do not apply"
-    lines = (f"{target.verdict:12}  {target.text}: {target.measured} ({target.needed})" for target in targets(rows))
+    lines = (f"{target.verdict:15}  {target.text}: {target.measured} ({target.needed})" for target in targets(rows))
     return "\n".join(lines)
 
 
@@ -67,7 +63,7 @@ def _as_json(rows: list[Row], described: dict[str, Any], date: str, command: str
             "gigabytes_per_second": row.gigabytes_per_second,
             "fraction_of_limit": row.fraction_of_limit,
             "times_fastagg": row.times_fastagg,
-            "limit_spread": row.limit_spread,
+            "is_quiet": row.is_quiet,
         }
         for row in rows
     ]
@@ -115,9 +111,11 @@ beyond it. `out=` rows write into memory that is there already, and are compared
 
 def _noise(rows: list[Row]) -> str:
     """How far the numbers can be trusted."""
-    spreads = [row.limit_spread for row in rows if row.limit_spread is not None]
-    disturbed = sum(spread > _DISTURBED for spread in spreads)
-    return f"In {disturbed} of {len(spreads)} rows the limit itself varied by more than {_DISTURBED:g}x between rounds."
+    busy = sum(not row.is_quiet for row in rows)
+    return (
+        f"In {busy} of {len(rows)} rows the machine was busy with something else as well, or is not known to have been "
+        f"free (the limit's threads had less than {QUIET_SHARE:.0%} of their processors): no target is judged by those."
+    )
 
 
 def _machine_lines(described: dict[str, Any], date: str, command: str) -> str:

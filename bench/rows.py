@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
+# Below this share of the processors somebody else was using them, and no time says much.
+QUIET_SHARE = 0.85
+
 
 @dataclass
 class Row:
@@ -18,6 +21,7 @@ class Row:
     package: str
     seconds: list[float]
     limit_seconds: list[float]
+    processor_shares: list[float]  # of the time of its threads' processors, that the limit's runs had
     rival_seconds: list[float]  # fastagg's
     twin_seconds: list[float]  # the same work in another layout
     bytes: int | None  # that the operation cannot but read and write
@@ -50,9 +54,9 @@ class Row:
         return self.median / median(self.twin_seconds) if self.twin_seconds else None
 
     @property
-    def limit_spread(self) -> float | None:
-        """The slowest run of the limit over the fastest: how much the machine was disturbed."""
-        return max(self.limit_seconds) / min(self.limit_seconds) if self.limit_seconds else None
+    def is_quiet(self) -> bool:
+        """Whether the machine is known to have done nothing else meanwhile."""
+        return bool(self.processor_shares) and median(self.processor_shares) >= QUIET_SHARE
 
     @property
     def most_bytes_per_element(self) -> float | None:

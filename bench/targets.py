@@ -16,13 +16,23 @@ class Target(NamedTuple):
     needed: str
     measured: str  # "" where a row of it is missing
     reached: bool
+    is_quiet: bool
 
     @property
     def verdict(self) -> str:
         """In words."""
         if not self.measured:
             return "not measured"
+        if not self.is_quiet:
+            return "machine busy"
         return "reached" if self.reached else "not reached"
+
+
+class Measured(NamedTuple):
+    """A number, and whether the machine was quiet enough for it to count."""
+
+    value: float
+    is_quiet: bool = True
 
 
 class Results:
@@ -31,16 +41,17 @@ class Results:
     def __init__(self, rows: list[Row]) -> None:
         self._rows = {(row.operation, row.key, row.contender): row for row in rows}
 
-    def value(self, operation: str, key: str, contender: str, of: Callable[[Row], float | None]) -> float | None:
-        """A number of one row, or None without that row."""
+    def value(self, operation: str, key: str, contender: str, of: Callable[[Row], float | None]) -> Measured | None:
+        """A number of one row, or None without it."""
         row = self._rows.get((operation, key, contender))
-        return None if row is None else of(row)
+        value = None if row is None else of(row)
+        return None if row is None or value is None else Measured(value, row.is_quiet)
 
-    def fraction(self, operation: str, key: str) -> float | None:
+    def fraction(self, operation: str, key: str) -> Measured | None:
         """Of the limit, for fastagg into existing memory."""
         return self.value(operation, key, FASTAGG_OUT, lambda row: row.fraction_of_limit)
 
-    def speedup(self, operation: str, key: str, contender: str) -> float | None:
+    def speedup(self, operation: str, key: str, contender: str) -> Measured | None:
         """How many times as long as fastagg a contender takes."""
         return self.value(operation, key, contender, lambda row: row.times_fastagg)
 
@@ -87,27 +98,37 @@ def _memory(results: Results) -> list[Target]:
     models = results.value("fedavg", "array", FASTAGG, lambda row: row.extra_models)
     held = results.value("accumulator", "batch=1", FASTAGG, lambda row: row.most_bytes_per_element)
     return [
-        _at_most("fedavg: peak extra memory in models", 1, models),
-        _at_most("Accumulator: bytes an fp32 element, whatever K", 12, held),
+        _at_most("fedavg: peak extra memory in models", 1, _always(models)),
+        _at_most("Accumulator: bytes an fp32 element, whatever K", 12, _always(held)),
     ]
 
 
 def _accumulator(results: Results) -> list[Target]:
     single = results.speedup("accumulator", "batch=1", "torch add_")
     batched = results.speedup("accumulator", "batch=8", "torch add_")
+    inverse = None if single is None else Measured(1 / single.value, single.is_quiet)
     return [
-        _at_most("Accumulator batch=1: times the time of torch's add_", 1.7, None if single is None else 1 / single),
+        _at_most("Accumulator batch=1: times the time of torch's add_", 1.7, inverse),
         _at_least("Accumulator batch=8: times torch's add_ loop", 1.5, batched),
     ]
 
 
-def _at_least(text: str, bound: float, measured: float | None) -> Target:
-    return Target(text, f"at least {bound:g}", _shown(measured), measured is not None and round(measured, 2) >= bound)
+def _always(measured: Measured | None) -> Measured | None:
+    """Memory is what it is, however busy the machine."""
+    return None if measured is None else Measured(measured.value)
 
 
-def _at_most(text: str, bound: float, measured: float | None) -> Target:
-    return Target(text, f"at most {bound:g}", _shown(measured), measured is not None and round(measured, 2) <= bound)
+def _at_least(text: str, bound: float, measured: Measured | None) -> Target:
+    return _judged(text, f"at least {bound:g}", measured, lambda value: value >= bound)
 
 
-def _shown(measured: float | None) -> str:
-    return "" if measured is None else f"{measured:.2f}"
+def _at_most(text: str, bound: float, measured: Measured | None) -> Target:
+    return _judged(text, f"at most {bound:g}", measured, lambda value: value <= bound)
+
+
+def _judged(text: str, needed: str, measured: Measured | None, reaches: Callable[[float], bool]) -> Target:
+    """A target by the number that is shown."""
+    if measured is None:
+        return Target(text, needed, "", False, True)
+    shown = f"{measured.value:.2f}"
+    return Target(text, needed, shown, reaches(float(shown)), measured.is_quiet)
