@@ -50,7 +50,8 @@ uint64_t stream_probe(const std::vector<uint64_t>& sources, int64_t source_bytes
   return cpu::stream_probe(probe);
 }
 
-/// The addresses of the leading arrays that share the first one's dtype and shape, C-contiguous and aligned.
+/// The addresses of the leading arrays that share the first one's dtype, of native byte order, and its shape,
+/// C-contiguous and aligned.
 py::list numpy_addresses(const py::list& arrays) {
   constexpr int layout = py::detail::npy_api::NPY_ARRAY_C_CONTIGUOUS_ | py::detail::npy_api::NPY_ARRAY_ALIGNED_;
   py::list addresses;
@@ -61,6 +62,8 @@ py::list numpy_addresses(const py::list& arrays) {
     if (!py::isinstance<py::array>(item)) break;
     const auto array = py::reinterpret_borrow<py::array>(item);
     if (shape == nullptr) {
+      const char order = array.dtype().byteorder();
+      if (order != '=' && order != '|') break;
       dtype = py::detail::array_proxy(array.ptr())->descr;
       shape = array.shape();
       dimensions = array.ndim();

@@ -26,9 +26,9 @@ inline Source source_of(py::handle described) {
 /// Leaves with the storage that they point into.
 class Leaves {
  public:
-  /// `described`: one tuple a leaf, (sources, code of the sources, weights, scale, count, fold, out, companion, code of
-  /// the result, dither). `sources` are addresses if they share a code, or tuples for `source_of` where the code given
-  /// is None.
+  /// `described`: one tuple a leaf, (sources, code of the sources, weights, divisor, count, fold, out, companion, code
+  /// of the result, dither). `sources` are addresses if they share a code, or tuples for `source_of` where the code
+  /// given is None.
   explicit Leaves(const py::list& described) {
     for (py::handle leaf : described) add(py::reinterpret_borrow<py::tuple>(leaf));
   }
@@ -52,14 +52,13 @@ class Leaves {
     sources_.push_back(std::move(parsed));
     result.sources = sources_.back().data();
     result.weights = weights_of(leaf[2]);
-    result.scale = leaf[3].cast<double>();
+    result.divisor = leaf[3].cast<double>();
     result.count = leaf[4].cast<int64_t>();
     result.fold = static_cast<Fold>(leaf[5].cast<int>());
     result.out = pointer(leaf[6]);
     result.companion = pointer(leaf[7]);
     result.code = static_cast<Code>(leaf[8].cast<int>());
     result.dither = leaf[9].cast<uint16_t>();
-    result.pairwise = pairs_fit(result);
     leaves_.push_back(result);
   }
 

@@ -55,11 +55,17 @@ FASTAGG_INLINE Inverse inverse_of(int exponent) {
 /// Strided partial sums of |x| in a sign block: fixed, so that every backend adds in one order.
 constexpr int kSignStrides = 16;
 
-/// The mean magnitude of a block from its strided sums: a fixed tree.
+/// A sign block's scale: its mean magnitude; NaN marks a block that is not finite.
+FASTAGG_INLINE float mean_magnitude(double sum, int64_t count) {
+  const double mean = sum / static_cast<double>(count);
+  return mean * 0.0 == 0 ? static_cast<float>(mean) : bit_cast<float>(0x7fc00000);
+}
+
+/// The same from a block's strided sums: a fixed tree.
 FASTAGG_INLINE float sign_scale(double* sums, int64_t count) {
   for (int width = kSignStrides / 2; width > 0; width /= 2)
     for (int i = 0; i < width; ++i) sums[i] += sums[i + width];
-  return static_cast<float>(sums[0] / static_cast<double>(count));
+  return mean_magnitude(sums[0], count);
 }
 
 }  // namespace fastagg

@@ -13,9 +13,15 @@ constexpr FASTAGG_INLINE int32_t overflow_from(Code code, Rounding rounding) {
   return 0x7f800000;
 }
 
-/// Encodes float32 as a 16-bit or 8-bit float. Stochastic rounding never carries beyond the largest finite value.
+/// Encodes float32 as a 16-bit or 8-bit float. Rounded stochastically, all beyond the largest finite value is infinite.
 template <Code code, Rounding rounding, class F, class I>
 FASTAGG_INLINE I encode(F x, I random) {
+  if constexpr (rounding == Rounding::stochastic) {
+    const I magnitude = bit_cast<I>(x) & 0x7fffffff;
+    const I infinity = (bit_cast<I>(x) & INT32_MIN) | 0x7f800000;
+    const auto overflows = (magnitude >= overflow_from(code, rounding)) & (magnitude < 0x7f800000);
+    x = bit_cast<F>(overflows ? infinity : bit_cast<I>(x));
+  }
   if constexpr (code == Code::float16) return encode_float<Float16, rounding, F, I>(x, random);
   if constexpr (code == Code::bfloat16) return encode_bfloat16<rounding, F, I>(x, random);
   if constexpr (code == Code::wire_fp8_e4m3) return encode_float<Float8E4M3, rounding, F, I>(x, random);

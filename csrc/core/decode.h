@@ -5,37 +5,13 @@
 
 namespace fastagg {
 
-/// Significant bits of a code's values, or 0 where a float32 cannot hold them (then only `load_wide` serves).
-constexpr FASTAGG_INLINE int significant_bits(Code code) {
-  switch (code) {
-    case Code::float32:
-    case Code::wire_sign:
-      return 24;
-    case Code::float16:
-      return 11;
-    case Code::bfloat16:
-      return 8;
-    case Code::wire_int8:
-      return 7;
-    case Code::wire_fp8_e4m3:
-      return 4;
-    case Code::wire_fp8_e5m2:
-    case Code::wire_int4:
-      return 3;
-    default:
-      return 0;
-  }
-}
-
 /// Integers with a scale: clients' values are summed as integers where that is exact.
 constexpr FASTAGG_INLINE bool is_scaled_integer(Code code) {
   return code == Code::wire_int8 || code == Code::wire_int4;
 }
 
-/// Floats below float32: clients' values are summed in pairs, in float32, where that is exact enough.
-constexpr FASTAGG_INLINE bool is_narrow_float(Code code) {
-  return significant_bits(code) > 0 && significant_bits(code) < 24 && !is_scaled_integer(code);
-}
+/// Floats of 16 bits: clients' values are summed in pairs, in float32, where the result has no more.
+constexpr FASTAGG_INLINE bool is_narrow_float(Code code) { return code == Code::float16 || code == Code::bfloat16; }
 
 /// The elements from index i on as float32, before their block's scale.
 template <class Lanes, Code code>

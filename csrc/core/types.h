@@ -50,15 +50,14 @@ struct Source {
 /// How the clients' values of one leaf become one.
 enum class Fold : uint8_t { mean, maximum };
 
-/// One leaf of `weighted_sum`: out = scale * sum_k weights[k] * sources[k], or the elementwise maximum.
+/// One leaf of `weighted_sum`: out = sum_k weights[k] * sources[k] / divisor, or the elementwise maximum.
 struct Leaf {
   const Source* sources;
   const double* weights;
   int32_t clients;
   Fold fold;
-  bool pairwise;  // sum_pair of core/weighted_sum.h applies
-  Code code;      // of the result
-  double scale;
+  Code code;  // of the result
+  double divisor;
   uint16_t dither;  // of a state48 result: core/state48.h
   int64_t count;
   void* out;        // null: only look for non-finite values

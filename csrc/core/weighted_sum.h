@@ -2,8 +2,7 @@
 //
 // The sum runs in float64, in client order, one rounding a product and one a sum: products of float32 values with
 // counts are exact there. Two shortcuts spare the float64 unit where narrow codes would wait for it:
-// - Narrow floats are paired: the float32 sum of two clients' products joins the float64 sum. A pair is used where its
-//   products are exact in float32 or the result is narrower than that (`pairs_fit`).
+// - For a result of 16 bits, 16-bit clients are paired: the float32 sum of two clients' products joins the float64 sum.
 // - Scaled integers of a group of clients are added up before they join the sum: as integers where weights and scales
 //   allow (`integer_weights`), else in float64. Both are the same number.
 #pragma once
@@ -50,22 +49,8 @@ FASTAGG_INLINE F sum_pair(F weight, F x, F other_weight, F other) {
   return weight * x + other_weight * other;
 }
 
-/// Whether a weight, times any value with so many significant bits, is exact in float32.
-FASTAGG_INLINE bool product_is_exact(double weight, int bits) {
-  const int64_t mantissa = bit_cast<int64_t>(weight) & 0xfffffffffffff;
-  return (mantissa & ((int64_t{1} << (29 + bits)) - 1)) == 0;  // at most 24 - bits bits are in use
-}
-
-/// Whether a leaf's narrow clients are summed in pairs: their products are exact in float32, or the result is narrower.
-FASTAGG_INLINE bool pairs_fit(const Leaf& leaf) {
-  if (leaf.code == Code::float16 || leaf.code == Code::bfloat16) return true;
-  if (leaf.code != Code::float32) return false;
-  for (int32_t k = 0; k < leaf.clients; ++k) {
-    const Code code = leaf.sources[k].code;
-    if (is_narrow_float(code) && !product_is_exact(leaf.weights[k], significant_bits(code))) return false;
-  }
-  return true;
-}
+/// Whether narrow clients are summed in pairs: the result's own rounding is far coarser than a float32 sum's.
+constexpr FASTAGG_INLINE bool pairs_fit(Code result) { return result == Code::float16 || result == Code::bfloat16; }
 
 /// The products of weights and scales of a group, for one block, as multiples of a power of two: 15 bits each, so that
 /// a group's sum of products with int8 fits 32 bits.
@@ -145,25 +130,28 @@ FASTAGG_INLINE T to_integer(double x) {
   return static_cast<T>(whole);
 }
 
-/// Where means go.
+/// Where means go, and what the sums are divided by: by way of a reciprocal, whose error is float64's, but for
+/// integers.
 struct Result {
+  FASTAGG_INLINE Result(const Leaf& leaf, void* out, void* companion)
+      : out(out), companion(companion), divisor(leaf.divisor), scale(1.0 / leaf.divisor), dither(leaf.dither) {}
+
   void* out;
   void* companion;
-  double scale;
+  double divisor, scale;
   uint16_t dither;
 };
 
-/// Scales sums and stores them as a result's code from index i on.
+/// Stores means as a result's floating code from index i on.
 template <class Lanes, Code code, bool stream>
-FASTAGG_INLINE void store_mean(const Result& result, int64_t i, typename Lanes::D (&x)[Lanes::halves]) {
+FASTAGG_INLINE void store_scaled(const Result& result, int64_t i, typename Lanes::D (&x)[Lanes::halves]) {
   using F = typename Lanes::F;
   using I = typename Lanes::I;
   using L = typename Lanes::L;
-  for (auto& half : x) half = half * result.scale;
   if constexpr (code == Code::float64) Lanes::template store_float64<stream>(result.out, i, x);
   if constexpr (code == Code::state48) Lanes::store_state48(result.out, result.companion, i, x, result.dither);
   if constexpr (code == Code::float32) Lanes::template store_float32<stream>(result.out, i, Lanes::narrow(x));
-  if constexpr (code == Code::float16 || code == Code::bfloat16) {
+  if constexpr (is_narrow_float(code)) {
     for (auto& half : x) half = round_to_odd_for<code, typename Lanes::D, L>(half);
     const F mean = Lanes::narrow(x);
     if constexpr (code == Code::float16) {
@@ -172,7 +160,17 @@ FASTAGG_INLINE void store_mean(const Result& result, int64_t i, typename Lanes::
       Lanes::template store_uint16<stream>(result.out, i, encode_bfloat16<Rounding::nearest, F, I>(mean, I{}));
     }
   }
-  if constexpr (is_integer(code)) static_cast<Element<code>*>(result.out)[i] = to_integer<Element<code>>(x[0]);
+}
+
+/// Divides sums and stores the means as a result's code from index i on.
+template <class Lanes, Code code, bool stream>
+FASTAGG_INLINE void store_mean(const Result& result, int64_t i, typename Lanes::D (&x)[Lanes::halves]) {
+  if constexpr (is_integer(code)) {  // a quotient that is a tie must stay one
+    static_cast<Element<code>*>(result.out)[i] = to_integer<Element<code>>(x[0] / result.divisor);
+  } else {
+    for (auto& half : x) half = half * result.scale;
+    store_scaled<Lanes, code, stream>(result, i, x);
+  }
 }
 
 }  // namespace fastagg

@@ -148,7 +148,7 @@ void add_clients(const Leaf& leaf, double* sums, int64_t begin, int64_t count) {
   for (int first = 0; first < leaf.clients;) {
     const Group group = group_from(leaf, first);
     with_code(group.sources[0].code, [&](auto constant) {
-      add_group<Lanes, decltype(constant)::value>(sums, group, leaf.pairwise, begin, count);
+      add_group<Lanes, decltype(constant)::value>(sums, group, pairs_fit(leaf.code), begin, count);
     });
     first += group.clients;
   }
@@ -158,7 +158,7 @@ void add_clients(const Leaf& leaf, double* sums, int64_t begin, int64_t count) {
 template <class Lanes, Code code, bool stream>
 bool store_means(const Leaf& leaf, double* sums, int64_t begin, int64_t count) {
   using Wide = std::conditional_t<is_integer(code), Lane, Lanes>;
-  const Result result{leaf.out, leaf.companion, leaf.scale, leaf.dither};
+  const Result result(leaf, leaf.out, leaf.companion);
   double check = 0;
   int64_t i = 0;
   const auto store_one = [&](int64_t one) {

@@ -218,8 +218,7 @@ __device__ inline int32_t encode_signs(const Operands& op, int64_t begin, int la
     if (lane < 2 && first + 8 * lane < end) out[first / 8 + lane] = static_cast<uint8_t>(signs >> (8 * lane));
   }
   for (int width = kSignStrides / 2; width > 0; width /= 2) sum += __shfl_xor_sync(kWholeWarp, sum, width);
-  if (lane == 0 && begin < end)
-    op.cast.scales[begin >> op.cast.block_shift] = static_cast<float>(sum / static_cast<double>(end - begin));
+  if (lane == 0 && begin < end) op.cast.scales[begin >> op.cast.block_shift] = mean_magnitude(sum, end - begin);
   return largest;
 }
 

@@ -68,7 +68,7 @@ FASTAGG_INLINE void add_group(double (&sums)[n], const Group& group, bool pairwi
 template <Code code, int n>
 FASTAGG_INLINE void store_means(const Leaf& leaf, const double (&sums)[n], int64_t i) {
   Elements<code, n> means;
-  const Result result{means.entries.values, means.companion.values, leaf.scale, leaf.dither};
+  const Result result(leaf, means.entries.values, means.companion.values);
   for (int j = 0; j < n; ++j) {
     double x[1] = {sums[j]};
     store_mean<ThreadLane, code, false>(result, j, x);
@@ -84,7 +84,7 @@ FASTAGG_INLINE bool mean(const Leaf& leaf, int64_t i) {
   for (int first = 0; first < leaf.clients;) {
     const Group group = group_from(leaf, first);
     with_code(group.sources[0].code,
-              [&](auto code) { add_group<decltype(code)::value, n>(sums, group, leaf.pairwise, i); });
+              [&](auto code) { add_group<decltype(code)::value, n>(sums, group, pairs_fit(leaf.code), i); });
     first += group.clients;
   }
   double check = 0;

@@ -8,7 +8,7 @@ from typing import Any, Protocol, cast
 
 from fastagg import _core
 
-# (sources, their code or None, weights, scale, count, fold, out, companion, code, dither): see csrc/bindings/leaves.h.
+# (sources, their code or None, weights, divisor, count, fold, out, companion, code, dither): csrc/bindings/leaves.h.
 LeafOperands = tuple[list[Any], int | None, list[float], float, int, int, int, int, int, int]
 # (data, companion, code, block_shift)
 SourceOperands = tuple[int, int, int, int]
@@ -46,7 +46,8 @@ class _CPU:
     """`_core`: it has no streams, and checks at no cost."""
 
     def weighted_sum(self, leaves: list[LeafOperands], stream: int, check: bool) -> list[int]:
-        return _core.weighted_sum(leaves)
+        flagged = _core.weighted_sum(leaves)
+        return flagged if check else []
 
     def cast(
         self,

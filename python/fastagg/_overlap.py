@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -14,37 +15,56 @@ if TYPE_CHECKING:
     from fastagg._updates import Structure
     from fastagg.averaging import LeafInputs
 
+# Up to so many pairs of spans, comparing them one by one is faster than calling NumPy.
+_FEW_PAIRS = 1000
+
 
 def check(inputs: list[LeafInputs], outs: list[View], structure: Structure) -> None:
     """Raises ValueError if an output overlaps an input or another output."""
-    spans, labels = _input_spans(inputs)
-    order = np.argsort(spans[:, 0], kind="stable")
-    starts, reach = spans[order, 0], np.maximum.accumulate(spans[order, 1])
-    for index, out in enumerate(outs):
-        begin, end = out.span
-        before = int(np.searchsorted(starts, end))  # inputs that start before the output ends
-        if begin < end and before and reach[before - 1] > begin:
-            behind = np.nonzero((spans[:, 0] < end) & (spans[:, 1] > begin))[0]
-            client, leaf = labels[int(behind[0])]
-            raise ValueError(
-                f"out, {structure.leaf_name(index)}: overlaps client {client}'s {structure.leaf_name(leaf)}"
-            )
-    sorted_outs = sorted(range(len(outs)), key=lambda index: outs[index].span)
-    for one, other in pairwise(sorted_outs):
-        if outs[one].elements and outs[other].elements and outs[one].span[1] > outs[other].span[0]:
+    spans = [span for leaf in inputs for span in _spans(leaf)]
+    if len(spans) * len(outs) <= _FEW_PAIRS:
+        suspects = [index for index, out in enumerate(outs) if any(_touch(out.span, span) for span in spans)]
+    else:
+        suspects = _search(np.array(spans, np.uint64), outs)
+    for index in suspects:
+        _raise(inputs, outs[index], index, structure)
+    in_order = sorted(range(len(outs)), key=lambda index: outs[index].span)
+    for one, other in pairwise(in_order):
+        if _touch(outs[one].span, outs[other].span):
             raise ValueError(f"out: {structure.leaf_name(one)} and {structure.leaf_name(other)} overlap")
 
 
-def _input_spans(inputs: list[LeafInputs]) -> tuple[np.ndarray, list[tuple[int, int]]]:
-    """First and last address of every input, and its (client, leaf)."""
-    spans, labels = [], []
-    for index, leaf in enumerate(inputs):
-        count = int(np.prod(leaf.shape, dtype=np.int64))
-        for client, source in enumerate(leaf.sources):
-            address, code = (source, leaf.code) if leaf.code is not None else (source[0], Code(source[2]))
-            spans.append((address, address + encoded_bytes(code, count) if count else address))
-            labels.append((client, index))
-    return np.array(spans, np.uint64), labels
+def _spans(leaf: LeafInputs) -> list[tuple[int, int]]:
+    """First address of each client's array, and the one behind its last byte."""
+    count = math.prod(leaf.shape)
+    if leaf.code is not None:
+        size = encoded_bytes(leaf.code, count)
+        return [(address, address + size) for address in leaf.sources]
+    return [(address, address + encoded_bytes(Code(code), count)) for address, _, code, _ in leaf.sources]
+
+
+def _touch(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether two spans share a byte."""
+    return one[0] < other[1] and other[0] < one[1] and one[0] < one[1] and other[0] < other[1]
+
+
+def _search(spans: np.ndarray, outs: list[View]) -> list[int]:
+    """The outputs that an input may reach into: those behind whose first byte an earlier input ends."""
+    spans = spans[np.argsort(spans[:, 0], kind="stable")]
+    reach = np.maximum.accumulate(spans[:, 1])
+    begins, ends = np.array([out.span for out in outs], np.uint64).T
+    before = np.searchsorted(spans[:, 0], ends)  # inputs that begin before the output ends
+    return [int(index) for index in np.nonzero((before > 0) & (reach[before - 1] > begins) & (begins < ends))[0]]
+
+
+def _raise(inputs: list[LeafInputs], out: View, index: int, structure: Structure) -> None:
+    """Raises ValueError for the first input that shares a byte with an output."""
+    for leaf, given in enumerate(inputs):
+        for client, span in enumerate(_spans(given)):
+            if _touch(out.span, span):
+                raise ValueError(
+                    f"out, {structure.leaf_name(index)}: overlaps client {client}'s {structure.leaf_name(leaf)}"
+                )
 
 
 def encoded_bytes(code: Code, count: int) -> int:

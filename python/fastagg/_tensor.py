@@ -199,14 +199,15 @@ class Torch:
         addresses: list[int] = []
         if first.layout is not self.torch.strided or first.device.type not in ("cpu", "cuda"):
             return addresses
-        dtype, shape, device = first.dtype, first.shape, first.get_device()
+        dtype, shape, device, on_cpu = first.dtype, first.shape, first.get_device(), first.is_cpu
         for array in arrays:
             fits = (
                 type(array) in plain
                 and array.dtype is dtype
                 and array.shape == shape
-                and array.get_device() == device
+                and (array.is_cpu if on_cpu else array.is_cuda and array.get_device() == device)
                 and array.is_contiguous()
+                and not array.is_neg()
             )
             if not fits:
                 break
@@ -350,12 +351,24 @@ def adopt(array: Any) -> tuple[Kind, Any]:
         return kind, np.asarray(array) if isinstance(array, np.generic) else array
     on_cpu = hasattr(array, "__dlpack__") and int(array.__dlpack_device__()[0]) == 1
     if on_cpu:
-        return _kinds["numpy"], np.from_dlpack(array)
+        return _kinds["numpy"], _numpy_from_dlpack(array)
     if hasattr(array, "__dlpack__") or hasattr(array, "__cuda_array_interface__"):
         kind = _cuda_library()
         return kind, kind.adopt(array)
     hint = ": pass its state_dict()" if hasattr(array, "state_dict") else ""
     raise TypeError(f"expected an array (NumPy, PyTorch, CuPy or DLPack), got {type(array).__name__}{hint}")
+
+
+def _numpy_from_dlpack(array: Any) -> np.ndarray:
+    """An array in the host's memory, in place.
+
+    Raises:
+        TypeError: NumPy has no such dtype (bf16 among them).
+    """
+    try:
+        return np.from_dlpack(array)
+    except (RuntimeError, BufferError) as error:
+        raise TypeError(f"NumPy cannot take this array through DLPack: {error}") from None
 
 
 def _cuda_library() -> Torch | CuPy:

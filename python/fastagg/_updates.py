@@ -152,8 +152,8 @@ def as_weights(weights: Any, count: int) -> list[float]:
     if weights is None:
         return [1.0] * count
     try:
-        numbers = [float(weight) for weight in weights]
-    except (TypeError, ValueError) as error:
+        numbers = [_as_number(weight) for weight in weights]
+    except (TypeError, ValueError, OverflowError) as error:
         raise TypeError(f"weights: expected {count} numbers, got {weights!r}") from error
     if len(numbers) != count:
         raise ValueError(f"weights: expected {count}, one for each update, got {len(numbers)}")
@@ -163,6 +163,13 @@ def as_weights(weights: Any, count: int) -> list[float]:
     if not any(numbers):
         raise ValueError("weights: all are zero, so no client contributes")
     return numbers
+
+
+def _as_number(weight: Any) -> float:
+    """A number as a float; float() alone would read text too."""
+    if isinstance(weight, (str, bytes)):
+        raise TypeError(f"{weight!r} is text")
+    return float(weight)
 
 
 def check_weight(weight: float, what: str) -> None:

@@ -9,7 +9,7 @@ import warnings
 from typing import Any, NamedTuple
 
 from fastagg._backend import MAXIMUM, MEAN, LeafOperands, backend_for
-from fastagg._codes import ELEMENT_BYTES, Code, name_of
+from fastagg._codes import ELEMENT_BYTES, FLOATS, Code, name_of
 from fastagg._errors import DroppedUpdateWarning
 from fastagg._tensor import Kind, adopt, kind_named
 from fastagg._updates import Structure, check_weight
@@ -17,6 +17,10 @@ from fastagg.averaging import LeafInputs, check_devices, check_out, check_polici
 from fastagg.quantization import Quantized
 
 _ALIGNMENT = 64
+_STATE_KEYS = {
+    *("version", "structure", "leaves", "device", "sums", "folds", "added", "count", "total_weight", "dropped"),
+    *("nan_policy", "integer_policy", "batch"),
+}
 # Beyond these, sums of float32 values could leave the range of float64; counts of examples are far inside.
 _LARGEST_WEIGHT, _SMALLEST_WEIGHT = 2.0**300, 2.0**-300
 
@@ -163,7 +167,8 @@ class Accumulator:
             raise TypeError(f"other: expected an Accumulator, got {type(other).__name__}")
         if other is self:
             other = copy.copy(self)
-        with self._lock, other._lock:
+        first, second = sorted((self, other), key=id)  # one order for all: two merges must not wait for each other
+        with first._lock, second._lock:
             self._fold()
             other._fold()
             self._check_mergeable(other)
@@ -174,8 +179,8 @@ class Accumulator:
                 self._combine([_address(sums) for sums in sources])
                 self._count += other._count
                 self._total = math.fsum((self._total, other._total))
+            self.dropped.extend(dropped._replace(client=self._added + dropped.client) for dropped in other.dropped)
             self._added += other._added
-            self.dropped.extend(other.dropped)
 
     def result(self, *, out: Any = None) -> Any:
         """The weighted mean of all that was added, as new arrays like the first update's, or written into `out`.
@@ -197,7 +202,7 @@ class Accumulator:
             for leaf, source, view in zip(self._leaves, inputs, views, strict=True):
                 fold = MEAN if leaf.state in (Code.STATE48, Code.FLOAT64) else MAXIMUM
                 leaves.append(
-                    (source.sources, None, [1.0], 1.0 / self._total, leaf.elements, fold, view.address, 0, leaf.code, 0)
+                    (source.sources, None, [1.0], self._total, leaf.elements, fold, view.address, 0, leaf.code, 0)
                 )
             backend_for(self._device).weighted_sum(leaves, self._stream(), False)
             return self._structure.build(arrays) if out is None else out
@@ -231,7 +236,7 @@ class Accumulator:
         Raises:
             ValueError: the state is of another version of fastagg, or incomplete.
         """
-        if not isinstance(state, dict) or state.get("version") != 1:
+        if not isinstance(state, dict) or state.get("version") != 1 or not state.keys() >= _STATE_KEYS:
             raise ValueError("state: expected what Accumulator.state_dict() returned, version 1")
         with self._lock:
             self.reset()
@@ -274,7 +279,8 @@ class Accumulator:
             who = f"client {client}, {structure.leaf_name(index)}"
             if leaf.shape != known.shape:
                 raise ValueError(f"{who}: expected shape {known.shape} like the first client's, got {leaf.shape}")
-            if name_of(leaf.dtype) != name_of(known.dtype) and not isinstance(columns[index], Quantized):
+            as_codes = isinstance(columns[index], Quantized) and known.code in FLOATS
+            if name_of(leaf.dtype) != name_of(known.dtype) and not as_codes:
                 raise TypeError(
                     f"{who}: expected dtype {name_of(known.dtype)} like the first client's, got {name_of(leaf.dtype)}"
                 )

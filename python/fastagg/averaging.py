@@ -119,16 +119,16 @@ class _Mean:
         leaves: list[LeafOperands] = []
         for leaf, out in zip(self.inputs, self.outs, strict=True):
             sources = leaf.sources if contributing is None else [leaf.sources[client] for client in contributing]
-            fold, leaf_weights, scale = MEAN, scaled, 1.0 / total
+            fold, leaf_weights, divisor = MEAN, scaled, total
             if leaf.result_code == Code.FLOAT64:
                 if normalised is None:
                     normalised = (np.asarray(scaled) / np.asarray(scaled).sum()).tolist()
-                leaf_weights, scale = normalised, 1.0
+                leaf_weights, divisor = normalised, 1.0
             elif leaf.result_code not in FLOATS and self.integer_policy != "round":
                 fold = MAXIMUM
                 sources = sources[:1] if self.integer_policy == "first" else sources
             count = math.prod(leaf.shape)
-            leaves.append((sources, leaf.code, leaf_weights, scale, count, fold, out.address, 0, out.code, 0))
+            leaves.append((sources, leaf.code, leaf_weights, divisor, count, fold, out.address, 0, out.code, 0))
         return self.backend.weighted_sum(leaves, self.stream, check)
 
     def offenders(self, weights: list[float], flagged: list[int], every: bool) -> dict[int, int]:
@@ -179,7 +179,7 @@ def _uniform(
         result,
         tuple(first.shape),
         device,
-        [],
+        column,
     )
 
 
@@ -218,7 +218,7 @@ def _gather_one_by_one(column: list[Any], structure: Structure, index: int, targ
     assert shape is not None
     if all(dtype is None for dtype in dtypes):
         dtypes[0] = column[0].dtype
-    dtype, result = _result_dtype(kinds[0], dtypes, f"{structure.leaf_name(index)}", target)
+    dtype, result = _result_dtype(kinds[0], dtypes, structure.leaf_name(index), target)
     return LeafInputs(sources, None, kinds[0], dtype, result, shape, device, owners)
 
 
@@ -233,6 +233,10 @@ def _result_dtype(kind: Kind, dtypes: list[Any], leaf_name: str, target: Code | 
     assert first is not None
     floats = first in FLOATS
     for client, dtype in enumerate(dtypes):
+        if dtype is None and not floats:
+            raise TypeError(
+                f"client {client}, {leaf_name}: a Quantized cannot join {name_of(dtypes[first_client])} arrays"
+            )
         if dtype is None:
             continue
         code = code_of_dtype(dtype)
@@ -256,8 +260,11 @@ def is_finite(leaf: LeafInputs, client: int, stream: int) -> bool:
 
 
 def scale_weights(weights: list[float]) -> tuple[list[float], float]:
-    """Weights divided by a power of two that leaves the largest in [0.5, 1): no sum overflows. And their sum."""
-    factor = math.ldexp(1.0, -max(math.frexp(max(weights))[1], -1000))
+    """Weights divided by a power of two that leaves the largest in [0.25, 0.5). And their sum.
+
+    So no sum overflows, that of two clients in float32 included.
+    """
+    factor = math.ldexp(1.0, -1 - max(math.frexp(max(weights))[1], -1000))
     scaled = [weight * factor for weight in weights]
     return scaled, math.fsum(scaled)
 

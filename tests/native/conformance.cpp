@@ -1,6 +1,6 @@
 // Runs both operations with every instruction set that the processor has, on awkward sizes and addresses, and compares
-// the bytes with the scalar loops'. Then several threads use the pool at once, and a forked child. It needs no Python: the
-// sanitizers build it, and an emulator of another processor can run it.
+// the bytes with the scalar loops'. Then several threads use the pool at once, and a forked child. It needs no Python:
+// the sanitizers build it, and an emulator of another processor can run it.
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -26,10 +26,10 @@ constexpr int64_t kSizes[] = {1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 65, 255,
 constexpr Code kInputs[] = {Code::float64,       Code::float32,       Code::float16,   Code::bfloat16,
                             Code::wire_fp8_e4m3, Code::wire_fp8_e5m2, Code::wire_int8, Code::wire_int4,
                             Code::wire_sign,     Code::int8,          Code::uint16,    Code::int64};
-constexpr Code kResults[] = {Code::float64,  Code::float32, Code::float16, Code::bfloat16,
+constexpr Code kResults[] = {Code::float64, Code::float32, Code::float16, Code::bfloat16,
                              Code::state48, Code::int8,    Code::int32,   Code::uint64};
-constexpr Code kWires[] = {Code::float32,       Code::float16,       Code::bfloat16,  Code::float64,  Code::wire_fp8_e4m3,
-                           Code::wire_fp8_e5m2, Code::wire_int8,     Code::wire_int4, Code::wire_sign};
+constexpr Code kWires[] = {Code::float32,       Code::float16,   Code::bfloat16,  Code::float64,  Code::wire_fp8_e4m3,
+                           Code::wire_fp8_e5m2, Code::wire_int8, Code::wire_int4, Code::wire_sign};
 
 int failures = 0;
 long comparisons = 0;
@@ -80,15 +80,16 @@ struct Encoded {
         scales(4 * (count / 32 + 1), 0),
         source{data.data(), scales.data(), code, 5} {
     if (fastagg::is_integer(code)) {
-      for (int64_t i = 0; i < fastagg::encoded_bytes(code, count); ++i) data.data()[i] = static_cast<uint8_t>(random_bits()());
+      for (int64_t i = 0; i < fastagg::encoded_bytes(code, count); ++i)
+        data.data()[i] = static_cast<uint8_t>(random_bits()());
       return;
     }
     std::vector<float> values(count);
     for (float& value : values) value = random_float(special);
     const fastagg::Source floats{values.data(), nullptr, Code::float32, 0};
-    fastagg::scalar_kernels->cast({floats, code, 5, Rounding::nearest, {}, count, data.data(),
-                                   reinterpret_cast<float*>(scales.data())},
-                                  0, count, false);
+    fastagg::scalar_kernels->cast(
+        {floats, code, 5, Rounding::nearest, {}, count, data.data(), reinterpret_cast<float*>(scales.data())}, 0, count,
+        false);
   }
 };
 
@@ -129,9 +130,8 @@ void check_weighted_sum(const fastagg::Kernels& kernels, Code from, Code to, int
     weights.push_back(k % 4 == 3 ? 0.1 * k : 0.5 * k + 1);
   }
   const auto run = [&](const fastagg::Kernels& loops, Buffer& out, Buffer& companion, bool stream) {
-    fastagg::Leaf leaf{sources.data(), weights.data(), clients, fastagg::Fold::mean, false, to, 0.25, 1234, count,
-                       out.data(),     companion.data()};
-    leaf.pairwise = fastagg::pairs_fit(leaf);
+    fastagg::Leaf leaf{sources.data(), weights.data(), clients,    fastagg::Fold::mean, to, 4.0,
+                       1234,           count,          out.data(), companion.data()};
     const bool finite = loops.weighted_sum(leaf, 0, count, stream);
     canonicalise(out, to, count);
     return finite;
@@ -150,9 +150,9 @@ void check_cast(const fastagg::Kernels& kernels, Code from, Code to, int64_t cou
   if (fastagg::has_scales(from) && fastagg::has_scales(to)) return;
   Encoded input(from, count, count % 4, special);
   const auto run = [&](const fastagg::Kernels& loops, Buffer& out, Buffer& scales, bool stream) {
-    const bool finite = loops.cast({input.source, to, 6, rounding, {42, 1, 2, 3}, count, out.data(),
-                                    reinterpret_cast<float*>(scales.data())},
-                                   0, count, stream);
+    const bool finite = loops.cast(
+        {input.source, to, 6, rounding, {42, 1, 2, 3}, count, out.data(), reinterpret_cast<float*>(scales.data())}, 0,
+        count, stream);
     canonicalise(out, to, count);
     return finite;
   };
@@ -194,7 +194,7 @@ void check_threads() {
     const fastagg::Source sources[] = {{x.data(), nullptr, Code::float32, 0}, {y.data(), nullptr, Code::float32, 0}};
     const double weights[] = {0.5, 0.5};
     std::vector<float> out(count);
-    const fastagg::Leaf leaf{sources, weights, 2, fastagg::Fold::mean, false, Code::float32, 1, 0, count, out.data(), nullptr};
+    const fastagg::Leaf leaf{sources, weights, 2, fastagg::Fold::mean, Code::float32, 1, 0, count, out.data(), nullptr};
     bool finite;
     fastagg::cpu::weighted_sum(&leaf, 1, &finite);
     for (const float mean : out)
