@@ -6,8 +6,9 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import cuda_on_cpu_module
 import pytest
+
+import cuda_on_cpu_module
 
 FOLDER = Path(__file__).resolve().parent / "cuda_on_cpu"
 HEADERS = cuda_on_cpu_module.cuda_headers()

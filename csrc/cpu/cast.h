@@ -261,7 +261,7 @@ bool cast(const Cast& op, int64_t begin, int64_t end, bool stream) {
     }
     largest = here > largest ? here : largest;
   }
-  return largest < overflow_from(op.code, op.rounding);
+  return largest < overflow_from(op.code);
 }
 
 }  // namespace fastagg

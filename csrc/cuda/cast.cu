@@ -127,7 +127,7 @@ __device__ inline int32_t largest_of_lanes(int32_t value, int lanes) {
 
 /// Raises the flag if a thread met a magnitude that the code turns into infinity or NaN.
 __device__ inline void report(const Operands& op, int32_t largest) {
-  if (op.nonfinite != nullptr && largest >= overflow_from(op.cast.code, op.cast.rounding)) atomicOr(op.nonfinite, 1);
+  if (op.nonfinite != nullptr && largest >= overflow_from(op.cast.code)) atomicOr(op.nonfinite, 1);
 }
 
 template <Code code, Rounding rounding>

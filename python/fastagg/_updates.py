@@ -153,7 +153,7 @@ def as_weights(weights: Any, count: int) -> list[float]:
         return [1.0] * count
     try:
         numbers = [_as_number(weight) for weight in weights]
-    except (TypeError, ValueError, OverflowError) as error:
+    except (TypeError, ValueError) as error:
         raise TypeError(f"weights: expected {count} numbers, got {weights!r}") from error
     if len(numbers) != count:
         raise ValueError(f"weights: expected {count}, one for each update, got {len(numbers)}")
@@ -169,7 +169,10 @@ def _as_number(weight: Any) -> float:
     """A number as a float; float() alone would read text too."""
     if isinstance(weight, (str, bytes)):
         raise TypeError(f"{weight!r} is text")
-    return float(weight)
+    try:
+        return float(weight)
+    except OverflowError:  # an integer beyond the floats: refused by name, as infinity is
+        return math.inf
 
 
 def check_weight(weight: float, what: str) -> None:
