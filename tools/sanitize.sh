@@ -9,10 +9,18 @@ export UBSAN_OPTIONS=print_stacktrace=1
 export ASAN_OPTIONS=detect_leaks=0
 export TSAN_OPTIONS=die_after_fork=0
 
+# Without nvcc CUDA's headers come from the environment's packages.
+headers=$(PYTHONPATH=tests python -c 'import cuda_on_cpu_module as module; print(module.cuda_headers() or "")')
+
 for sanitizers in address,undefined thread; do
   folder=build/sanitize/${sanitizers%%,*}
   printf '\n-- the CPU floor under %s\n' "$sanitizers"
   cmake -S tests/native -B "$folder/native" -DFASTAGG_SANITIZE="$sanitizers" >/dev/null
   cmake --build "$folder/native" --parallel 2
   "$folder/native/conformance"
+  printf '\n-- the CUDA kernels on the CPU under %s\n' "$sanitizers"
+  cmake -S tests/cuda_on_cpu -B "$folder/cuda" -DFASTAGG_CUDA_ON_CPU_MODULE=OFF -DFASTAGG_SANITIZE="$sanitizers" \
+    -DFASTAGG_CUDA_HEADERS="$headers" >/dev/null
+  cmake --build "$folder/cuda" --parallel 2 --target driver
+  "$folder/cuda/driver"
 done

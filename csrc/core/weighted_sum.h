@@ -122,6 +122,7 @@ FASTAGG_INLINE T to_integer(double x) {
   constexpr int bits = 8 * sizeof(T) - is_signed;
   constexpr T largest = static_cast<T>(~uint64_t{0} >> (64 - bits));
   constexpr double limit = 2.0 * static_cast<double>(uint64_t{1} << (bits - 1));
+  if (!(x == x)) return 0;  // a conversion of NaN is undefined
   const double magnitude = x < 0 ? -x : x;
   double whole = magnitude < 0x1p52 ? (magnitude + 0x1p52) - 0x1p52 : magnitude;
   if (x < 0) whole = -whole;
