@@ -1,5 +1,5 @@
-// A block's threads pass a value to their neighbours through shared memory. Planted faults, chosen by a definition, show
-// that the harness finds what it is there for.
+// A block's threads pass a value to their neighbours through shared memory. Planted faults, chosen by a definition,
+// show that the harness finds what it is there for.
 #include <cstdio>
 
 #include "cuda/launch.cuh"
