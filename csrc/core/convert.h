@@ -31,12 +31,6 @@ FASTAGG_INLINE To broadcast(T x) {
   }
 }
 
-/// 2^exponent for -126 <= exponent <= 127.
-template <class F, class I>
-FASTAGG_INLINE F power_of_two(I exponent) {
-  return bit_cast<F>((exponent + 127) << 23);
-}
-
 /// A uniform number strictly between 0 and 1, the midpoint of one of 2^23 cells, from 32 random bits.
 template <class F, class I>
 FASTAGG_INLINE F uniform(I random) {

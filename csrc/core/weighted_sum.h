@@ -1,4 +1,4 @@
-// The arithmetic of `weighted_sum`: out = scale * sum_k weight_k * x_k.
+// The arithmetic of `weighted_sum`: out = sum_k weight_k * x_k / divisor.
 //
 // The sum runs in float64, in client order, one rounding a product and one a sum: products of float32 values with
 // counts are exact there. Two shortcuts spare the float64 unit where narrow codes would wait for it:

@@ -1,4 +1,4 @@
-"""fastagg: weighted FedAvg, fused gradient allreduce and FP16 quantisation as a small native library."""
+"""fastagg: weighted FedAvg and FP16 quantisation as a small native library."""
 
 from fastagg._backend import get_num_threads, set_num_threads
 from fastagg._build import __version__, build_info

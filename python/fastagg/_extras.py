@@ -27,12 +27,12 @@ class Extra(NamedTuple):
 EXTRAS = {
     extra.name: extra
     for extra in (
-        Extra("torch", "PyTorch tensors, all_reduce, the DDP hook", ("torch",)),
+        Extra("torch", "PyTorch tensors", ("torch",)),
         Extra("cli", "the command line", ("rich", "typer")),
         Extra("bench", "fastagg bench", ("matplotlib", "pytest", "pytest_benchmark", "torch")),
         Extra("demo", "fastagg demo", ("matplotlib", "sklearn")),
-        Extra("flower", "Flower strategies", ("flwr",)),
-        Extra("nvflare", "the NVFlare aggregator", ("nvflare",)),
+        Extra("flower", "Flower, which fastagg bench compares with", ("flwr",)),
+        Extra("nvflare", "NVFlare, which fastagg bench compares with", ("nvflare",)),
     )
 }
 
