@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <memory>
 #include <vector>
 
@@ -51,7 +52,9 @@ class Leaves {
     result.clients = static_cast<int32_t>(parsed.size());
     sources_.push_back(std::move(parsed));
     result.sources = sources_.back().data();
-    result.weights = weights_of(leaf[2]);
+    const Weights& weights = weights_of(leaf[2]);
+    result.weights = weights.values.data();
+    result.short_weights = weights.are_short;
     result.divisor = leaf[3].cast<double>();
     result.count = leaf[4].cast<int64_t>();
     result.fold = static_cast<Fold>(leaf[5].cast<int>());
@@ -62,16 +65,25 @@ class Leaves {
     leaves_.push_back(result);
   }
 
+  struct Weights {
+    py::handle list;
+    std::vector<double> values;
+    bool are_short;
+  };
+
   /// Weights as doubles, converted once for all the leaves that share the list.
-  const double* weights_of(py::handle list) {
-    if (weights_.empty() || !list.is(weights_.back().first))
-      weights_.emplace_back(list, std::make_unique<std::vector<double>>(list.cast<std::vector<double>>()));
-    return weights_.back().second->data();
+  const Weights& weights_of(py::handle list) {
+    if (weights_.empty() || !list.is(weights_.back().list)) {
+      auto values = list.cast<std::vector<double>>();
+      const bool are_short = std::all_of(values.begin(), values.end(), is_short);
+      weights_.push_back({list, std::move(values), are_short});
+    }
+    return weights_.back();
   }
 
   std::vector<Leaf> leaves_;
   std::vector<std::vector<Source>> sources_;
-  std::vector<std::pair<py::handle, std::unique_ptr<std::vector<double>>>> weights_;
+  std::vector<Weights> weights_;  // when it grows, the values themselves stay where they are
 };
 
 /// The indices of the false entries.

@@ -42,11 +42,8 @@ FASTAGG_INLINE I encode(F x, I random) {
 /// Doubles as the float32 that will be encoded as `code`: rounded to odd where they will be rounded once more.
 template <class Lanes>
 FASTAGG_INLINE typename Lanes::F narrow_for(Code code, typename Lanes::D (&x)[Lanes::halves]) {
-  if (code != Code::float32)
-    for (auto& half : x)
-      half = code == Code::bfloat16 ? round_to_odd_for<Code::bfloat16, typename Lanes::D, typename Lanes::L>(half)
-                                    : round_to_odd<typename Lanes::D, typename Lanes::L>(half);
-  return Lanes::narrow(x);
+  if (code == Code::float32) return Lanes::narrow(x);
+  return code == Code::bfloat16 ? narrow_to_odd_for_bfloat16<Lanes>(x) : narrow_to_odd<Lanes>(x);
 }
 
 FASTAGG_INLINE float magnitude_of(float x) { return bit_cast<float>(bit_cast<int32_t>(x) & 0x7fffffff); }

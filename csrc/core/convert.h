@@ -19,16 +19,10 @@ struct Float8E4M3 {  // the "fn" variant of OCP and torch: no infinity, overflow
   static constexpr int largest = 0x7e, infinity = 0x7f, nan = 0x7f;
 };
 
-/// A scalar in every lane.
+/// A scalar in every lane: minus zero leaves it alone, its sign included.
 template <class To, class T>
 FASTAGG_INLINE To broadcast(T x) {
-  if constexpr (sizeof(To) == sizeof(T)) {
-    return x;
-  } else {
-    To lanes{};
-    for (unsigned lane = 0; lane < sizeof(To) / sizeof(T); ++lane) lanes[lane] = x;
-    return lanes;
-  }
+  return x - To{};
 }
 
 /// A uniform number strictly between 0 and 1, the midpoint of one of 2^23 cells, from 32 random bits.
@@ -82,15 +76,20 @@ FASTAGG_INLINE F decode_float(I code) {
   return bit_cast<F>((magnitude > Format::largest ? widened | 0x7f800000 : finite) | sign);
 }
 
-/// float32 to bfloat16: its upper half, rounded.
+/// The bits of a float32 that is not NaN, rounded to those of a bfloat16: its upper half, to nearest even.
+template <class I>
+FASTAGG_INLINE I round_to_bfloat16(I bits) {
+  return ((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) & 0xffff;
+}
+
+/// float32 to bfloat16. Infinity stays, for its lower half is zero.
 template <Rounding rounding, class F, class I>
 FASTAGG_INLINE I encode_bfloat16(F x, I random) {
   const I bits = bit_cast<I>(x);
-  const I increment = rounding == Rounding::nearest ? 0x7fff + ((bits >> 16) & 1) : (random >> 16) & 0xffff;
-  const I rounded = (bits & 0x7fffffff) + increment;
-  const I special = (bits & 0x7fffffff) | ((bits & 0x7fffffff) > 0x7f800000 ? I{} + 0x400000 : I{});
-  const I magnitude = (bits & 0x7fffffff) > 0x7f7fffff ? special : rounded;
-  return ((magnitude >> 16) & 0x7fff) | ((bits >> 16) & 0x8000);
+  const I quiet = ((bits >> 16) & 0xffff) | 0x40;
+  if constexpr (rounding == Rounding::nearest) return x == x ? round_to_bfloat16(bits) : quiet;
+  const I rounded = ((bits + ((random >> 16) & 0xffff)) >> 16) & 0xffff;
+  return x == x ? rounded : quiet;
 }
 
 template <class F, class I>

@@ -10,7 +10,7 @@ constexpr FASTAGG_INLINE bool is_scaled_integer(Code code) {
   return code == Code::wire_int8 || code == Code::wire_int4;
 }
 
-/// Floats of 16 bits: clients' values are summed in pairs, in float32, where the result has no more.
+/// Floats of 16 bits.
 constexpr FASTAGG_INLINE bool is_narrow_float(Code code) { return code == Code::float16 || code == Code::bfloat16; }
 
 /// The elements from index i on as float32, before their block's scale.
@@ -20,7 +20,7 @@ FASTAGG_INLINE typename Lanes::F load(const void* data, int64_t i) {
   using I = typename Lanes::I;
   if constexpr (code == Code::float32) return Lanes::load_float32(data, i);
   if constexpr (code == Code::float16) return Lanes::load_float16(data, i);
-  if constexpr (code == Code::bfloat16) return decode_bfloat16<F, I>(Lanes::load_uint16(data, i));
+  if constexpr (code == Code::bfloat16) return Lanes::load_bfloat16(data, i);
   if constexpr (code == Code::wire_fp8_e4m3) return decode_float<Float8E4M3, F, I>(Lanes::load_uint8(data, i));
   if constexpr (code == Code::wire_fp8_e5m2) return decode_float<Float8E5M2, F, I>(Lanes::load_uint8(data, i));
   if constexpr (code == Code::wire_int8) return Lanes::convert(Lanes::load_int8(data, i));

@@ -19,6 +19,9 @@ struct Lane {
   static FASTAGG_INLINE F load_float16(const void* data, int64_t i) {
     return decode_float<Float16, F, I>(load_uint16(data, i));
   }
+  static FASTAGG_INLINE F load_bfloat16(const void* data, int64_t i) {
+    return decode_bfloat16<F, I>(load_uint16(data, i));
+  }
   static FASTAGG_INLINE I load_uint16(const void* data, int64_t i) { return static_cast<const uint16_t*>(data)[i]; }
   static FASTAGG_INLINE I load_uint8(const void* data, int64_t i) { return static_cast<const uint8_t*>(data)[i]; }
   static FASTAGG_INLINE I load_int8(const void* data, int64_t i) { return static_cast<const int8_t*>(data)[i]; }
@@ -41,18 +44,31 @@ struct Lane {
     x[0] = decode_state48<D, L>(static_cast<L>(code));
   }
 
+  static FASTAGG_INLINE bool any(bool lane) { return lane; }
   static FASTAGG_INLINE F convert(I x) { return static_cast<float>(x); }
   static FASTAGG_INLINE void widen(F x, D (&wide)[halves]) { wide[0] = x; }
   static FASTAGG_INLINE F narrow(const D (&wide)[halves]) { return static_cast<float>(wide[0]); }
 
-  /// Sums of integers times 15-bit weights.
+  /// Sums of clients' 16-bit floats times weights, in float32.
+  template <Code code>
+  struct FloatProducts {
+    static constexpr int width = 1;
+    F sum = -0.0f;
+
+    FASTAGG_INLINE void add(const void* data, float weight, int64_t i) {
+      sum = sum + weight * (code == Code::float16 ? load_float16(data, i) : load_bfloat16(data, i));
+    }
+    FASTAGG_INLINE void widen(D (&x)[1][halves]) const { x[0][0] = sum; }
+  };
+
+  /// Sums of two clients' integers times 15-bit weights, which share a word.
   struct IntegerProducts {
     static constexpr int width = 1;
     I sum = 0;
 
     template <Code code>
-    FASTAGG_INLINE void add(const void* one, I weight, const void* other, I other_weight, int64_t i) {
-      sum += weight * load_integer<code>(one, i) + other_weight * load_integer<code>(other, i);
+    FASTAGG_INLINE void add(const void* one, const void* other, I weights, int64_t i) {
+      sum += (weights & 0xffff) * load_integer<code>(one, i) + (weights >> 16) * load_integer<code>(other, i);
     }
     FASTAGG_INLINE void widen(D (&x)[1][halves]) const { x[0][0] = sum; }
   };
@@ -82,6 +98,7 @@ struct Lane {
   static FASTAGG_INLINE void store_uint8(void* out, int64_t i, I code) {
     static_cast<uint8_t*>(out)[i] = static_cast<uint8_t>(code);
   }
+  template <bool stream>
   static FASTAGG_INLINE void store_state48(void* high, void* low, int64_t i, const D (&x)[halves], uint16_t dither) {
     const uint64_t code = static_cast<uint64_t>(encode_state48<D, L>(x[0], dither));
     static_cast<uint32_t*>(high)[i] = static_cast<uint32_t>(code >> 32);

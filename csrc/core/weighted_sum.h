@@ -2,23 +2,37 @@
 //
 // The sum runs in float64, in client order, one rounding a product and one a sum: products of float32 values with
 // counts are exact there. Two shortcuts spare the float64 unit where narrow codes would wait for it:
-// - For a result of 16 bits, 16-bit clients are paired: the float32 sum of two clients' products joins the float64 sum.
-// - Scaled integers of a group of clients are added up before they join the sum: as integers where weights and scales
-//   allow (`integer_weights`), else in float64. Both are the same number.
+// - Runs of 16-bit clients are added up in float32 before they join the sum (`run_length`).
+// - Scaled integers of a group of clients are added up before they join the sum: as integers where that is exact, else
+//   in float64. Both are the same number.
 #pragma once
 #include "decode.h"
 
 namespace fastagg {
 
-/// Clients whose streams are read together: more would outrun a processor's prefetchers. Even, so that no group cuts a
-/// pair.
-constexpr int kGroup = 8;
+/// Clients whose streams are read together: more would outrun a processor's prefetchers.
+constexpr int kGroup = 16;
+/// Clients of a run for results of 16 bits.
+constexpr int kRun = 8;
+
+/// Whether a weight has at most the 13 significant bits that make its product with a 16-bit float exact in float32.
+FASTAGG_INLINE bool is_short(double weight) { return bit_cast<uint64_t>(weight) << 24 == 0; }
+
+/// Neighbouring clients of a 16-bit float whose products are added up in float32 before they join the sum. kRun for a
+/// result of 16 bits, whose own rounding is far coarser. Two for float32 where the products are exact: so the rounding
+/// of their sum is the only one before the last. Else 1: none.
+FASTAGG_INLINE int run_length(Code code, const Leaf& leaf) {
+  if (!is_narrow_float(code)) return 1;
+  if (is_narrow_float(leaf.code)) return kRun;
+  return leaf.code == Code::float32 && leaf.short_weights ? 2 : 1;
+}
 
 /// Neighbouring clients of one code.
 struct Group {
   const Source* sources;
   const double* weights;
   int clients;
+  int run;  // of run_length
 
   /// Elements that share their scales: the blocks of all clients are multiples of the smallest.
   FASTAGG_INLINE int smallest_block_shift() const {
@@ -28,13 +42,13 @@ struct Group {
   }
 };
 
-/// The clients from `first` on that share its code, at most kGroup.
+/// The clients from `first` on that share its code: one run of kRun, or at most kGroup.
 FASTAGG_INLINE Group group_from(const Leaf& leaf, int first) {
+  const Code code = leaf.sources[first].code;
+  const int run = run_length(code, leaf), most = run == kRun ? kRun : kGroup;
   int clients = 1;
-  while (clients < kGroup && first + clients < leaf.clients &&
-         leaf.sources[first + clients].code == leaf.sources[first].code)
-    ++clients;
-  return {leaf.sources + first, leaf.weights + first, clients};
+  while (clients < most && first + clients < leaf.clients && leaf.sources[first + clients].code == code) ++clients;
+  return {leaf.sources + first, leaf.weights + first, clients, run};
 }
 
 /// sum + weight * x, the product rounded before the sum (contraction is off in every build).
@@ -43,76 +57,57 @@ FASTAGG_INLINE T add_product(T sum, T weight, T x) {
   return sum + weight * x;
 }
 
-/// The float32 sum of two clients' products.
-template <class F>
-FASTAGG_INLINE F sum_pair(F weight, F x, F other_weight, F other) {
-  return weight * x + other_weight * other;
-}
-
-/// Whether narrow clients are summed in pairs: the result's own rounding is far coarser than a float32 sum's.
-constexpr FASTAGG_INLINE bool pairs_fit(Code result) { return result == Code::float16 || result == Code::bfloat16; }
-
-/// The products of weights and scales of a group, for one block, as multiples of a power of two: 15 bits each, so that
-/// a group's sum of products with int8 fits 32 bits.
-struct IntegerWeights {
-  int16_t values[kGroup];
-  double unit;
-  bool exact;  // the multiples are the products themselves
-};
-
-template <Code code>
-FASTAGG_INLINE IntegerWeights integer_weights(const Group& group, int64_t i) {
-  double products[kGroup], largest = 0;
-  for (int k = 0; k < group.clients; ++k) {
-    products[k] = group.weights[k] * static_cast<double>(scale_at<code>(group.sources[k], i));
-    largest = products[k] > largest ? products[k] : largest;
-  }
-  const int64_t exponent = bit_cast<int64_t>(largest) >> 52;  // biased; weights and scales are positive
-  if (exponent < 64 || exponent > 1983) return {{}, 0, false};
-  IntegerWeights result{{}, bit_cast<double>((exponent - 14) << 52), true};
-  const double inverse = bit_cast<double>((2046 + 14 - exponent) << 52);
-  for (int k = 0; k < group.clients; ++k) {
-    const double multiple = products[k] * inverse;  // below 2^15, unless NaN
-    result.exact &= multiple >= 0 && multiple == (multiple + 0x1p52) - 0x1p52;
-    result.values[k] = multiple >= 0 ? static_cast<int16_t>(multiple) : int16_t{0};
-  }
-  return result;
-}
-
 /// A double as the float32 whose further rounding to a narrower float equals one rounding: truncated, its last bit set
 /// if anything was cut off ("round to odd").
 template <class D, class L>
 FASTAGG_INLINE D round_to_odd(D x) {
   constexpr int64_t tail = 0x1fffffff;
   const L bits = bit_cast<L>(x);
-  const L sticky = (bits & tail) != 0 ? L{} + (tail + 1) : L{};
-  return bit_cast<D>((bits & ~tail) | sticky);
+  return bit_cast<D>((bits | ((bits & tail) + tail)) & ~tail);
 }
 
-/// The same for bfloat16, whose subnormals pass through float32's: those have a grid of their own to be odd on.
+/// The same where |x| is below the normal numbers of float32, whose subnormals are the grid to be odd on.
 template <class D, class L>
-FASTAGG_INLINE D round_to_odd_for_bfloat16(D x) {
+FASTAGG_INLINE D round_subnormal_to_odd(D x) {
   const D magnitude = bit_cast<D>(bit_cast<L>(x) & INT64_MAX);
   const D on_grid = magnitude + 0x1p-97;  // its last bit is 2^-149, the unit of float32's subnormals
   const D nearest = on_grid - 0x1p-97;
   const L even = (bit_cast<L>(on_grid) & 1) == 0 ? L{} + 1 : L{};
   const L step = nearest > magnitude ? -even : even;
   const D odd = bit_cast<D>(bit_cast<L>(on_grid) + step) - 0x1p-97;
-  const L subnormal = bit_cast<L>(nearest == magnitude ? magnitude : odd) | (bit_cast<L>(x) & INT64_MIN);
-  return magnitude < 0x1p-126 ? bit_cast<D>(subnormal) : round_to_odd<D, L>(x);
+  return bit_cast<D>(bit_cast<L>(nearest == magnitude ? magnitude : odd) | (bit_cast<L>(x) & INT64_MIN));
 }
 
-/// A double that will be rounded to `code` by way of float32, rounded to odd.
-template <Code code, class D, class L>
-FASTAGG_INLINE D round_to_odd_for(D x) {
-  if constexpr (code == Code::bfloat16) return round_to_odd_for_bfloat16<D, L>(x);
-  return round_to_odd<D, L>(x);
+/// Whether x is infinite or NaN, in every lane.
+template <class T>
+FASTAGG_INLINE auto not_finite(T x) {
+  return x - x != T{};
 }
 
-/// Zero if x is finite, else NaN.
-template <class D>
-FASTAGG_INLINE D finite_check(D x) {
-  return x * 0.0;
+/// Which lanes are below float32's and bfloat16's normal numbers, but not zero.
+template <class F, class I>
+FASTAGG_INLINE auto is_subnormal(F x) {
+  const F magnitude = bit_cast<F>(bit_cast<I>(x) & 0x7fffffff);
+  return (magnitude < 0x1p-126f) & (magnitude > 0.0f);
+}
+
+/// Doubles as float32 that will be rounded once more, to a narrower float of at least float32's smallest normal.
+template <class Lanes>
+FASTAGG_INLINE typename Lanes::F narrow_to_odd(const typename Lanes::D (&x)[Lanes::halves]) {
+  typename Lanes::D odd[Lanes::halves];
+  for (int h = 0; h < Lanes::halves; ++h) odd[h] = round_to_odd<typename Lanes::D, typename Lanes::L>(x[h]);
+  return Lanes::narrow(odd);
+}
+
+/// The same for bfloat16, which has subnormals: they are rare, and looked after only where there are some.
+template <class Lanes>
+FASTAGG_INLINE typename Lanes::F narrow_to_odd_for_bfloat16(const typename Lanes::D (&x)[Lanes::halves]) {
+  const auto narrow = narrow_to_odd<Lanes>(x);
+  const auto subnormal = is_subnormal<typename Lanes::F, typename Lanes::I>(narrow);
+  if (!Lanes::any(subnormal)) return narrow;
+  typename Lanes::D odd[Lanes::halves];
+  for (int h = 0; h < Lanes::halves; ++h) odd[h] = round_subnormal_to_odd<typename Lanes::D, typename Lanes::L>(x[h]);
+  return subnormal ? Lanes::narrow(odd) : narrow;
 }
 
 /// Rounds to the nearest even integer and saturates at the bounds of T.
@@ -143,34 +138,52 @@ struct Result {
   uint16_t dither;
 };
 
-/// Stores means as a result's floating code from index i on.
+/// Stores doubles as a result's code from index i on; returns which lanes are infinite or NaN.
 template <class Lanes, Code code, bool stream>
-FASTAGG_INLINE void store_scaled(const Result& result, int64_t i, typename Lanes::D (&x)[Lanes::halves]) {
+FASTAGG_INLINE auto store_wide(const Result& result, int64_t i, const typename Lanes::D (&x)[Lanes::halves]) {
+  if constexpr (code == Code::float64) Lanes::template store_float64<stream>(result.out, i, x);
+  if constexpr (code == Code::state48)
+    Lanes::template store_state48<stream>(result.out, result.companion, i, x, result.dither);
+  auto mask = not_finite(x[0]);
+  for (int h = 1; h < Lanes::halves; ++h) mask |= not_finite(x[h]);
+  return mask;
+}
+
+/// Stores doubles as bfloat16, by one addition a lane; returns which lanes are infinite, NaN or subnormal: those need
+/// the longer way of a lane of one.
+template <class Lanes, bool stream>
+FASTAGG_INLINE auto store_bfloat16(const Result& result, int64_t i, const typename Lanes::D (&x)[Lanes::halves]) {
   using F = typename Lanes::F;
   using I = typename Lanes::I;
-  using L = typename Lanes::L;
-  if constexpr (code == Code::float64) Lanes::template store_float64<stream>(result.out, i, x);
-  if constexpr (code == Code::state48) Lanes::store_state48(result.out, result.companion, i, x, result.dither);
-  if constexpr (code == Code::float32) Lanes::template store_float32<stream>(result.out, i, Lanes::narrow(x));
-  if constexpr (is_narrow_float(code)) {
-    for (auto& half : x) half = round_to_odd_for<code, typename Lanes::D, L>(half);
-    const F mean = Lanes::narrow(x);
-    if constexpr (code == Code::float16) {
-      Lanes::template store_float16<stream>(result.out, i, mean);
-    } else {
-      Lanes::template store_uint16<stream>(result.out, i, encode_bfloat16<Rounding::nearest, F, I>(mean, I{}));
-    }
+  if constexpr (Lanes::width == 1) {
+    const F mean = narrow_to_odd_for_bfloat16<Lanes>(x);
+    Lanes::template store_uint16<stream>(result.out, i, encode_bfloat16<Rounding::nearest, F, I>(mean, I{}));
+    return not_finite(mean);
+  } else {
+    const F mean = narrow_to_odd<Lanes>(x);
+    Lanes::template store_uint16<stream>(result.out, i, round_to_bfloat16(bit_cast<I>(mean)));
+    return not_finite(mean) | is_subnormal<F, I>(mean);
   }
 }
 
-/// Divides sums and stores the means as a result's code from index i on.
+/// Divides sums and stores the means as a result's code from index i on. Returns which lanes to store again, one by
+/// one: those whose means are infinite or NaN, and a few others. From lanes of one: whether it is not finite.
 template <class Lanes, Code code, bool stream>
-FASTAGG_INLINE void store_mean(const Result& result, int64_t i, typename Lanes::D (&x)[Lanes::halves]) {
+FASTAGG_INLINE auto store_mean(const Result& result, int64_t i, const typename Lanes::D (&sum)[Lanes::halves]) {
   if constexpr (is_integer(code)) {  // a quotient that is a tie must stay one
-    static_cast<Element<code>*>(result.out)[i] = to_integer<Element<code>>(x[0] / result.divisor);
+    static_cast<Element<code>*>(result.out)[i] = to_integer<Element<code>>(sum[0] / result.divisor);
+    return not_finite(sum[0]);
   } else {
-    for (auto& half : x) half = half * result.scale;
-    store_scaled<Lanes, code, stream>(result, i, x);
+    typename Lanes::D x[Lanes::halves];
+    for (int h = 0; h < Lanes::halves; ++h) x[h] = sum[h] * result.scale;
+    if constexpr (code == Code::float64 || code == Code::state48) return store_wide<Lanes, code, stream>(result, i, x);
+    if constexpr (code == Code::bfloat16) return store_bfloat16<Lanes, stream>(result, i, x);
+    if constexpr (code == Code::float32 || code == Code::float16) {
+      const auto mean = code == Code::float32 ? Lanes::narrow(x) : narrow_to_odd<Lanes>(x);
+      if constexpr (code == Code::float32) Lanes::template store_float32<stream>(result.out, i, mean);
+      else Lanes::template store_float16<stream>(result.out, i, mean);
+      return not_finite(mean);
+    }
   }
 }
 

@@ -20,8 +20,8 @@ struct Avx2 {
   static FASTAGG_INLINE __m256i extend_int8_to_16(const void* data) {
     return _mm256_cvtepi8_epi16(load_bytes<__m128i>(data));
   }
-  static FASTAGG_INLINE void add_products(I (&sums)[2], __m256i x, int16_t weight, __m256i y, int16_t other_weight) {
-    const __m256i weights = _mm256_set1_epi32(other_weight << 16 | weight);
+  static FASTAGG_INLINE void add_products(I (&sums)[2], __m256i x, __m256i y, int32_t pair) {
+    const __m256i weights = _mm256_set1_epi32(pair);
     sums[0] += (I)_mm256_madd_epi16(_mm256_unpacklo_epi16(x, y), weights);
     sums[1] += (I)_mm256_madd_epi16(_mm256_unpackhi_epi16(x, y), weights);
   }
@@ -35,7 +35,13 @@ struct Avx2 {
   static FASTAGG_INLINE __m128 high(F x) { return _mm256_extractf128_ps(x, 1); }
   static FASTAGG_INLINE F join(__m128 low, __m128 high) { return _mm256_set_m128(high, low); }
   static FASTAGG_INLINE D widen(__m128 x) { return _mm256_cvtps_pd(x); }
+  static FASTAGG_INLINE void widen_interleaved(F even, F odd, D (&x)[2][2]) {
+    const F first = _mm256_unpacklo_ps(even, odd), second = _mm256_unpackhi_ps(even, odd);  // within 128 bits
+    x[0][0] = widen(low(first)), x[0][1] = widen(low(second));
+    x[1][0] = widen(high(first)), x[1][1] = widen(high(second));
+  }
   static FASTAGG_INLINE __m128 narrow(D x) { return _mm256_cvtpd_ps(x); }
+  static FASTAGG_INLINE bool any(I lanes) { return !_mm256_testz_si256((__m256i)lanes, (__m256i)lanes); }
   static FASTAGG_INLINE F half_to_float(const void* data) { return _mm256_cvtph_ps(load_bytes<__m128i>(data)); }
 
   template <bool stream, class Vector32>
@@ -69,12 +75,13 @@ struct Avx2 {
     codes[0] = (L)_mm256_unpacklo_epi32(lower, upper);
     codes[1] = (L)_mm256_unpackhi_epi32(lower, upper);
   }
+  template <bool stream>
   static FASTAGG_INLINE void store_planes(void* high, void* low, const L (&codes)[2]) {
     const __m256 first = (__m256)codes[0], second = (__m256)codes[1];
     const __m256i upper = (__m256i)_mm256_shuffle_ps(first, second, 0xdd);
     const __m256i lower = (__m256i)_mm256_shuffle_ps(first, second, 0x88);
-    store_bytes(high, _mm256_permute4x64_epi64(upper, 0xd8));
-    store_uint16<false>(low, (I)_mm256_srli_epi32(_mm256_permute4x64_epi64(lower, 0xd8), 16));
+    store<stream>(high, _mm256_permute4x64_epi64(upper, 0xd8));
+    store_uint16<stream>(low, (I)_mm256_srli_epi32(_mm256_permute4x64_epi64(lower, 0xd8), 16));
   }
 
  private:

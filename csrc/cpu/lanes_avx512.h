@@ -20,8 +20,8 @@ struct Avx512 {
   static FASTAGG_INLINE __m512i extend_int8_to_16(const void* data) {
     return _mm512_cvtepi8_epi16(load_bytes<__m256i>(data));
   }
-  static FASTAGG_INLINE void add_products(I (&sums)[2], __m512i x, int16_t weight, __m512i y, int16_t other_weight) {
-    const __m512i weights = _mm512_set1_epi32(other_weight << 16 | weight);
+  static FASTAGG_INLINE void add_products(I (&sums)[2], __m512i x, __m512i y, int32_t pair) {
+    const __m512i weights = _mm512_set1_epi32(pair);
     sums[0] += (I)_mm512_madd_epi16(_mm512_unpacklo_epi16(x, y), weights);
     sums[1] += (I)_mm512_madd_epi16(_mm512_unpackhi_epi16(x, y), weights);
   }
@@ -41,7 +41,14 @@ struct Avx512 {
     return _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
   }
   static FASTAGG_INLINE D widen(__m256 x) { return _mm512_cvtps_pd(x); }
+  static FASTAGG_INLINE void widen_interleaved(F even, F odd, D (&x)[2][2]) {
+    const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i second = _mm512_or_si512(first, _mm512_set1_epi32(8));
+    const F whole[2] = {_mm512_permutex2var_ps(even, first, odd), _mm512_permutex2var_ps(even, second, odd)};
+    for (int r = 0; r < 2; ++r) x[r][0] = widen(low(whole[r])), x[r][1] = widen(high(whole[r]));
+  }
   static FASTAGG_INLINE __m256 narrow(D x) { return _mm512_cvtpd_ps(x); }
+  static FASTAGG_INLINE bool any(I lanes) { return _mm512_test_epi32_mask((__m512i)lanes, (__m512i)lanes) != 0; }
   static FASTAGG_INLINE F half_to_float(const void* data) { return _mm512_cvtph_ps(load_bytes<__m256i>(data)); }
 
   template <bool stream, class Vector64>
@@ -70,11 +77,12 @@ struct Avx512 {
       codes[h] = (L)_mm512_cvtepu32_epi64(upper) << 32 | (L)_mm512_cvtepu16_epi64(lower) << 16;
     }
   }
+  template <bool stream>
   static FASTAGG_INLINE void store_planes(void* high, void* low, const L (&codes)[2]) {
-    for (int h = 0; h < 2; ++h) {
-      store_bytes(static_cast<uint32_t*>(high) + 8 * h, _mm512_cvtepi64_epi32((__m512i)(codes[h] >> 32)));
-      store_bytes(static_cast<uint16_t*>(low) + 8 * h, _mm512_cvtepi64_epi16((__m512i)(codes[h] >> 16)));
-    }
+    const auto upper = [&](int h) { return _mm512_cvtepi64_epi32((__m512i)(codes[h] >> 32)); };
+    const auto lower = [&](int h) { return _mm512_cvtepi64_epi16((__m512i)(codes[h] >> 16)); };
+    store<stream>(high, _mm512_inserti64x4(_mm512_castsi256_si512(upper(0)), upper(1), 1));
+    store_32_bytes<stream>(low, _mm256_set_m128i(lower(1), lower(0)));
   }
 
  private:

@@ -17,8 +17,8 @@ struct Neon {
   static FASTAGG_INLINE I extend_int8(const void* data) { return extend<I, int8_t, 4>(data); }
   static FASTAGG_INLINE I extend_uint16(const void* data) { return extend<I, uint16_t, 4>(data); }
   static FASTAGG_INLINE int16x8_t extend_int8_to_16(const void* data) { return vmovl_s8(load_bytes<int8x8_t>(data)); }
-  static FASTAGG_INLINE void add_products(I (&sums)[2], int16x8_t x, int16_t weight, int16x8_t y,
-                                          int16_t other_weight) {
+  static FASTAGG_INLINE void add_products(I (&sums)[2], int16x8_t x, int16x8_t y, int32_t pair) {
+    const auto weight = static_cast<int16_t>(pair), other_weight = static_cast<int16_t>(pair >> 16);
     sums[0] += (I)vmlal_n_s16(vmull_n_s16(vget_low_s16(x), weight), vget_low_s16(y), other_weight);
     sums[1] += (I)vmlal_n_s16(vmull_n_s16(vget_high_s16(x), weight), vget_high_s16(y), other_weight);
   }
@@ -34,7 +34,13 @@ struct Neon {
     return bit_cast<F>(vcombine_f32(bit_cast<float32x2_t>(low), bit_cast<float32x2_t>(high)));
   }
   static FASTAGG_INLINE D widen(HalfF x) { return bit_cast<D>(vcvt_f64_f32(bit_cast<float32x2_t>(x))); }
+  static FASTAGG_INLINE void widen_interleaved(F even, F odd, D (&x)[2][2]) {
+    const float32x4x2_t whole = vzipq_f32(bit_cast<float32x4_t>(even), bit_cast<float32x4_t>(odd));
+    for (int r = 0; r < 2; ++r)
+      x[r][0] = widen(low(bit_cast<F>(whole.val[r]))), x[r][1] = widen(high(bit_cast<F>(whole.val[r])));
+  }
   static FASTAGG_INLINE HalfF narrow(D x) { return bit_cast<HalfF>(vcvt_f32_f64(bit_cast<float64x2_t>(x))); }
+  static FASTAGG_INLINE bool any(I lanes) { return vmaxvq_u32((uint32x4_t)lanes) != 0; }
   static FASTAGG_INLINE F half_to_float(const void* data) {
     return bit_cast<F>(vcvt_f32_f16(vreinterpret_f16_u16(load_bytes<uint16x4_t>(data))));
   }
@@ -61,6 +67,7 @@ struct Neon {
       codes[h] = upper << 32 | lower << 16;
     }
   }
+  template <bool stream>
   static FASTAGG_INLINE void store_planes(void* high, void* low, const L (&codes)[2]) {
     for (int h = 0; h < 2; ++h) {
       const auto upper = __builtin_convertvector(codes[h] >> 32, Vector<int32_t, 8>);

@@ -17,11 +17,13 @@ using Vector = typename VectorOf<T, bytes>::type;
 /// `count` lanes. `Isa` gives the conversions between element sizes, and the stores:
 ///   extend_uint8, extend_int8, extend_uint16   `count` small integers in memory to I
 ///   extend_int8_to_16, add_products, widen_sums   for IntegerProducts
+///   widen_interleaved                          two F, the first the even elements, to four D in their order
 ///   low, high, join                            the halves of an F
 ///   widen, narrow                              half an F to D, and back
 ///   half_to_float                              `count` float16 in memory to F
+///   any                                        whether a lane of an I is not zero
 ///   store<stream>, store_float16<stream>, store_uint16<stream>, store_uint8
-///   load_planes, store_planes                  the 32 and 16 upper bits of `count` int64
+///   load_planes, store_planes<stream>          the 32 and 16 upper bits of `count` int64
 template <int count, class Isa>
 struct VectorLanes {
   static constexpr int width = count, halves = 2, half = count / 2;
@@ -34,6 +36,9 @@ struct VectorLanes {
   static FASTAGG_INLINE F load_float32(const void* data, int64_t i) { return load_bytes<F>(at<float>(data, i)); }
   static FASTAGG_INLINE F load_float16(const void* data, int64_t i) {
     return Isa::half_to_float(at<uint16_t>(data, i));
+  }
+  static FASTAGG_INLINE F load_bfloat16(const void* data, int64_t i) {
+    return decode_bfloat16<F, I>(load_uint16(data, i));
   }
   static FASTAGG_INLINE I load_uint16(const void* data, int64_t i) { return Isa::extend_uint16(at<uint16_t>(data, i)); }
   static FASTAGG_INLINE I load_uint8(const void* data, int64_t i) { return Isa::extend_uint8(at<uint8_t>(data, i)); }
@@ -70,6 +75,9 @@ struct VectorLanes {
     for (int h = 0; h < halves; ++h) x[h] = decode_state48<D, L>(codes[h]);
   }
 
+  /// Whether any lane of a comparison is true.
+  static FASTAGG_INLINE bool any(I lanes) { return Isa::any(lanes); }
+  static FASTAGG_INLINE bool any(L lanes) { return Isa::any(bit_cast<I>(lanes)); }
   static FASTAGG_INLINE F convert(I x) { return __builtin_convertvector(x, F); }
   static FASTAGG_INLINE void widen(F x, D (&wide)[halves]) {
     wide[0] = Isa::widen(Isa::low(x));
@@ -79,15 +87,39 @@ struct VectorLanes {
     return Isa::join(Isa::narrow(wide[0]), Isa::narrow(wide[1]));
   }
 
-  /// Sums of two clients' integers times their 15-bit weights, for two vectors' elements.
+  /// Sums of clients' 16-bit floats times weights, in float32, for two vectors' elements.
+  template <Code code>
+  struct FloatProducts {
+    static constexpr int width = 2 * count;
+    F sums[2] = {-F{}, -F{}};
+
+    FASTAGG_INLINE void add(const void* data, float weight, int64_t i) {
+      if constexpr (code == Code::float16) {
+        for (int r = 0; r < 2; ++r) sums[r] = sums[r] + weight * load_float16(data, i + r * count);
+      } else {  // two neighbours lie in one lane
+        const I pairs = load_bytes<I>(at<uint16_t>(data, i));
+        sums[0] = sums[0] + weight * bit_cast<F>(pairs << 16);
+        sums[1] = sums[1] + weight * bit_cast<F>(pairs & INT32_C(-0x10000));
+      }
+    }
+    FASTAGG_INLINE void widen(D (&x)[2][halves]) const {
+      if constexpr (code == Code::float16) {
+        for (int r = 0; r < 2; ++r) VectorLanes::widen(sums[r], x[r]);
+      } else {
+        Isa::widen_interleaved(sums[0], sums[1], x);
+      }
+    }
+  };
+
+  /// Sums of two clients' integers times their 15-bit weights, which share a word, for two vectors' elements.
   struct IntegerProducts {
     static constexpr int width = 2 * count;
     I sums[2] = {};  // in an order of the instruction set's own
 
     template <Code code>
-    FASTAGG_INLINE void add(const void* one, int16_t weight, const void* other, int16_t other_weight, int64_t i) {
-      Isa::add_products(sums, (typename Isa::Words)load_words<code>(one, i), weight,
-                        (typename Isa::Words)load_words<code>(other, i), other_weight);
+    FASTAGG_INLINE void add(const void* one, const void* other, int32_t weights, int64_t i) {
+      Isa::add_products(sums, (typename Isa::Words)load_words<code>(one, i),
+                        (typename Isa::Words)load_words<code>(other, i), weights);
     }
     FASTAGG_INLINE void widen(D (&x)[2][halves]) const { Isa::widen_sums(sums, x); }
   };
@@ -112,9 +144,10 @@ struct VectorLanes {
   static FASTAGG_INLINE void store_uint8(void* out, int64_t i, I code) {
     Isa::store_uint8(at<uint8_t>(out, i), code);
   }
+  template <bool stream>
   static FASTAGG_INLINE void store_state48(void* high, void* low, int64_t i, const D (&x)[halves], uint16_t dither) {
     const L codes[halves] = {encode_state48<D, L>(x[0], dither), encode_state48<D, L>(x[1], dither)};
-    Isa::store_planes(at<uint32_t>(high, i), at<uint16_t>(low, i), codes);
+    Isa::template store_planes<stream>(at<uint32_t>(high, i), at<uint16_t>(low, i), codes);
   }
 
  private:

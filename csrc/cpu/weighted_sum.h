@@ -1,7 +1,8 @@
-// The loop of `weighted_sum`, compiled once for each instruction set. A chunk's sums stay in the first-level cache as
-// float64; groups of clients are added to them, so that every client is read once and few streams are open at a time.
+// The loop of `weighted_sum`, compiled once for each instruction set. Groups of clients are added to a chunk's sums, so
+// that every client is read once and few streams are open at a time. Between groups the sums stay in the first-level
+// cache as float64; the last group's loop can store the means itself.
 #pragma once
-#include "core/weighted_sum.h"
+#include "integer_weights.h"
 #include "stream.h"
 #include "unaligned.h"
 
@@ -12,181 +13,315 @@ constexpr int64_t kSums = 2048;
 /// Vectors of sums that stay in registers while a group is added.
 constexpr int kRegisters = 2;
 
-/// Registers of sums from memory and back.
+template <class Lanes>
+constexpr int registers_of = Lanes::width == 1 ? 1 : kRegisters;
+
+/// A part of a leaf and its sums so far.
+struct Chunk {
+  const Leaf& leaf;
+  int64_t begin, count;
+  double* sums;
+  bool fresh;  // nothing has been added yet
+};
+
+/// Sums from element i of a chunk on. Fresh ones are -0.0: what addition leaves alone, zeros' signs included.
 template <class Lanes, int registers>
-FASTAGG_INLINE void load_sums(typename Lanes::D (&sum)[registers][Lanes::halves], const double* sums) {
+FASTAGG_INLINE void load_sums(typename Lanes::D (&sum)[registers][Lanes::halves], const Chunk& chunk, int64_t i) {
+  using D = typename Lanes::D;
   constexpr int half = Lanes::width / Lanes::halves;
   for (int r = 0; r < registers; ++r)
     for (int h = 0; h < Lanes::halves; ++h)
-      sum[r][h] = load_bytes<typename Lanes::D>(sums + r * Lanes::width + h * half);
+      sum[r][h] = chunk.fresh ? broadcast<D>(-0.0) : load_bytes<D>(chunk.sums + i + r * Lanes::width + h * half);
 }
 
-template <class Lanes, int registers>
-FASTAGG_INLINE void store_sums(double* sums, const typename Lanes::D (&sum)[registers][Lanes::halves]) {
-  constexpr int half = Lanes::width / Lanes::halves;
-  for (int r = 0; r < registers; ++r)
-    for (int h = 0; h < Lanes::halves; ++h) store_bytes(sums + r * Lanes::width + h * half, sum[r][h]);
+/// A destination of sums: the chunk's own, for the next group.
+struct KeepSums {
+  double* sums;
+
+  template <class Lanes, int registers>
+  FASTAGG_INLINE void put(int64_t i, const typename Lanes::D (&sum)[registers][Lanes::halves]) {
+    constexpr int half = Lanes::width / Lanes::halves;
+    for (int r = 0; r < registers; ++r)
+      for (int h = 0; h < Lanes::halves; ++h) store_bytes(sums + i + r * Lanes::width + h * half, sum[r][h]);
+  }
+};
+
+/// A destination of sums: the leaf's means; notes whether they are finite. With `stream`, vectors bypass the cache.
+template <Code code, bool stream>
+struct StoreMeans {
+  Result result;
+  int64_t begin;
+  bool finite = true;
+
+  explicit StoreMeans(const Chunk& chunk)
+      : result(chunk.leaf, chunk.leaf.out, chunk.leaf.companion), begin(chunk.begin) {}
+
+  template <class Lanes, int registers>
+  FASTAGG_INLINE void put(int64_t i, const typename Lanes::D (&sum)[registers][Lanes::halves]) {
+    constexpr bool bypass = stream && Lanes::width != 1;
+    auto mask = store_mean<Lanes, code, bypass>(result, begin + i, sum[0]);
+    for (int r = 1; r < registers; ++r)
+      mask |= store_mean<Lanes, code, bypass>(result, begin + i + r * Lanes::width, sum[r]);
+    if (!Lanes::any(mask)) return;
+    double one_by_one[registers * Lanes::width];
+    KeepSums{one_by_one}.template put<Lanes, registers>(0, sum);
+    store_again(i, one_by_one, registers * Lanes::width);
+  }
+
+ private:
+  /// Stores sums from element i on as lanes of one.
+  __attribute__((noinline, cold)) void store_again(int64_t i, const double* sums, int64_t count) {
+    for (int64_t j = 0; j < count; ++j)
+      if (store_mean<Lane, code, false>(result, begin + i + j, {sums[j]})) finite = false;
+  }
+};
+
+/// Elements of a chunk until streaming stores may begin.
+template <Code result>
+FASTAGG_INLINE int64_t head_of(const Chunk& chunk) {
+  const int64_t head = until_aligned(chunk.leaf.out, chunk.begin, sizeof(Element<result>), chunk.count);
+  if (result != Code::state48 || head != 0) return head;
+  return until_aligned(chunk.leaf.companion, chunk.begin, sizeof(uint16_t), chunk.count);
 }
 
-/// Sets sums to -0.0: what addition leaves alone, zeros' signs included.
-inline void clear(double* sums, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) sums[i] = -0.0;
+/// Calls loop(lanes, i, end), which returns where it stopped, for a head in lanes of one, then vectors, then the tail.
+template <class Lanes, class Loop>
+FASTAGG_INLINE void walk(int64_t i, int64_t head, int64_t end, Loop&& loop) {
+  i = loop(Lane{}, i, head);
+  i = loop(Lanes{}, i, end);
+  loop(Lane{}, i, end);
 }
 
-/// sums[i] += weight_k * x_k[begin + i] for the clients of a group, in float64, while whole registers fit before
-/// `count`. Returns where it stopped.
-template <class Lanes, Code code>
-FASTAGG_INLINE int64_t add_products(double* sums, Group group, int64_t begin, int64_t i, int64_t count) {
+/// sum += weight_k * x_k for the clients of a group, in float64, while whole registers fit before `end`. Returns where
+/// it stopped.
+template <class Lanes, Code code, class Destination>
+FASTAGG_INLINE int64_t add_products(const Chunk& chunk, const Group& group, int64_t i, int64_t end,
+                                    Destination& destination) {
   using D = typename Lanes::D;
-  constexpr int halves = Lanes::halves, registers = Lanes::width == 1 ? 1 : kRegisters;
-  for (; i + registers * Lanes::width <= count; i += registers * Lanes::width) {
-    D sum[registers][halves];
-    load_sums<Lanes>(sum, sums + i);
+  constexpr int registers = registers_of<Lanes>;
+  for (; i + registers * Lanes::width <= end; i += registers * Lanes::width) {
+    D sum[registers][Lanes::halves];
+    load_sums<Lanes>(sum, chunk, i);
     for (int k = 0; k < group.clients; ++k) {
       const Source& source = group.sources[k];
-      const auto weight = broadcast<D>(group.weights[k] * static_cast<double>(scale_at<code>(source, begin + i)));
+      const int64_t at = chunk.begin + i;
+      const auto weight = broadcast<D>(group.weights[k] * static_cast<double>(scale_at<code>(source, at)));
       for (int r = 0; r < registers; ++r) {
-        D x[halves];
-        load_wide<Lanes, code>(source, begin + i + r * Lanes::width, x);
-        for (int h = 0; h < halves; ++h) sum[r][h] = add_product(sum[r][h], weight, x[h]);
+        D x[Lanes::halves];
+        load_wide<Lanes, code>(source, at + r * Lanes::width, x);
+        for (int h = 0; h < Lanes::halves; ++h) sum[r][h] = add_product(sum[r][h], weight, x[h]);
       }
     }
-    store_sums<Lanes>(sums + i, sum);
+    destination.template put<Lanes, registers>(i, sum);
   }
   return i;
 }
 
-/// The same for pairs of clients of a narrow code, whose products are added in float32 before they join the sum.
-template <class Lanes, Code code>
-FASTAGG_INLINE int64_t add_pairs(double* sums, Group group, int64_t begin, int64_t i, int64_t count) {
-  using F = typename Lanes::F;
-  using D = typename Lanes::D;
-  constexpr int halves = Lanes::halves, registers = Lanes::width == 1 ? 1 : kRegisters;
-  for (; i + registers * Lanes::width <= count; i += registers * Lanes::width) {
-    D sum[registers][halves];
-    load_sums<Lanes>(sum, sums + i);
-    for (int k = 0; k < group.clients; k += 2) {
-      const Source &one = group.sources[k], &other = group.sources[k + 1];
-      const auto weight = broadcast<F>(static_cast<float>(group.weights[k]) * scale_at<code>(one, begin + i));
-      const auto other_weight =
-          broadcast<F>(static_cast<float>(group.weights[k + 1]) * scale_at<code>(other, begin + i));
-      for (int r = 0; r < registers; ++r) {
-        const int64_t at = begin + i + r * Lanes::width;
-        D x[halves];
-        Lanes::widen(sum_pair(weight, load<Lanes, code>(one.data, at), other_weight, load<Lanes, code>(other.data, at)),
-                     x);
-        for (int h = 0; h < halves; ++h) sum[r][h] = sum[r][h] + x[h];
-      }
+/// The same for a run: a group whose products are added up in float32 before they join the sum.
+template <class Lanes, Code code, class Destination>
+FASTAGG_INLINE int64_t add_run(const Chunk& chunk, const Group& group, int64_t i, int64_t end,
+                               Destination& destination) {
+  using Products = typename Lanes::template FloatProducts<code>;
+  constexpr int registers = Products::width / Lanes::width, parts = Lanes::width == 1 ? 1 : 2;
+  float weights[kGroup];
+  for (int k = 0; k < group.clients; ++k) weights[k] = static_cast<float>(group.weights[k]);
+  for (; i + parts * Products::width <= end; i += parts * Products::width) {
+    Products products[parts];
+    for (int k = 0; k < group.clients; ++k)
+      for (int p = 0; p < parts; ++p)
+        products[p].add(group.sources[k].data, weights[k], chunk.begin + i + p * Products::width);
+    for (int p = 0; p < parts; ++p) {
+      typename Lanes::D sum[registers][Lanes::halves], x[registers][Lanes::halves];
+      load_sums<Lanes>(sum, chunk, i + p * Products::width);
+      products[p].widen(x);
+      for (int r = 0; r < registers; ++r)
+        for (int h = 0; h < Lanes::halves; ++h) sum[r][h] = sum[r][h] + x[r][h];
+      destination.template put<Lanes, registers>(i + p * Products::width, sum);
     }
-    store_sums<Lanes>(sums + i, sum);
+  }
+  return i;
+}
+
+/// The same for pairs of clients whose products are added up in float32.
+template <class Lanes, Code code, class Destination>
+FASTAGG_INLINE int64_t add_pairs(const Chunk& chunk, const Group& group, int64_t i, int64_t end,
+                                 Destination& destination) {
+  using Products = typename Lanes::template FloatProducts<code>;
+  constexpr int registers = Products::width / Lanes::width;
+  for (; i + Products::width <= end; i += Products::width) {
+    typename Lanes::D sum[registers][Lanes::halves], x[registers][Lanes::halves];
+    load_sums<Lanes>(sum, chunk, i);
+    for (int k = 0; k < group.clients; k += 2) {
+      Products products;
+      products.add(group.sources[k].data, static_cast<float>(group.weights[k]), chunk.begin + i);
+      if (k + 1 < group.clients)
+        products.add(group.sources[k + 1].data, static_cast<float>(group.weights[k + 1]), chunk.begin + i);
+      products.widen(x);
+      for (int r = 0; r < registers; ++r)
+        for (int h = 0; h < Lanes::halves; ++h) sum[r][h] = sum[r][h] + x[r][h];
+    }
+    destination.template put<Lanes, registers>(i, sum);
   }
   return i;
 }
 
 /// The same for scaled integers of one block, with their exact integer weights.
-template <class Lanes, Code code>
-FASTAGG_INLINE int64_t add_integers(double* sums, Group group, const IntegerWeights& weights, int64_t begin, int64_t i,
-                                    int64_t count) {
+template <class Lanes, Code code, class Destination>
+FASTAGG_INLINE int64_t add_integers(const Chunk& chunk, const Group& group, const IntegerWeights& weights, int64_t i,
+                                    int64_t end, Destination& destination) {
   using D = typename Lanes::D;
   using Products = typename Lanes::IntegerProducts;
-  for (; i + Products::width <= count; i += Products::width) {
+  constexpr int registers = Products::width / Lanes::width;
+  for (; i + Products::width <= end; i += Products::width) {
     Products products;
     for (int k = 0; k < group.clients; k += 2) {
-      const bool odd = k + 1 == group.clients;
-      const Source &one = group.sources[k], &other = group.sources[odd ? k : k + 1];
-      products.template add<code>(one.data, weights.values[k], other.data, odd ? 0 : weights.values[k + 1], begin + i);
+      const Source &one = group.sources[k], &other = group.sources[k + 1 < group.clients ? k + 1 : k];
+      products.template add<code>(one.data, other.data, weights.pairs[k / 2], chunk.begin + i);
     }
-    D sum[Products::width / Lanes::width][Lanes::halves], x[Products::width / Lanes::width][Lanes::halves];
-    load_sums<Lanes>(sum, sums + i);
+    D sum[registers][Lanes::halves], x[registers][Lanes::halves];
+    load_sums<Lanes>(sum, chunk, i);
     products.widen(x);
-    for (int r = 0; r < Products::width / Lanes::width; ++r)
+    for (int r = 0; r < registers; ++r)
       for (int h = 0; h < Lanes::halves; ++h) sum[r][h] = add_product(sum[r][h], broadcast<D>(weights.unit), x[r][h]);
-    store_sums<Lanes>(sums + i, sum);
+    destination.template put<Lanes, registers>(i, sum);
   }
   return i;
 }
 
+/// The same where integer weights would not be exact: the group's sums are made in float64 first.
+template <class Lanes, Code code, class Destination>
+FASTAGG_INLINE void add_block_sums(const Chunk& chunk, const Group& group, int64_t i, int64_t end,
+                                   Destination& destination) {
+  double block_sums[kSums];
+  const Chunk block{chunk.leaf, chunk.begin, chunk.count, block_sums, true};
+  KeepSums keep{block_sums};
+  walk<Lanes>(i, i, end, [&](auto lanes, int64_t from, int64_t to) {
+    return add_products<decltype(lanes), code>(block, group, from, to, keep);
+  });
+  walk<Lanes>(i, i, end, [&](auto lanes, int64_t from, int64_t to) {
+    using Own = decltype(lanes);
+    for (; from + Own::width <= to; from += Own::width) {
+      typename Own::D sum[1][Own::halves], added[1][Own::halves];
+      load_sums<Own>(sum, chunk, from);
+      load_sums<Own>(added, Chunk{chunk.leaf, chunk.begin, chunk.count, block_sums, false}, from);
+      for (int h = 0; h < Own::halves; ++h) sum[0][h] = sum[0][h] + added[0][h];
+      destination.template put<Own, 1>(from, sum);
+    }
+    return from;
+  });
+}
+
 /// Adds a group of scaled integers to a chunk's sums, block by block.
-template <class Lanes, Code code>
-void add_scaled_integers(double* sums, Group group, int64_t begin, int64_t count) {
+template <class Lanes, Code code, class Destination>
+FASTAGG_INLINE void add_scaled_integers(const Chunk& chunk, const Group& group, Destination& destination) {
   const int64_t block = int64_t{1} << group.smallest_block_shift();
-  for (int64_t i = 0; i < count; i += block) {
-    const int64_t end = i + block < count ? i + block : count;
-    const IntegerWeights weights = integer_weights<code>(group, begin + i);
-    if (weights.exact) {
-      const int64_t done = add_integers<Lanes, code>(sums, group, weights, begin, i, end);
-      add_integers<Lane, code>(sums, group, weights, begin, done, end);
+  const ShortWeights short_weights(group);
+  for (int64_t i = 0; i < chunk.count; i += block) {
+    const int64_t end = i + block < chunk.count ? i + block : chunk.count;
+    IntegerWeights weights;
+    if (!short_weights.scaled<code>(group, chunk.begin + i, weights)) {
+      add_block_sums<Lanes, code>(chunk, group, i, end, destination);
       continue;
     }
-    double group_sums[kSums];
-    clear(group_sums, end - i);
-    const int64_t done = add_products<Lanes, code>(group_sums, group, begin + i, 0, end - i);
-    add_products<Lane, code>(group_sums, group, begin + i, done, end - i);
-    for (int64_t j = i; j < end; ++j) sums[j] = sums[j] + group_sums[j - i];
-  }
-}
-
-/// Adds a group of clients of one code to a chunk's sums: its vectors first, its tail as lanes of one.
-template <class Lanes, Code code>
-void add_group(double* sums, Group group, bool pairwise, int64_t begin, int64_t count) {
-  if constexpr (is_scaled_integer(code)) return add_scaled_integers<Lanes, code>(sums, group, begin, count);
-  if constexpr (is_narrow_float(code)) {
-    if (pairwise) {
-      const Group pairs{group.sources, group.weights, group.clients & ~1};
-      const int64_t done = add_pairs<Lanes, code>(sums, pairs, begin, 0, count);
-      add_pairs<Lane, code>(sums, pairs, begin, done, count);
-      group = {group.sources + pairs.clients, group.weights + pairs.clients, group.clients & 1};
-    }
-  }
-  const int64_t done = add_products<Lanes, code>(sums, group, begin, 0, count);
-  add_products<Lane, code>(sums, group, begin, done, count);
-}
-
-/// Adds the clients of a leaf to a chunk's sums, in order, in groups of one code.
-template <class Lanes>
-void add_clients(const Leaf& leaf, double* sums, int64_t begin, int64_t count) {
-  for (int first = 0; first < leaf.clients;) {
-    const Group group = group_from(leaf, first);
-    with_code(group.sources[0].code, [&](auto constant) {
-      add_group<Lanes, decltype(constant)::value>(sums, group, pairs_fit(leaf.code), begin, count);
+    walk<Lanes>(i, i, end, [&](auto lanes, int64_t from, int64_t to) {
+      return add_integers<decltype(lanes), code>(chunk, group, weights, from, to, destination);
     });
-    first += group.clients;
   }
 }
 
-/// Stores a chunk's means; true if every sum is finite. With `stream`, vectors start at the first aligned element.
+/// Adds a group of clients of one code to a chunk's sums; the elements before `head` in lanes of one.
+template <class Lanes, Code code, class Destination>
+void add_group(const Chunk& chunk, const Group& group, int64_t head, Destination& destination) {
+  if constexpr (is_scaled_integer(code)) return add_scaled_integers<Lanes, code>(chunk, group, destination);
+  walk<Lanes>(0, head, chunk.count, [&](auto lanes, int64_t from, int64_t to) {
+    if constexpr (is_narrow_float(code)) {
+      if (group.run == kRun) return add_run<decltype(lanes), code>(chunk, group, from, to, destination);
+      if (group.run == 2) return add_pairs<decltype(lanes), code>(chunk, group, from, to, destination);
+    }
+    return add_products<decltype(lanes), code>(chunk, group, from, to, destination);
+  });
+}
+
+/// Stores the means of a chunk whose clients have all been added; true if every sum is finite.
 template <class Lanes, Code code, bool stream>
-bool store_means(const Leaf& leaf, double* sums, int64_t begin, int64_t count) {
-  using Wide = std::conditional_t<is_integer(code), Lane, Lanes>;
-  const Result result(leaf, leaf.out, leaf.companion);
-  double check = 0;
-  int64_t i = 0;
-  const auto store_one = [&](int64_t one) {
-    double x[1] = {sums[one]};
-    check += finite_check(x[0]);
-    store_mean<Lane, code, false>(result, begin + one, x);
-  };
-  const int64_t head = stream ? until_aligned(leaf.out, begin, sizeof(Element<code>), count) : 0;
-  while (i < head) store_one(i++);
-  typename Wide::D checks[Wide::halves] = {};
-  for (; i + Wide::width <= count; i += Wide::width) {
-    typename Wide::D x[1][Wide::halves];
-    load_sums<Wide>(x, sums + i);
-    for (int h = 0; h < Wide::halves; ++h) checks[h] += finite_check(x[0][h]);
-    store_mean<Wide, code, stream>(result, begin + i, x[0]);
+bool store_means(const Chunk& chunk) {
+  using Vectors = std::conditional_t<is_integer(code), Lane, Lanes>;
+  StoreMeans<code, stream> means(chunk);
+  walk<Vectors>(0, stream ? head_of<code>(chunk) : 0, chunk.count, [&](auto lanes, int64_t i, int64_t end) {
+    using Own = decltype(lanes);
+    for (; i + Own::width <= end; i += Own::width) {
+      typename Own::D sum[1][Own::halves];
+      load_sums<Own>(sum, chunk, i);
+      means.template put<Own, 1>(i, sum);
+    }
+    return i;
+  });
+  return means.finite;
+}
+
+/// Adds the last group and stores the means; true if every sum is finite.
+template <class Lanes, Code code, Code result, bool stream>
+bool add_last_group(const Chunk& chunk, const Group& group) {
+  StoreMeans<result, stream> means(chunk);
+  add_group<Lanes, code>(chunk, group, stream ? head_of<result>(chunk) : 0, means);
+  return means.finite;
+}
+
+/// Whether a loop over clients of this code can store the result itself: those that such clients usually have.
+constexpr bool has_result(Code code, Code result) {
+  if (is_integer(code)) return false;
+  return result == (has_scales(code) ? Code::float32 : code) || (result == Code::state48 && code != Code::float64);
+}
+
+/// The same if the leaf's result is one that the loop can store. Returns false if it is not, and nothing was done.
+template <class Lanes, Code code, Code result>
+bool add_and_store(const Chunk& chunk, const Group& group, bool stream, bool& finite) {
+  if constexpr (has_result(code, result)) {
+    if (chunk.leaf.code != result || chunk.leaf.out == nullptr) return false;
+    // Blocks with scales, and two planes, leave no choice of where vectors start.
+    const bool fixed_start = has_scales(code) || result == Code::state48;
+    stream = stream && !(fixed_start && head_of<result>(chunk) != 0);
+    finite &= stream ? add_last_group<Lanes, code, result, true>(chunk, group)
+                     : add_last_group<Lanes, code, result, false>(chunk, group);
+    return true;
   }
-  while (i < count) store_one(i++);
-  double lanes[Wide::width];
-  memcpy(&lanes, &checks, sizeof lanes);
-  for (double lane : lanes) check += lane;
-  return check == 0;
+  return false;
 }
 
 /// Whether a chunk's sums are finite, for a leaf without a destination.
-inline bool all_finite(const double* sums, int64_t count) {
-  double check = 0;
-  for (int64_t i = 0; i < count; ++i) check += finite_check(sums[i]);
-  return check == 0;
+inline bool all_finite(const Chunk& chunk) {
+  bool mask = false;
+  for (int64_t i = 0; i < chunk.count; ++i) mask |= not_finite(chunk.sums[i]);
+  return !mask;
+}
+
+/// The means of one chunk; true if every sum is finite.
+template <class Lanes>
+bool store_chunk(Chunk chunk, bool stream) {
+  const Leaf& leaf = chunk.leaf;
+  bool finite = true, stored = false;
+  for (int first = 0; first < leaf.clients; chunk.fresh = false) {
+    const Group group = group_from(leaf, first);
+    first += group.clients;
+    with_code(group.sources[0].code, [&](auto constant) {
+      constexpr Code code = constant.value, usual = has_scales(code) ? Code::float32 : code;
+      if (first == leaf.clients)
+        stored = add_and_store<Lanes, code, usual>(chunk, group, stream, finite) ||
+                 add_and_store<Lanes, code, Code::state48>(chunk, group, stream, finite);
+      KeepSums keep{chunk.sums};
+      if (!stored) add_group<Lanes, code>(chunk, group, 0, keep);
+    });
+  }
+  if (stored) return finite;
+  if (leaf.out == nullptr) return all_finite(chunk);
+  with_code(leaf.code, [&](auto constant) {
+    constexpr Code code = constant.value;
+    if constexpr (!has_scales(code)) {
+      finite = stream && code != Code::state48 ? store_means<Lanes, code, true>(chunk)
+                                               : store_means<Lanes, code, false>(chunk);
+    }
+  });
+  return finite;
 }
 
 /// out[i] = max_k x_k[i] for integers.
@@ -205,28 +340,17 @@ void store_maximum(const Leaf& leaf, int64_t begin, int64_t end) {
 /// With `stream`, the result bypasses the cache.
 template <class Lanes>
 bool weighted_sum(const Leaf& leaf, int64_t begin, int64_t end, bool stream) {
-  bool finite = true;
   if (leaf.fold == Fold::maximum) {
     with_code(leaf.code, [&](auto code) {
       if constexpr (is_integer(code.value)) store_maximum<code.value>(leaf, begin, end);
     });
-    return finite;
+    return true;
   }
+  bool finite = true;
   alignas(64) double sums[kSums];
   for (; begin < end; begin += kSums) {
     const int64_t count = end - begin < kSums ? end - begin : kSums;
-    clear(sums, count);
-    add_clients<Lanes>(leaf, sums, begin, count);
-    if (leaf.out == nullptr) {
-      finite &= all_finite(sums, count);
-      continue;
-    }
-    with_code(leaf.code, [&](auto code) {
-      if constexpr (!has_scales(code.value)) {
-        finite &= stream ? store_means<Lanes, code.value, true>(leaf, sums, begin, count)
-                         : store_means<Lanes, code.value, false>(leaf, sums, begin, count);
-      }
-    });
+    finite &= store_chunk<Lanes>({leaf, begin, count, sums, true}, stream);
   }
   return finite;
 }

@@ -11,11 +11,9 @@ namespace {
 /// Clients whose loads are under way together.
 constexpr int kInFlight = 4;
 
-/// sums += weight_k * x_k for neighbouring clients, from index i on: one by one in float64, or in float32 where two
-/// clients' products are added up before they join the sum.
-template <Code code, int n, class T, int clients>
-FASTAGG_INLINE void add_clients(double (&sums)[n], const Source* sources, const double* client_weights, int64_t i) {
-  constexpr int step = std::is_same_v<T, float> ? 2 : 1;
+/// sums += weight_k * x_k for neighbouring clients, from index i on, in the precision of the sums.
+template <Code code, int clients, class T, int n>
+FASTAGG_INLINE void add_clients(T (&sums)[n], const Source* sources, const double* client_weights, int64_t i) {
   Elements<code, n> x[clients];
   T weights[clients];
   for (int k = 0; k < clients; ++k) {
@@ -23,77 +21,72 @@ FASTAGG_INLINE void add_clients(double (&sums)[n], const Source* sources, const 
     x[k] = load_elements<code, n>(source, i);
     weights[k] = static_cast<T>(global(client_weights)[k]) * static_cast<T>(scale_at<code>(source, i));
   }
-  for (int k = 0; k < clients; k += step) {
-    for (int j = 0; j < n; ++j) {
-      if constexpr (step == 1) {
-        sums[j] = add_product(sums[j], weights[k], value_of<double>(x[k], j));
-      } else {
-        const float one = value_of<float>(x[k], j), other = value_of<float>(x[k + 1], j);
-        sums[j] = sums[j] + static_cast<double>(sum_pair(weights[k], one, weights[k + 1], other));
-      }
-    }
+  for (int k = 0; k < clients; ++k)
+    for (int j = 0; j < n; ++j) sums[j] = add_product(sums[j], weights[k], value_of<T>(x[k], j));
+}
+
+/// Adds the clients [first, last) of a group, a few at a time.
+template <Code code, class T, int n>
+FASTAGG_INLINE void add_products(T (&sums)[n], const Group& group, int first, int last, int64_t i) {
+  int k = first;
+  for (; k + kInFlight <= last; k += kInFlight)
+    add_clients<code, kInFlight>(sums, group.sources + k, group.weights + k, i);
+  for (; k < last; ++k) add_clients<code, 1>(sums, group.sources + k, group.weights + k, i);
+}
+
+/// Adds clients to sums of their own first, in float32 or float64.
+template <Code code, class T, int n>
+FASTAGG_INLINE void add_together(double (&sums)[n], const Group& group, int first, int last, int64_t i) {
+  T own[n];
+  for (T& sum : own) sum = static_cast<T>(-0.0);
+  add_products<code>(own, group, first, last, i);
+  for (int j = 0; j < n; ++j) sums[j] = sums[j] + static_cast<double>(own[j]);
+}
+
+/// Adds a group of clients of one code.
+template <Code code, int n>
+FASTAGG_INLINE void add_group(double (&sums)[n], const Group& group, int64_t i) {
+  if constexpr (is_scaled_integer(code)) {
+    add_together<code, double>(sums, group, 0, group.clients, i);
+  } else if (is_narrow_float(code) && group.run > 1) {
+    if constexpr (is_narrow_float(code))
+      for (int k = 0; k < group.clients; k += group.run)
+        add_together<code, float>(sums, group, k, k + group.run < group.clients ? k + group.run : group.clients, i);
+  } else {
+    add_products<code>(sums, group, 0, group.clients, i);
   }
 }
 
-/// Adds the clients of a group from `k` on, one by one.
+/// Stores n means from i on; true if they are finite.
 template <Code code, int n>
-FASTAGG_INLINE void add_products(double (&sums)[n], const Group& group, int k, int64_t i) {
-  for (; k + kInFlight <= group.clients; k += kInFlight)
-    add_clients<code, n, double, kInFlight>(sums, group.sources + k, group.weights + k, i);
-  for (; k < group.clients; ++k) add_clients<code, n, double, 1>(sums, group.sources + k, group.weights + k, i);
-}
-
-/// Adds a group of clients of one code: in pairs where that is exact enough, the odd one on its own.
-template <Code code, int n>
-FASTAGG_INLINE void add_group(double (&sums)[n], const Group& group, bool pairwise, int64_t i) {
-  if constexpr (is_scaled_integer(code)) {  // added up before they join the sum
-    double group_sums[n];
-    for (double& sum : group_sums) sum = -0.0;
-    add_products<code, n>(group_sums, group, 0, i);
-    for (int j = 0; j < n; ++j) sums[j] = sums[j] + group_sums[j];
-    return;
-  }
-  int k = 0;
-  if constexpr (is_narrow_float(code)) {
-    if (pairwise) {
-      for (; k + kInFlight <= group.clients; k += kInFlight)
-        add_clients<code, n, float, kInFlight>(sums, group.sources + k, group.weights + k, i);
-      for (; k + 2 <= group.clients; k += 2)
-        add_clients<code, n, float, 2>(sums, group.sources + k, group.weights + k, i);
-    }
-  }
-  add_products<code, n>(sums, group, k, i);
-}
-
-template <Code code, int n>
-FASTAGG_INLINE void store_means(const Leaf& leaf, const double (&sums)[n], int64_t i) {
+FASTAGG_INLINE bool store_means(const Leaf& leaf, const double (&sums)[n], int64_t i) {
   Elements<code, n> means;
   const Result result(leaf, means.entries.values, means.companion.values);
-  for (int j = 0; j < n; ++j) {
-    double x[1] = {sums[j]};
-    store_mean<ThreadLane, code, false>(result, j, x);
-  }
+  bool finite = true;
+  for (int j = 0; j < n; ++j) finite &= !store_mean<ThreadLane, code, false>(result, j, {sums[j]});
   store_elements<code, n>(leaf.out, leaf.companion, i, means);
+  return finite;
 }
 
-/// The weighted means of n elements from i on; true if their sums are finite.
+/// The weighted means of n elements from i on; true if they are finite.
 template <int n>
 FASTAGG_INLINE bool mean(const Leaf& leaf, int64_t i) {
   double sums[n];
   for (double& sum : sums) sum = -0.0;  // what addition leaves alone, zeros' signs included
   for (int first = 0; first < leaf.clients;) {
     const Group group = group_from(leaf, first);
-    with_code(group.sources[0].code,
-              [&](auto code) { add_group<decltype(code)::value, n>(sums, group, pairs_fit(leaf.code), i); });
+    with_code(group.sources[0].code, [&](auto code) { add_group<decltype(code)::value>(sums, group, i); });
     first += group.clients;
   }
-  double check = 0;
-  for (double sum : sums) check += finite_check(sum);
-  if (leaf.out != nullptr)
-    with_code(leaf.code, [&](auto code) {
-      if constexpr (!has_scales(decltype(code)::value)) store_means<decltype(code)::value, n>(leaf, sums, i);
-    });
-  return check == 0;
+  bool finite = true;
+  if (leaf.out == nullptr) {
+    for (double sum : sums) finite &= !not_finite(sum);
+    return finite;
+  }
+  with_code(leaf.code, [&](auto code) {
+    if constexpr (!has_scales(decltype(code)::value)) finite = store_means<decltype(code)::value>(leaf, sums, i);
+  });
+  return finite;
 }
 
 /// The maximum of the elements i of an integer code.

@@ -260,11 +260,11 @@ def is_finite(leaf: LeafInputs, client: int, stream: int) -> bool:
 
 
 def scale_weights(weights: list[float]) -> tuple[list[float], float]:
-    """Weights divided by a power of two that leaves the largest in [0.25, 0.5). And their sum.
+    """Weights divided by a power of two that leaves the largest in [1/16, 1/8). And their sum.
 
-    So no sum overflows, that of two clients in float32 included.
+    So no sum overflows, that of eight clients in float32 included.
     """
-    factor = math.ldexp(1.0, -1 - max(math.frexp(max(weights))[1], -1000))
+    factor = math.ldexp(1.0, -3 - max(math.frexp(max(weights))[1], -1000))
     scaled = [weight * factor for weight in weights]
     return scaled, math.fsum(scaled)
 
