@@ -9,7 +9,7 @@
 #include "cpu/operations.h"
 #include "cpu/probe.h"
 #include "cpu/thread_pool.h"
-#include "leaves.h"
+#include "operands.h"
 
 namespace fastagg::bindings {
 namespace {
@@ -24,17 +24,8 @@ std::vector<int64_t> weighted_sum(const py::list& described) {
   return indices_of_false(finite.get(), leaves.size());
 }
 
-bool cast(const py::tuple& source, int code, int block_shift, uintptr_t out, uintptr_t scales, int64_t count,
-          bool stochastic, const std::tuple<uint64_t, uint32_t, uint32_t, uint32_t>& key) {
-  const auto [seed, step, tensor, rank] = key;
-  const Cast operands{source_of(source),
-                      static_cast<Code>(code),
-                      static_cast<uint8_t>(block_shift),
-                      stochastic ? Rounding::stochastic : Rounding::nearest,
-                      {seed, step, tensor, rank},
-                      count,
-                      reinterpret_cast<void*>(out),
-                      reinterpret_cast<float*>(scales)};
+bool cast(const py::tuple& described) {
+  const Cast operands = cast_of(described);
   const py::gil_scoped_release release;
   return cpu::cast(operands);
 }
@@ -106,8 +97,7 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
 
   m.def("weighted_sum", &bindings::weighted_sum, py::arg("leaves"),
         "Weighted sums or maxima of leaves, in place; returns the indices of leaves with non-finite sums.");
-  m.def("cast", &bindings::cast, py::arg("source"), py::arg("code"), py::arg("block_shift"), py::arg("out"),
-        py::arg("scales"), py::arg("count"), py::arg("stochastic"), py::arg("key"),
+  m.def("cast", &bindings::cast, py::arg("operands"),
         "Decodes a source and encodes it as another code; returns whether nothing became infinite or NaN.");
   m.def("numpy_addresses", &bindings::numpy_addresses, py::arg("arrays"),
         "Addresses of the leading NumPy arrays that share the first one's dtype, shape and C layout.");

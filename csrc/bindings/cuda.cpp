@@ -7,7 +7,7 @@
 #include <mutex>
 
 #include "cuda/leaf_table.h"
-#include "leaves.h"
+#include "operands.h"
 
 namespace fastagg::bindings {
 namespace {
@@ -17,6 +17,15 @@ struct CudaError : std::runtime_error { using std::runtime_error::runtime_error;
 /// Throws what a call of the runtime returned, unless it is success.
 void check_status(cudaError_t status, const char* doing) {
   if (status != cudaSuccess) throw CudaError(std::string(doing) + ": " + cudaGetErrorString(status));
+}
+
+/// Turns a CudaError into fastagg.CudaError.
+void raise_cuda_error(std::exception_ptr error) {
+  try {
+    if (error) std::rethrow_exception(error);
+  } catch (const CudaError& refused) {
+    py::set_error(py::module_::import("fastagg._errors").attr("CudaError"), refused.what());
+  }
 }
 
 /// Makes the device that owns `data` current for a scope.
@@ -109,19 +118,9 @@ std::vector<int64_t> weighted_sum(const py::list& described, uintptr_t stream_ad
   return nonfinite;
 }
 
-bool cast(const py::tuple& source, int code, int block_shift, uintptr_t out, uintptr_t scales, int64_t count,
-          bool stochastic, const std::tuple<uint64_t, uint32_t, uint32_t, uint32_t>& key, uintptr_t stream_address,
-          bool check) {
-  const auto [seed, step, tensor, rank] = key;
-  const Cast operands{source_of(source),
-                      static_cast<Code>(code),
-                      static_cast<uint8_t>(block_shift),
-                      stochastic ? Rounding::stochastic : Rounding::nearest,
-                      {seed, step, tensor, rank},
-                      count,
-                      reinterpret_cast<void*>(out),
-                      reinterpret_cast<float*>(scales)};
-  if (count == 0) return true;
+bool cast(const py::tuple& described, uintptr_t stream_address, bool check) {
+  const Cast operands = cast_of(described);
+  if (operands.count == 0) return true;
   const auto stream = reinterpret_cast<cudaStream_t>(stream_address);
   const py::gil_scoped_release release;
   const DeviceOf device(operands.source.data);
@@ -161,13 +160,12 @@ PYBIND11_MODULE(FASTAGG_CUDA_MODULE, m, pybind11::mod_gil_not_used()) {
   using namespace fastagg;
   namespace py = pybind11;
   m.doc() = "fastagg's operations on CUDA devices.";
-  py::register_exception<bindings::CudaError>(m, "CudaError", PyExc_RuntimeError);
+  py::register_local_exception_translator(&bindings::raise_cuda_error);
 
   m.def("weighted_sum", &bindings::weighted_sum, py::arg("leaves"), py::arg("stream"), py::arg("check"),
         "Weighted sums or maxima of leaves on a stream; with check, waits and returns the indices of leaves with "
         "non-finite sums.");
-  m.def("cast", &bindings::cast, py::arg("source"), py::arg("code"), py::arg("block_shift"), py::arg("out"),
-        py::arg("scales"), py::arg("count"), py::arg("stochastic"), py::arg("key"), py::arg("stream"), py::arg("check"),
+  m.def("cast", &bindings::cast, py::arg("operands"), py::arg("stream"), py::arg("check"),
         "Decodes a source and encodes it as another code on a stream; with check, waits and returns whether nothing "
         "became infinite or NaN.");
   m.def("driver_version", &bindings::driver_version, "CUDA's version that the driver serves; 0 without a driver.");

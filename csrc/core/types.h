@@ -60,9 +60,8 @@ struct Leaf {
   double divisor;
   uint16_t dither;  // of a state48 result: core/state48.h
   int64_t count;
-  void* out;           // null: only look for non-finite values
-  void* companion;     // the low halves of a state48 result
-  bool short_weights;  // all of them are: core/weighted_sum.h
+  void* out;        // null: only look for non-finite values
+  void* companion;  // the low halves of a state48 result
 };
 
 enum class Rounding : uint8_t { nearest, stochastic };

@@ -2,7 +2,7 @@
 //
 // The sum runs in float64, in client order, one rounding a product and one a sum: products of float32 values with
 // counts are exact there. Two shortcuts spare the float64 unit where narrow codes would wait for it:
-// - Runs of 16-bit clients are added up in float32 before they join the sum (`run_length`).
+// - For a result of 16 bits, runs of 16-bit clients are added up in float32 before they join the sum.
 // - Scaled integers of a group of clients are added up before they join the sum: as integers where that is exact, else
 //   in float64. Both are the same number.
 #pragma once
@@ -12,27 +12,15 @@ namespace fastagg {
 
 /// Clients whose streams are read together: more would outrun a processor's prefetchers.
 constexpr int kGroup = 16;
-/// Clients of a run for results of 16 bits.
+/// Clients of a run.
 constexpr int kRun = 8;
-
-/// Whether a weight has at most the 13 significant bits that make its product with a 16-bit float exact in float32.
-FASTAGG_INLINE bool is_short(double weight) { return bit_cast<uint64_t>(weight) << 24 == 0; }
-
-/// Neighbouring clients of a 16-bit float whose products are added up in float32 before they join the sum. kRun for a
-/// result of 16 bits, whose own rounding is far coarser. Two for float32 where the products are exact: so the rounding
-/// of their sum is the only one before the last. Else 1: none.
-FASTAGG_INLINE int run_length(Code code, const Leaf& leaf) {
-  if (!is_narrow_float(code)) return 1;
-  if (is_narrow_float(leaf.code)) return kRun;
-  return leaf.code == Code::float32 && leaf.short_weights ? 2 : 1;
-}
 
 /// Neighbouring clients of one code.
 struct Group {
   const Source* sources;
   const double* weights;
   int clients;
-  int run;  // of run_length
+  bool is_run;  // added up in float32
 
   /// Elements that share their scales: the blocks of all clients are multiples of the smallest.
   FASTAGG_INLINE int smallest_block_shift() const {
@@ -42,13 +30,16 @@ struct Group {
   }
 };
 
-/// The clients from `first` on that share its code: one run of kRun, or at most kGroup.
+/// The clients from `first` on that share its code, at most kGroup; a run of at most kRun where the result's own
+/// rounding is far coarser than a float32 sum's.
 FASTAGG_INLINE Group group_from(const Leaf& leaf, int first) {
   const Code code = leaf.sources[first].code;
-  const int run = run_length(code, leaf), most = run == kRun ? kRun : kGroup;
+  const bool is_run = is_narrow_float(code) && is_narrow_float(leaf.code);
   int clients = 1;
-  while (clients < most && first + clients < leaf.clients && leaf.sources[first + clients].code == code) ++clients;
-  return {leaf.sources + first, leaf.weights + first, clients, run};
+  while (clients < (is_run ? kRun : kGroup) && first + clients < leaf.clients &&
+         leaf.sources[first + clients].code == code)
+    ++clients;
+  return {leaf.sources + first, leaf.weights + first, clients, is_run};
 }
 
 /// sum + weight * x, the product rounded before the sum (contraction is off in every build).

@@ -142,29 +142,6 @@ FASTAGG_INLINE int64_t add_run(const Chunk& chunk, const Group& group, int64_t i
   return i;
 }
 
-/// The same for pairs of clients whose products are added up in float32.
-template <class Lanes, Code code, class Destination>
-FASTAGG_INLINE int64_t add_pairs(const Chunk& chunk, const Group& group, int64_t i, int64_t end,
-                                 Destination& destination) {
-  using Products = typename Lanes::template FloatProducts<code>;
-  constexpr int registers = Products::width / Lanes::width;
-  for (; i + Products::width <= end; i += Products::width) {
-    typename Lanes::D sum[registers][Lanes::halves], x[registers][Lanes::halves];
-    load_sums<Lanes>(sum, chunk, i);
-    for (int k = 0; k < group.clients; k += 2) {
-      Products products;
-      products.add(group.sources[k].data, static_cast<float>(group.weights[k]), chunk.begin + i);
-      if (k + 1 < group.clients)
-        products.add(group.sources[k + 1].data, static_cast<float>(group.weights[k + 1]), chunk.begin + i);
-      products.widen(x);
-      for (int r = 0; r < registers; ++r)
-        for (int h = 0; h < Lanes::halves; ++h) sum[r][h] = sum[r][h] + x[r][h];
-    }
-    destination.template put<Lanes, registers>(i, sum);
-  }
-  return i;
-}
-
 /// The same for scaled integers of one block, with their exact integer weights.
 template <class Lanes, Code code, class Destination>
 FASTAGG_INLINE int64_t add_integers(const Chunk& chunk, const Group& group, const IntegerWeights& weights, int64_t i,
@@ -234,10 +211,8 @@ template <class Lanes, Code code, class Destination>
 void add_group(const Chunk& chunk, const Group& group, int64_t head, Destination& destination) {
   if constexpr (is_scaled_integer(code)) return add_scaled_integers<Lanes, code>(chunk, group, destination);
   walk<Lanes>(0, head, chunk.count, [&](auto lanes, int64_t from, int64_t to) {
-    if constexpr (is_narrow_float(code)) {
-      if (group.run == kRun) return add_run<decltype(lanes), code>(chunk, group, from, to, destination);
-      if (group.run == 2) return add_pairs<decltype(lanes), code>(chunk, group, from, to, destination);
-    }
+    if constexpr (is_narrow_float(code))
+      if (group.is_run) return add_run<decltype(lanes), code>(chunk, group, from, to, destination);
     return add_products<decltype(lanes), code>(chunk, group, from, to, destination);
   });
 }

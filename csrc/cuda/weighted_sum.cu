@@ -25,36 +25,31 @@ FASTAGG_INLINE void add_clients(T (&sums)[n], const Source* sources, const doubl
     for (int j = 0; j < n; ++j) sums[j] = add_product(sums[j], weights[k], value_of<T>(x[k], j));
 }
 
-/// Adds the clients [first, last) of a group, a few at a time.
+/// Adds a group's clients, a few at a time.
 template <Code code, class T, int n>
-FASTAGG_INLINE void add_products(T (&sums)[n], const Group& group, int first, int last, int64_t i) {
-  int k = first;
-  for (; k + kInFlight <= last; k += kInFlight)
+FASTAGG_INLINE void add_products(T (&sums)[n], const Group& group, int64_t i) {
+  int k = 0;
+  for (; k + kInFlight <= group.clients; k += kInFlight)
     add_clients<code, kInFlight>(sums, group.sources + k, group.weights + k, i);
-  for (; k < last; ++k) add_clients<code, 1>(sums, group.sources + k, group.weights + k, i);
+  for (; k < group.clients; ++k) add_clients<code, 1>(sums, group.sources + k, group.weights + k, i);
 }
 
-/// Adds clients to sums of their own first, in float32 or float64.
+/// Adds a group's clients to sums of their own first, in float32 or float64.
 template <Code code, class T, int n>
-FASTAGG_INLINE void add_together(double (&sums)[n], const Group& group, int first, int last, int64_t i) {
+FASTAGG_INLINE void add_together(double (&sums)[n], const Group& group, int64_t i) {
   T own[n];
   for (T& sum : own) sum = static_cast<T>(-0.0);
-  add_products<code>(own, group, first, last, i);
+  add_products<code>(own, group, i);
   for (int j = 0; j < n; ++j) sums[j] = sums[j] + static_cast<double>(own[j]);
 }
 
 /// Adds a group of clients of one code.
 template <Code code, int n>
 FASTAGG_INLINE void add_group(double (&sums)[n], const Group& group, int64_t i) {
-  if constexpr (is_scaled_integer(code)) {
-    add_together<code, double>(sums, group, 0, group.clients, i);
-  } else if (is_narrow_float(code) && group.run > 1) {
-    if constexpr (is_narrow_float(code))
-      for (int k = 0; k < group.clients; k += group.run)
-        add_together<code, float>(sums, group, k, k + group.run < group.clients ? k + group.run : group.clients, i);
-  } else {
-    add_products<code>(sums, group, 0, group.clients, i);
-  }
+  if constexpr (is_scaled_integer(code)) return add_together<code, double>(sums, group, i);
+  if constexpr (is_narrow_float(code))
+    if (group.is_run) return add_together<code, float>(sums, group, i);
+  add_products<code>(sums, group, i);
 }
 
 /// Stores n means from i on; true if they are finite.

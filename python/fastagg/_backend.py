@@ -7,13 +7,17 @@ import secrets
 from typing import Any, Protocol, cast
 
 from fastagg import _core
+from fastagg._extras import CUDA_COMMAND
 
-# (sources, their code or None, weights, divisor, count, fold, out, companion, code, dither): csrc/bindings/leaves.h.
+# csrc/bindings/operands.h reads these.
+# (sources, their code or None, weights, divisor, count, fold, out, companion, code, dither)
 LeafOperands = tuple[list[Any], int | None, list[float], float, int, int, int, int, int, int]
 # (data, companion, code, block_shift)
 SourceOperands = tuple[int, int, int, int]
 # (seed, step, tensor, rank)
 RandomKey = tuple[int, int, int, int]
+# (source, code, block_shift, out, scales, count, stochastic, key)
+CastOperands = tuple[SourceOperands, int, int, int, int, int, bool, RandomKey]
 
 MEAN, MAXIMUM = 0, 1
 
@@ -25,19 +29,7 @@ class Backend(Protocol):
         """Does the leaves; returns the indices of those with non-finite sums, if asked to check."""
         ...
 
-    def cast(
-        self,
-        source: SourceOperands,
-        code: int,
-        block_shift: int,
-        out: int,
-        scales: int,
-        count: int,
-        stochastic: bool,
-        key: RandomKey,
-        stream: int,
-        check: bool,
-    ) -> bool:
+    def cast(self, operands: CastOperands, stream: int, check: bool) -> bool:
         """Casts; returns whether nothing became infinite or NaN, if asked to check."""
         ...
 
@@ -49,20 +41,8 @@ class _CPU:
         flagged = _core.weighted_sum(leaves)
         return flagged if check else []
 
-    def cast(
-        self,
-        source: SourceOperands,
-        code: int,
-        block_shift: int,
-        out: int,
-        scales: int,
-        count: int,
-        stochastic: bool,
-        key: RandomKey,
-        stream: int,
-        check: bool,
-    ) -> bool:
-        return _core.cast(source, code, block_shift, out, scales, count, stochastic, key)
+    def cast(self, operands: CastOperands, stream: int, check: bool) -> bool:
+        return _core.cast(operands)
 
 
 _cpu = _CPU()
@@ -88,8 +68,7 @@ def _load_cuda() -> Backend:
             _cuda = cast(Backend, importlib.import_module("fastagg._cuda"))
         except ImportError as error:
             raise RuntimeError(
-                "this build of fastagg has no CUDA backend; with nvcc on the PATH, build it by: "
-                "pip install --no-binary fastagg --config-settings=cmake.define.FASTAGG_CUDA=ON fastagg"
+                f"this build of fastagg has no CUDA backend; with nvcc on the PATH, build it by: {CUDA_COMMAND}"
             ) from error
     return _cuda
 

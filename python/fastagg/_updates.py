@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from array import array
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -73,8 +74,7 @@ class Structure:
     def columns(self, updates: list[Any]) -> list[list[Any]]:
         """For each leaf, what all clients sent. Updates of the first one's type are looked at without a call each."""
         if self.container is None:
-            kind = type(updates[0])
-            if not all(type(update) is kind for update in updates):
+            if len(set(map(type, updates))) > 1:
                 for client, update in enumerate(updates):
                     self.leaves(update, client)
             return [updates]
@@ -151,10 +151,7 @@ def as_weights(weights: Any, count: int) -> list[float]:
     """
     if weights is None:
         return [1.0] * count
-    try:
-        numbers = [_as_number(weight) for weight in weights]
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"weights: expected {count} numbers, got {weights!r}") from error
+    numbers = _as_numbers(weights, count)
     if len(numbers) != count:
         raise ValueError(f"weights: expected {count}, one for each update, got {len(numbers)}")
     if not (min(numbers) >= 0 and math.isfinite(sum(numbers))):
@@ -165,10 +162,19 @@ def as_weights(weights: Any, count: int) -> list[float]:
     return numbers
 
 
+def _as_numbers(weights: Any, count: int) -> list[float]:
+    try:
+        weights = list(weights)
+        return array("d", weights).tolist()  # the fast way: text is refused here too
+    except OverflowError:
+        pass
+    except TypeError as error:
+        raise TypeError(f"weights: expected {count} numbers, got {weights!r}") from error
+    return [_as_number(weight) for weight in weights]
+
+
 def _as_number(weight: Any) -> float:
-    """A number as a float; float() alone would read text too."""
-    if isinstance(weight, (str, bytes)):
-        raise TypeError(f"{weight!r} is text")
+    """A number as a float."""
     try:
         return float(weight)
     except OverflowError:  # an integer beyond the floats: refused by name, as infinity is

@@ -24,7 +24,7 @@ INTEGER_POLICIES = ("max", "first", "round")
 class LeafInputs(NamedTuple):
     """What all clients sent for one leaf, checked and ready for the native code."""
 
-    sources: list[Any]  # addresses, or operands of csrc/bindings/leaves.h where `code` is None
+    sources: list[Any]  # addresses, or operands of csrc/bindings/operands.h where `code` is None
     code: Code | None
     kind: Kind
     dtype: Any  # of the result, as the library spells it

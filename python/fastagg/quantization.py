@@ -130,19 +130,11 @@ def quantize(
         out = _allocate(kind, view, wire, block, kind.dtype_of(array))
     else:
         _check_out(out, kind, view, wire, block)
-    stochastic = key is not None
-    finite = backend_for(view.device).cast(
-        (view.address, 0, view.code, 0),
-        code,
-        _shift(block),
-        _address(kind, out.data),
-        _address(kind, out.scales),
-        view.elements,
-        stochastic,
-        (*key, 0) if key else (0, 0, 0, 0),
-        kind.stream(view.device),
-        True,
-    )
+    source = (view.address, 0, view.code, 0)
+    scales = out._scales.address if out._scales else 0
+    random_key = (*key, 0) if key else (0, 0, 0, 0)
+    operands = (source, code, _shift(block), out._data.address, scales, view.elements, key is not None, random_key)
+    finite = backend_for(view.device).cast(operands, kind.stream(view.device), True)
     out.nonfinite, out.seed = not finite, key
     return out
 
@@ -177,18 +169,8 @@ def dequantize(q: Quantized, *, out: Any = None) -> Any:
         raise ValueError(f"out: expected shape {q.shape} on {data.device}, got {view.shape} on {view.device}")
     if _overlap(view, data):
         raise ValueError("out: overlaps the codes")
-    backend_for(data.device).cast(
-        source_operands(q),
-        view.code,
-        0,
-        view.address,
-        0,
-        view.elements,
-        False,
-        (0, 0, 0, 0),
-        kind.stream(data.device),
-        False,
-    )
+    operands = (source_operands(q), view.code, 0, view.address, 0, view.elements, False, (0, 0, 0, 0))
+    backend_for(data.device).cast(operands, kind.stream(data.device), False)
     return out
 
 
@@ -204,10 +186,6 @@ def device_of(q: Quantized) -> str:
 
 def _shift(block: int | None) -> int:
     return block.bit_length() - 1 if block else 0
-
-
-def _address(kind: Kind, array: Any) -> int:
-    return 0 if array is None else kind.view(array).address
 
 
 def _overlap(one: View, other: View) -> bool:

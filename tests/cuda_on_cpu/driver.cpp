@@ -108,8 +108,7 @@ void compare_sums(Code from, int clients, int64_t count, uint8_t block_shift, in
   for (Code code = Code::float64; code < Code::wire_fp8_e4m3; code = static_cast<Code>(static_cast<int>(code) + 1)) {
     outs.emplace_back(encoded_bytes(code, count), shift * encoded_bytes(code, 1));
     companions.emplace_back(2 * count, shift * 2);
-    leaves.push_back({sources.data(), weights.data(), clients, Fold::mean, code, 100.0, 999, count, nullptr, nullptr,
-                      count % 2 == 0});
+    leaves.push_back({sources.data(), weights.data(), clients, Fold::mean, code, 100.0, 999, count, nullptr, nullptr});
   }
   expected_outs = outs, expected_companions = companions;
   const auto finite = std::make_unique<bool[]>(leaves.size());

@@ -128,7 +128,6 @@ void canonicalise(Buffer& buffer, Code code, int64_t count) {
 
 void check_weighted_sum(const fastagg::Kernels& kernels, Code from, Code to, int64_t count, int clients, bool special) {
   if (special && (fastagg::is_integer(to) || to == Code::state48)) return;
-  const bool short_weights = count % 4 < 2;
   std::vector<Encoded> inputs;
   inputs.reserve(clients);
   std::vector<fastagg::Source> sources;
@@ -136,11 +135,11 @@ void check_weighted_sum(const fastagg::Kernels& kernels, Code from, Code to, int
   for (int k = 0; k < clients; ++k) {
     inputs.emplace_back(from, count, k % 3, special);
     sources.push_back(inputs.back().source);
-    weights.push_back(k % 4 == 3 && !short_weights ? 0.1 * k : 0.5 * k + 1);
+    weights.push_back(k % 4 == 3 && count % 4 < 2 ? 0.1 * k : 0.5 * k + 1);
   }
   const auto run = [&](const fastagg::Kernels& loops, Buffer& out, Buffer& companion, bool stream) {
-    fastagg::Leaf leaf{sources.data(), weights.data(), clients,    fastagg::Fold::mean, to,           4.0,
-                       1234,           count,          out.data(), companion.data(),    short_weights};
+    fastagg::Leaf leaf{sources.data(), weights.data(), clients,    fastagg::Fold::mean, to, 4.0,
+                       1234,           count,          out.data(), companion.data()};
     const bool finite = loops.weighted_sum(leaf, 0, count, stream);
     canonicalise(out, to, count);
     return finite;
@@ -203,8 +202,7 @@ void check_threads() {
     const fastagg::Source sources[] = {{x.data(), nullptr, Code::float32, 0}, {y.data(), nullptr, Code::float32, 0}};
     const double weights[] = {0.5, 0.5};
     std::vector<float> out(count);
-    const fastagg::Leaf leaf{sources,    weights, 2,   fastagg::Fold::mean, Code::float32, 1, 0, count,
-                             out.data(), nullptr, true};
+    const fastagg::Leaf leaf{sources, weights, 2, fastagg::Fold::mean, Code::float32, 1, 0, count, out.data(), nullptr};
     bool finite;
     fastagg::cpu::weighted_sum(&leaf, 1, &finite);
     for (const float mean : out)

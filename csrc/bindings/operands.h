@@ -3,7 +3,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <algorithm>
 #include <memory>
 #include <vector>
 
@@ -22,6 +21,15 @@ T* pointer(py::handle address) {
 inline Source source_of(py::handle described) {
   const auto tuple = py::reinterpret_borrow<py::tuple>(described);
   return {pointer(tuple[0]), pointer(tuple[1]), static_cast<Code>(tuple[2].cast<int>()), tuple[3].cast<uint8_t>()};
+}
+
+/// (source, code, block_shift, out, scales, count, stochastic, (seed, step, tensor, rank))
+inline Cast cast_of(const py::tuple& described) {
+  const auto [seed, step, tensor, rank] = described[7].cast<std::tuple<uint64_t, uint32_t, uint32_t, uint32_t>>();
+  return {source_of(described[0]),      static_cast<Code>(described[1].cast<int>()),
+          described[2].cast<uint8_t>(), described[6].cast<bool>() ? Rounding::stochastic : Rounding::nearest,
+          {seed, step, tensor, rank},   described[5].cast<int64_t>(),
+          pointer(described[3]),        pointer<float>(described[4])};
 }
 
 /// Leaves with the storage that they point into.
@@ -52,9 +60,7 @@ class Leaves {
     result.clients = static_cast<int32_t>(parsed.size());
     sources_.push_back(std::move(parsed));
     result.sources = sources_.back().data();
-    const Weights& weights = weights_of(leaf[2]);
-    result.weights = weights.values.data();
-    result.short_weights = weights.are_short;
+    result.weights = weights_of(leaf[2]);
     result.divisor = leaf[3].cast<double>();
     result.count = leaf[4].cast<int64_t>();
     result.fold = static_cast<Fold>(leaf[5].cast<int>());
@@ -65,25 +71,16 @@ class Leaves {
     leaves_.push_back(result);
   }
 
-  struct Weights {
-    py::handle list;
-    std::vector<double> values;
-    bool are_short;
-  };
-
   /// Weights as doubles, converted once for all the leaves that share the list.
-  const Weights& weights_of(py::handle list) {
-    if (weights_.empty() || !list.is(weights_.back().list)) {
-      auto values = list.cast<std::vector<double>>();
-      const bool are_short = std::all_of(values.begin(), values.end(), is_short);
-      weights_.push_back({list, std::move(values), are_short});
-    }
-    return weights_.back();
+  const double* weights_of(py::handle list) {
+    if (weights_.empty() || !list.is(weights_.back().first))
+      weights_.emplace_back(list, list.cast<std::vector<double>>());
+    return weights_.back().second.data();
   }
 
   std::vector<Leaf> leaves_;
   std::vector<std::vector<Source>> sources_;
-  std::vector<Weights> weights_;  // when it grows, the values themselves stay where they are
+  std::vector<std::pair<py::handle, std::vector<double>>> weights_;  // when it grows, the numbers stay where they are
 };
 
 /// The indices of the false entries.
