@@ -43,21 +43,7 @@ def available_processors() -> int:
     Processors that this process may run on.
     """
 
-def cast(
-    source: tuple[typing.Any, ...],
-    code: typing.SupportsInt | typing.SupportsIndex,
-    block_shift: typing.SupportsInt | typing.SupportsIndex,
-    out: typing.SupportsInt | typing.SupportsIndex,
-    scales: typing.SupportsInt | typing.SupportsIndex,
-    count: typing.SupportsInt | typing.SupportsIndex,
-    stochastic: bool,
-    key: tuple[
-        typing.SupportsInt | typing.SupportsIndex,
-        typing.SupportsInt | typing.SupportsIndex,
-        typing.SupportsInt | typing.SupportsIndex,
-        typing.SupportsInt | typing.SupportsIndex,
-    ],
-) -> bool:
+def cast(operands: tuple[typing.Any, ...]) -> bool:
     """
     Decodes a source and encodes it as another code; returns whether nothing became infinite or NaN.
     """

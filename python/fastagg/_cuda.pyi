@@ -6,28 +6,9 @@ from __future__ import annotations
 
 import typing
 
-__all__: list[str] = ["CudaError", "cast", "device_count", "driver_version", "runtime_version", "weighted_sum"]
+__all__: list[str] = ["cast", "device_count", "driver_version", "runtime_version", "weighted_sum"]
 
-class CudaError(RuntimeError):
-    pass
-
-def cast(
-    source: tuple[typing.Any, ...],
-    code: typing.SupportsInt | typing.SupportsIndex,
-    block_shift: typing.SupportsInt | typing.SupportsIndex,
-    out: typing.SupportsInt | typing.SupportsIndex,
-    scales: typing.SupportsInt | typing.SupportsIndex,
-    count: typing.SupportsInt | typing.SupportsIndex,
-    stochastic: bool,
-    key: tuple[
-        typing.SupportsInt | typing.SupportsIndex,
-        typing.SupportsInt | typing.SupportsIndex,
-        typing.SupportsInt | typing.SupportsIndex,
-        typing.SupportsInt | typing.SupportsIndex,
-    ],
-    stream: typing.SupportsInt | typing.SupportsIndex,
-    check: bool,
-) -> bool:
+def cast(operands: tuple[typing.Any, ...], stream: typing.SupportsInt | typing.SupportsIndex, check: bool) -> bool:
     """
     Decodes a source and encodes it as another code on a stream; with check, waits and returns whether nothing became infinite or NaN.
     """

@@ -23,7 +23,7 @@ def check(inputs: list[LeafInputs], outs: list[View], structure: Structure) -> N
     """Raises ValueError if an output overlaps an input or another output."""
     spans = [span for leaf in inputs for span in _spans(leaf)]
     if len(spans) * len(outs) <= _FEW_PAIRS:
-        suspects = [index for index, out in enumerate(outs) if any(_touch(out.span, span) for span in spans)]
+        suspects = [index for index, out in enumerate(outs) if _touches_any(out.span, spans)]
     else:
         suspects = _search(np.array(spans, np.uint64), outs)
     for index in suspects:
@@ -46,6 +46,11 @@ def _spans(leaf: LeafInputs) -> list[tuple[int, int]]:
 def _touch(one: tuple[int, int], other: tuple[int, int]) -> bool:
     """Whether two spans share a byte."""
     return one[0] < other[1] and other[0] < one[1] and one[0] < one[1] and other[0] < other[1]
+
+
+def _touches_any(out: tuple[int, int], spans: list[tuple[int, int]]) -> bool:
+    begin, end = out
+    return any(begin < last and first < end and begin < end and first < last for first, last in spans)
 
 
 def _search(spans: np.ndarray, outs: list[View]) -> list[int]:

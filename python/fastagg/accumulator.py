@@ -64,7 +64,7 @@ class _Leaf(NamedTuple):
 
     def companion(self, base: int) -> int:
         """The lower halves of 48-bit sums."""
-        return base + self.offset + 4 * self.elements if self.state == Code.STATE48 else 0
+        return base + self.offset + _aligned(4 * self.elements) if self.state == Code.STATE48 else 0
 
 
 class Accumulator:
@@ -192,7 +192,8 @@ class Accumulator:
             self._fold()
             if self._structure is None or self._count == 0:
                 raise ValueError("nothing was added, so there is no mean")
-            inputs = [self._as_inputs(leaf) for leaf in self._leaves]
+            base = _address(self._sums)
+            inputs = [self._as_inputs(leaf, base) for leaf in self._leaves]
             if out is None:
                 arrays = [leaf.kind.empty(leaf.shape, leaf.dtype, leaf.device) for leaf in inputs]
                 views = [leaf.kind.writable_view(array) for leaf, array in zip(inputs, arrays, strict=True)]
@@ -244,7 +245,8 @@ class Accumulator:
             self._leaves = [_Leaf.described(leaf) for leaf in state["leaves"]]
             self._device = state["device"]
             if state["sums"] is not None:
-                self._sums = self._kind().from_numpy(state["sums"], self._device)
+                self._sums = self._allocate(len(state["sums"]))
+                self._sums[:] = self._kind().from_numpy(state["sums"], self._device)
             self._folds, self._added = state["folds"], state["added"]
             self._count, self._total = state["count"], state["total_weight"]
             self.dropped = [DroppedUpdate(*dropped) for dropped in state["dropped"]]
@@ -309,22 +311,23 @@ class Accumulator:
         """Writes sums + pending updates to the spare block; returns the leaves that are not finite there."""
         sums = [_address(self._sums)] if self._count else []
         weights = [1.0] * len(sums) + [weight for _, _, weight in self._pending]
-        base = self._spare_address()
+        base, dither = self._spare_address(), bit_reversed(self._folds)
         leaves: list[LeafOperands] = []
         for index, leaf in enumerate(self._leaves):
             sources: list[Any] = [leaf.operands(address) for address in sums]
             for _, inputs, _ in self._pending:
                 given = inputs[index]
                 sources.append(given.sources[0] if given.code is None else (given.sources[0], 0, given.code, 0))
-            leaves.append(self._leaf_operands(leaf, sources, weights, base))
+            leaves.append(self._leaf_operands(leaf, sources, weights, base, dither))
         return backend_for(self._device).weighted_sum(leaves, self._stream(), self.nan_policy != "propagate")
 
     def _combine(self, bases: list[int]) -> None:
         """Sets the sums to the total of several blocks of sums."""
-        spare = self._spare_address()
+        spare, dither = self._spare_address(), bit_reversed(self._folds)
         weights = [1.0] * len(bases)
         leaves = [
-            self._leaf_operands(leaf, [leaf.operands(base) for base in bases], weights, spare) for leaf in self._leaves
+            self._leaf_operands(leaf, [leaf.operands(base) for base in bases], weights, spare, dither)
+            for leaf in self._leaves
         ]
         backend_for(self._device).weighted_sum(leaves, self._stream(), False)
         self._swap()
@@ -334,14 +337,15 @@ class Accumulator:
         self._sums, self._spare = self._spare, self._sums
         self._folds += 1
 
-    def _leaf_operands(self, leaf: _Leaf, sources: list[Any], weights: list[float], base: int) -> LeafOperands:
+    def _leaf_operands(
+        self, leaf: _Leaf, sources: list[Any], weights: list[float], base: int, dither: int
+    ) -> LeafOperands:
         fold = MEAN
         if leaf.state not in (Code.STATE48, Code.FLOAT64):
             fold = MAXIMUM
             sources = sources[:1] if self.integer_policy == "first" else sources
-        out = base + leaf.offset
-        dither = bit_reversed(self._folds)
-        return sources, None, weights, 1.0, leaf.elements, fold, out, leaf.companion(base), leaf.state, dither
+        out, companion = base + leaf.offset, leaf.companion(base)
+        return sources, None, weights, 1.0, leaf.elements, fold, out, companion, leaf.state, dither
 
     def _offenders(self, flagged: list[int]) -> dict[int, int]:
         """The waiting clients with a non-finite value, and their first such leaf."""
@@ -386,11 +390,10 @@ class Accumulator:
         """Takes over the structure of an accumulator that is merged into an empty one."""
         self._structure, self._leaves, self._device = other._structure, other._leaves, other._device
 
-    def _as_inputs(self, leaf: _Leaf) -> LeafInputs:
-        source = leaf.operands(_address(self._sums))
-        return LeafInputs(
-            [source], None, kind_named(leaf.kind), leaf.dtype, leaf.code, leaf.shape, self._device, [self._sums]
-        )
+    def _as_inputs(self, leaf: _Leaf, base: int) -> LeafInputs:
+        """A leaf's sums in the block of memory at `base`."""
+        kind, source = kind_named(leaf.kind), leaf.operands(base)
+        return LeafInputs([source], None, kind, leaf.dtype, leaf.code, leaf.shape, self._device, [self._sums])
 
     def _spare_address(self) -> int:
         if self._spare is None:
@@ -399,9 +402,11 @@ class Accumulator:
         return _address(self._spare)
 
     def _allocate(self, size: int) -> Any:
-        """A block of bytes on the updates' device."""
+        """A block of bytes on the updates' device, at a cache line."""
         kind = self._kind()
-        return kind.empty((size,), kind.dtype_for(Code.UINT8), self._device)
+        block = kind.empty((size + _ALIGNMENT,), kind.dtype_for(Code.UINT8), self._device)
+        unaligned = -_address(block) % _ALIGNMENT
+        return block[unaligned : unaligned + size]
 
     def _kind(self) -> Kind:
         """The library that holds the sums: NumPy on the CPU."""
@@ -418,8 +423,7 @@ def _lay_out(inputs: list[LeafInputs], integer_policy: str) -> list[_Leaf]:
         state = _state_code(leaf, integer_policy)
         code = leaf.result_code
         leaves.append(_Leaf(leaf.kind.name, leaf.dtype, code, leaf.shape, state, offset))
-        size = _state_bytes(state, leaves[-1].elements)
-        offset += -(-size // _ALIGNMENT) * _ALIGNMENT
+        offset += _aligned(_state_bytes(state, leaves[-1].elements))
     return leaves
 
 
@@ -430,7 +434,14 @@ def _state_code(leaf: LeafInputs, integer_policy: str) -> Code:
 
 
 def _state_bytes(state: Code, count: int) -> int:
-    return (6 if state == Code.STATE48 else ELEMENT_BYTES[state]) * count
+    if state == Code.STATE48:  # two planes, each at a cache line
+        return _aligned(4 * count) + 2 * count
+    return ELEMENT_BYTES[state] * count
+
+
+def _aligned(size: int) -> int:
+    """The next multiple of a cache line."""
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
 def bit_reversed(index: int) -> int:

@@ -89,9 +89,9 @@ def fedavg(
     target = None if dtype is None else float_code(dtype)
     inputs = [gather(column, structure, index, target) for index, column in enumerate(structure.columns(updates))]
     device = check_devices(inputs, structure)
-    results, views = _results(inputs, structure, out, updates[0])
+    results, addresses = _results(inputs, structure, out, updates[0])
 
-    mean = _Mean(inputs, views, device, integer_policy)
+    mean = _Mean(inputs, addresses, device, integer_policy)
     flagged = mean.run(weights, check=nan_policy != "propagate")
     if flagged:
         offenders = mean.offenders(weights, flagged, every=nan_policy == "drop")
@@ -106,7 +106,7 @@ def fedavg(
 class _Mean:
     """One `fedavg` whose operands have been checked."""
 
-    def __init__(self, inputs: list[LeafInputs], outs: list[View], device: str, integer_policy: str) -> None:
+    def __init__(self, inputs: list[LeafInputs], outs: list[int], device: str, integer_policy: str) -> None:
         self.inputs, self.outs, self.integer_policy = inputs, outs, integer_policy
         self.backend = backend_for(device)
         self.stream = inputs[0].kind.stream(device)
@@ -128,7 +128,7 @@ class _Mean:
                 fold = MAXIMUM
                 sources = sources[:1] if self.integer_policy == "first" else sources
             count = math.prod(leaf.shape)
-            leaves.append((sources, leaf.code, leaf_weights, divisor, count, fold, out.address, 0, out.code, 0))
+            leaves.append((sources, leaf.code, leaf_weights, divisor, count, fold, out, 0, leaf.result_code, 0))
         return self.backend.weighted_sum(leaves, self.stream, check)
 
     def offenders(self, weights: list[float], flagged: list[int], every: bool) -> dict[int, int]:
@@ -293,13 +293,13 @@ def check_policies(nan_policy: str, integer_policy: str) -> None:
         raise ValueError(f"integer_policy: expected one of {', '.join(INTEGER_POLICIES)}, got {integer_policy!r}")
 
 
-def _results(inputs: list[LeafInputs], structure: Structure, out: Any, first: Any) -> tuple[Any, list[View]]:
+def _results(inputs: list[LeafInputs], structure: Structure, out: Any, first: Any) -> tuple[Any, list[int]]:
     """New arrays for the result, or those of `out`, with their addresses."""
     if out is None:
         arrays = [leaf.kind.empty(leaf.shape, leaf.dtype, leaf.device) for leaf in inputs]
-        views = [leaf.kind.view(array) for leaf, array in zip(inputs, arrays, strict=True)]
-        return structure.build(arrays, first), views
-    return out, check_out(inputs, structure, out)
+        addresses = [leaf.kind.addresses([array])[0] for leaf, array in zip(inputs, arrays, strict=True)]
+        return structure.build(arrays, first), addresses
+    return out, [view.address for view in check_out(inputs, structure, out)]
 
 
 def check_out(inputs: list[LeafInputs], structure: Structure, out: Any) -> list[View]:
@@ -313,7 +313,7 @@ def check_out(inputs: list[LeafInputs], structure: Structure, out: Any) -> list[
         who = f"out, {structure.leaf_name(index)}"
         if kind_of(array) is not leaf.kind:
             raise TypeError(f"{who}: expected a {leaf.kind.name} array, got {type(array).__name__}")
-        if name_of(array.dtype) != name_of(leaf.dtype):
+        if array.dtype != leaf.dtype and name_of(array.dtype) != name_of(leaf.dtype):
             raise TypeError(f"{who}: expected dtype {name_of(leaf.dtype)}, got {name_of(array.dtype)}")
         if tuple(array.shape) != leaf.shape:
             raise ValueError(f"{who}: expected shape {leaf.shape}, got {tuple(array.shape)}")
