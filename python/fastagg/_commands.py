@@ -64,7 +64,8 @@ def bench(
     _require("bench")
     import pytest
 
-    options = ["--benchmark-only", "--results", str(output), *(["--quick"] if quick else [])]
+    # One word: as two, pytest would take the folder for one of tests.
+    options = ["--benchmark-only", f"--results={output}", *(["--quick"] if quick else [])]
     # Nothing is written beside the installed benchmarks, which may be read-only.
     sys.exit(pytest.main([str(_bench_folder()), "-p", "no:cacheprovider", *options]))
 
