@@ -1,5 +1,6 @@
 """The command line: what it prints, how it ends, and what it says where a package is missing."""
 
+import os
 import subprocess
 import sys
 
@@ -13,6 +14,8 @@ from typer.testing import CliRunner
 import fastagg
 from fastagg import _commands, _extras
 from fastagg._commands import application
+
+NO_PLUGINS = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
 
 # Runs the command line where some packages cannot be imported.
 WITHOUT = """
@@ -96,11 +99,36 @@ def test_demo_prints_its_tables_and_draws_its_figure(tmp_path):
     assert output.stat().st_size > 20_000
 
 
-def test_bench_runs_the_benchmarks_of_the_folder(monkeypatch, tmp_path):
-    pytest.importorskip("pytest_benchmark")
-    monkeypatch.setitem(_extras.EXTRAS, "bench", _extras.EXTRAS["bench"]._replace(modules=()))
-    monkeypatch.setattr(_commands, "_bench_folder", lambda: tmp_path)
-    given = []
-    monkeypatch.setattr(pytest, "main", lambda arguments: given.extend(arguments) or 0)
-    assert invoke("bench", "--quick", "--output", "results").exit_code == 0
-    assert given == [str(tmp_path), "-p", "no:cacheprovider", "--benchmark-only", "--results", "results", "--quick"]
+BENCH_CONFTEST = """
+from pathlib import Path
+
+def pytest_addoption(parser):
+    parser.addoption("--results")
+    parser.addoption("--quick", action="store_true")
+    parser.addoption("--benchmark-only", action="store_true")
+
+def pytest_configure(config):
+    Path("ran").write_text(config.getoption("--results"))
+"""
+RUN_BENCH = """
+import sys
+from pathlib import Path
+from fastagg import _commands, _extras
+_extras.EXTRAS["bench"] = _extras.EXTRAS["bench"]._replace(modules=())
+_commands._bench_folder = lambda: Path(sys.argv[1])
+_commands.application(["bench", "--quick", "--output", sys.argv[2]])
+"""
+
+
+def test_bench_runs_the_benchmarks_wherever_the_results_go(tmp_path):
+    # A checkout's results lie in the checkout's own benchmarks, which are not the installed ones that run.
+    installed, checkout = tmp_path / "installed", tmp_path / "checkout"
+    (checkout / "bench" / "results").mkdir(parents=True)
+    installed.mkdir()
+    for folder in (installed, checkout / "bench"):
+        (folder / "conftest.py").write_text(BENCH_CONFTEST)
+    (installed / "test_nothing.py").write_text("def test_nothing(): pass")
+    command = [sys.executable, "-c", RUN_BENCH, str(installed), "bench/results"]
+    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, env={**os.environ, **NO_PLUGINS})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (checkout / "ran").read_text() == "bench/results"
