@@ -76,7 +76,7 @@ def _measure_call(case: Case, name: str) -> int:
 
 def _measure_accumulator(case: Case, clients: int) -> int:
     """The sums of many clients that arrive one by one in the same memory, so that only copies can keep them."""
-    fastagg.fedavg([np.ones(1_000_000, np.float32)] * 2)
+    fastagg.Accumulator().add(np.ones(1_000_000, np.float32))  # what is loaded and started once is not the sums'
     update = np.ones(case.elements, np.float32)  # zeros would have no pages yet
     accumulator = fastagg.Accumulator()
 

@@ -99,7 +99,7 @@ def _memory(results: Results) -> list[Target]:
     held = results.value("accumulator", "batch=1", FASTAGG, lambda row: row.most_bytes_per_element)
     return [
         _at_most("fedavg: peak extra memory in models", 1, _always(models)),
-        _at_most("Accumulator: bytes an fp32 element, whatever K", 12, _always(held)),
+        _at_most("Accumulator: bytes an fp32 element, whatever K", 12, _always(held), digits=1),
     ]
 
 
@@ -122,13 +122,15 @@ def _at_least(text: str, bound: float, measured: Measured | None) -> Target:
     return _judged(text, f"at least {bound:g}", measured, lambda value: value >= bound)
 
 
-def _at_most(text: str, bound: float, measured: Measured | None) -> Target:
-    return _judged(text, f"at most {bound:g}", measured, lambda value: value <= bound)
+def _at_most(text: str, bound: float, measured: Measured | None, digits: int = 2) -> Target:
+    return _judged(text, f"at most {bound:g}", measured, lambda value: value <= bound, digits)
 
 
-def _judged(text: str, needed: str, measured: Measured | None, reaches: Callable[[float], bool]) -> Target:
+def _judged(
+    text: str, needed: str, measured: Measured | None, reaches: Callable[[float], bool], digits: int = 2
+) -> Target:
     """A target by the number that is shown."""
     if measured is None:
         return Target(text, needed, "", False, True)
-    shown = f"{measured.value:.2f}"
+    shown = f"{measured.value:.{digits}f}"
     return Target(text, needed, shown, reaches(float(shown)), measured.is_quiet)

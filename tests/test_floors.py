@@ -31,7 +31,8 @@ MAY_INCLUDE = {
 MAY_IMPORT = {
     "_codes": set(),
     "_errors": set(),
-    "_backend": {"_core"},
+    "_backend": {"_core", "_extras"},
+    "_extras": set(),
     "_build": {"_core"},
     "_tensor": {"_core", "_codes"},
     "quantization": {"_core", "_backend", "_codes", "_tensor"},

@@ -11,7 +11,9 @@
 namespace fastagg {
 
 /// Clients whose streams are read together: more would outrun a processor's prefetchers.
-constexpr int kGroup = 16;
+constexpr int kGroup = 8;
+/// As many join in one group where that leaves none behind.
+constexpr int kLargestGroup = 12;
 /// Clients of a run.
 constexpr int kRun = 8;
 
@@ -30,15 +32,15 @@ struct Group {
   }
 };
 
-/// The clients from `first` on that share its code, at most kGroup; a run of at most kRun where the result's own
-/// rounding is far coarser than a float32 sum's.
+/// The next clients from `first` on that share its code; a run of at most kRun where the result's own rounding is far
+/// coarser than a float32 sum's.
 FASTAGG_INLINE Group group_from(const Leaf& leaf, int first) {
   const Code code = leaf.sources[first].code;
   const bool is_run = is_narrow_float(code) && is_narrow_float(leaf.code);
+  const int left = leaf.clients - first;
+  const int most = is_run ? kRun : left <= kLargestGroup ? kLargestGroup : kGroup;
   int clients = 1;
-  while (clients < (is_run ? kRun : kGroup) && first + clients < leaf.clients &&
-         leaf.sources[first + clients].code == code)
-    ++clients;
+  while (clients < most && clients < left && leaf.sources[first + clients].code == code) ++clients;
   return {leaf.sources + first, leaf.weights + first, clients, is_run};
 }
 

@@ -8,8 +8,8 @@ namespace fastagg {
 /// The products of weights and scales of a group, for one block: 15 bits each, so that a group's sum of products with
 /// int8 fits 32 bits.
 struct IntegerWeights {
-  int32_t pairs[kGroup / 2];  // two clients' in the lower and the upper half
-  double unit;                // a power of two
+  int32_t pairs[kLargestGroup / 2];  // two clients' in the lower and the upper half
+  double unit;                       // a power of two
 };
 
 /// A group's weights as odd integers times powers of two.
@@ -30,7 +30,7 @@ class ShortWeights {
   template <Code code>
   bool scaled(const Group& group, int64_t i, IntegerWeights& result) const {
     if (!exact_) return false;
-    int32_t exponents[kGroup], least = INT32_MAX;
+    int32_t exponents[kLargestGroup], least = INT32_MAX;
     bool fits = true;
     for (int k = 0; k < group.clients; ++k) {
       const int32_t bits = bit_cast<int32_t>(scale_at<code>(group.sources[k], i));
@@ -50,7 +50,7 @@ class ShortWeights {
   }
 
  private:
-  int32_t odd_[kGroup], exponents_[kGroup];
+  int32_t odd_[kLargestGroup], exponents_[kLargestGroup];
   bool exact_ = true;
 };
 

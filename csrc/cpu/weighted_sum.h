@@ -123,7 +123,7 @@ FASTAGG_INLINE int64_t add_run(const Chunk& chunk, const Group& group, int64_t i
                                Destination& destination) {
   using Products = typename Lanes::template FloatProducts<code>;
   constexpr int registers = Products::width / Lanes::width, parts = Lanes::width == 1 ? 1 : 2;
-  float weights[kGroup];
+  float weights[kLargestGroup];
   for (int k = 0; k < group.clients; ++k) weights[k] = static_cast<float>(group.weights[k]);
   for (; i + parts * Products::width <= end; i += parts * Products::width) {
     Products products[parts];

@@ -51,6 +51,10 @@ class Kind(Protocol):
         """
         ...
 
+    def address(self, array: Any) -> int:
+        """Where an array that `empty` made begins."""
+        ...
+
     def addresses(self, arrays: list[Any]) -> list[int]:
         """Addresses of the leading arrays that look just like the first one: the fast path for many clients."""
         ...
@@ -113,6 +117,10 @@ class NumPy:
             raise ValueError("expected a writable, C-contiguous, aligned array")
         return self.view(array)
 
+    def address(self, array: Any) -> int:
+        """See `Kind`."""
+        return _core.numpy_address(array)
+
     def addresses(self, arrays: list[Any]) -> list[int]:
         """See `Kind`."""
         return _core.numpy_addresses(arrays)
@@ -166,6 +174,7 @@ class Torch:
 
         self.torch = torch
         self.plain = (torch.Tensor, torch.nn.Parameter)
+        self.cpu = torch.device("cpu")
 
     def adopt(self, array: Any) -> Any:
         """CUDA memory of another library, in place."""
@@ -192,6 +201,10 @@ class Torch:
         if view.address != array.data_ptr():
             raise ValueError("expected a contiguous tensor")
         return view
+
+    def address(self, array: Any) -> int:
+        """See `Kind`."""
+        return int(array.data_ptr())
 
     def addresses(self, arrays: list[Any]) -> list[int]:
         """See `Kind`."""
@@ -229,8 +242,9 @@ class Torch:
 
     def empty(self, shape: tuple[int, ...], dtype: Any, device: str) -> Any:
         """See `Kind`."""
-        tensor = self.torch.empty(shape, dtype=dtype, device=device)
-        if device == "cpu" and tensor.nbytes >= _HUGE:
+        on_cpu = device == "cpu"
+        tensor = self.torch.empty(shape, dtype=dtype, device=self.cpu if on_cpu else device)
+        if on_cpu and tensor.nbytes >= _HUGE:
             _core.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
         return tensor
 
@@ -278,6 +292,10 @@ class CuPy:
         if not array.flags.c_contiguous:
             raise ValueError("expected a C-contiguous array")
         return self.view(array)
+
+    def address(self, array: Any) -> int:
+        """See `Kind`."""
+        return int(array.data.ptr)
 
     def addresses(self, arrays: list[Any]) -> list[int]:
         """See `Kind`. Every array is looked at one by one."""

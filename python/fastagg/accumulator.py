@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from fastagg._backend import MAXIMUM, MEAN, LeafOperands, backend_for
 from fastagg._codes import ELEMENT_BYTES, FLOATS, Code, name_of
 from fastagg._errors import DroppedUpdateWarning
-from fastagg._tensor import Kind, adopt, kind_named
+from fastagg._tensor import Kind, kind_named
 from fastagg._updates import Structure, check_weight
 from fastagg.averaging import LeafInputs, check_devices, check_out, check_policies, gather, is_finite
 from fastagg.quantization import Quantized
@@ -176,7 +176,7 @@ class Accumulator:
                 if self._structure is None:
                     self._adopt(other)
                 sources = [self._sums, other._sums] if self._count else [other._sums]
-                self._combine([_address(sums) for sums in sources])
+                self._combine([self._kind().address(sums) for sums in sources])
                 self._count += other._count
                 self._total = math.fsum((self._total, other._total))
             self.dropped.extend(dropped._replace(client=self._added + dropped.client) for dropped in other.dropped)
@@ -192,7 +192,7 @@ class Accumulator:
             self._fold()
             if self._structure is None or self._count == 0:
                 raise ValueError("nothing was added, so there is no mean")
-            base = _address(self._sums)
+            base = self._kind().address(self._sums)
             inputs = [self._as_inputs(leaf, base) for leaf in self._leaves]
             if out is None:
                 arrays = [leaf.kind.empty(leaf.shape, leaf.dtype, leaf.device) for leaf in inputs]
@@ -309,7 +309,7 @@ class Accumulator:
 
     def _combine_pending(self) -> list[int]:
         """Writes sums + pending updates to the spare block; returns the leaves that are not finite there."""
-        sums = [_address(self._sums)] if self._count else []
+        sums = [self._kind().address(self._sums)] if self._count else []
         weights = [1.0] * len(sums) + [weight for _, _, weight in self._pending]
         base, dither = self._spare_address(), bit_reversed(self._folds)
         leaves: list[LeafOperands] = []
@@ -399,13 +399,13 @@ class Accumulator:
         if self._spare is None:
             last = self._leaves[-1]
             self._spare = self._allocate(last.offset + _state_bytes(last.state, last.elements))
-        return _address(self._spare)
+        return self._kind().address(self._spare)
 
     def _allocate(self, size: int) -> Any:
         """A block of bytes on the updates' device, at a cache line."""
         kind = self._kind()
         block = kind.empty((size + _ALIGNMENT,), kind.dtype_for(Code.UINT8), self._device)
-        unaligned = -_address(block) % _ALIGNMENT
+        unaligned = -self._kind().address(block) % _ALIGNMENT
         return block[unaligned : unaligned + size]
 
     def _kind(self) -> Kind:
@@ -447,7 +447,3 @@ def _aligned(size: int) -> int:
 def bit_reversed(index: int) -> int:
     """The index-th number of van der Corput's sequence in units of 2**-16: evenly spread, whatever its length."""
     return int(f"{index % 65536:016b}"[::-1], 2)
-
-
-def _address(sums: Any) -> int:
-    return adopt(sums)[0].view(sums).address

@@ -297,7 +297,7 @@ def _results(inputs: list[LeafInputs], structure: Structure, out: Any, first: An
     """New arrays for the result, or those of `out`, with their addresses."""
     if out is None:
         arrays = [leaf.kind.empty(leaf.shape, leaf.dtype, leaf.device) for leaf in inputs]
-        addresses = [leaf.kind.addresses([array])[0] for leaf, array in zip(inputs, arrays, strict=True)]
+        addresses = [leaf.kind.address(array) for leaf, array in zip(inputs, arrays, strict=True)]
         return structure.build(arrays, first), addresses
     return out, [view.address for view in check_out(inputs, structure, out)]
 
