@@ -10,6 +10,7 @@
 #include "cpu/probe.h"
 #include "cpu/thread_pool.h"
 #include "operands.h"
+#include "shared_memory_group.h"
 
 namespace fastagg::bindings {
 namespace {
@@ -110,6 +111,8 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
   m.def("stream_probe", &bindings::stream_probe, py::arg("sources"), py::arg("source_bytes"), py::arg("out"),
         py::arg("out_bytes"), py::arg("chunk_bytes"),
         "Reads the sources side by side and overwrites `out`, without arithmetic: the benchmark's limit.");
+
+  bindings::define_shared_memory(m);
 
   m.def("isa", [] { return std::string(kernels().name); }, "The instruction set in use.");
   m.def("available_isas", &available_isas, "Instruction sets of this build that the processor has, best first.");

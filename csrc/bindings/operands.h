@@ -23,13 +23,14 @@ inline Source source_of(py::handle described) {
   return {pointer(tuple[0]), pointer(tuple[1]), static_cast<Code>(tuple[2].cast<int>()), tuple[3].cast<uint8_t>()};
 }
 
-/// (source, code, block_shift, out, scales, count, stochastic, (seed, step, tensor, rank))
+/// (source, code, block_shift, out, scales, count, stochastic, (seed, step, tensor, rank), factor)
 inline Cast cast_of(const py::tuple& described) {
   const auto [seed, step, tensor, rank] = described[7].cast<std::tuple<uint64_t, uint32_t, uint32_t, uint32_t>>();
   return {source_of(described[0]),      static_cast<Code>(described[1].cast<int>()),
           described[2].cast<uint8_t>(), described[6].cast<bool>() ? Rounding::stochastic : Rounding::nearest,
           {seed, step, tensor, rank},   described[5].cast<int64_t>(),
-          pointer(described[3]),        pointer<float>(described[4])};
+          pointer(described[3]),        pointer<float>(described[4]),
+          described[8].cast<float>()};
 }
 
 /// Leaves with the storage that they point into.

@@ -74,7 +74,7 @@ struct RandomKey {
   uint32_t rank;
 };
 
-/// One `cast`: decodes `source` and encodes it as `code`.
+/// One `cast`: decodes `source`, multiplies by `factor` and encodes it as `code`.
 struct Cast {
   Source source;
   Code code;
@@ -84,6 +84,7 @@ struct Cast {
   int64_t count;
   void* out;
   float* scales;
+  float factor = 1;
 };
 
 /// Elements that one pass of `cast` keeps in the first-level cache; a multiple of every block of scales.

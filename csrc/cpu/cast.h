@@ -37,6 +37,7 @@ FASTAGG_INLINE int64_t decode_vectors(const Cast& op, float* out, int64_t begin,
       x = load<Lanes, from>(op.source.data, begin + i);
       if constexpr (has_scales(from)) x = x * scale_at<from>(op.source, begin + i);
     }
+    x = x * op.factor;
     raise(magnitudes, x);
     Lanes::template store_float32<stream>(out, at + i, x);
   }
@@ -251,7 +252,7 @@ bool cast(const Cast& op, int64_t begin, int64_t end, bool stream) {
   for (; begin < end; begin += kChunk) {
     const int64_t count = end - begin < kChunk ? end - begin : kChunk;
     int32_t here;
-    if (op.source.code == Code::float32) {
+    if (op.source.code == Code::float32 && op.factor == 1) {
       here = encode_any<Lanes>(op, static_cast<const float*>(op.source.data) + begin, begin, count, stream);
     } else if (op.code == Code::float32) {
       here = decode_any<Lanes>(op, static_cast<float*>(op.out), begin, begin, count, stream);

@@ -34,6 +34,7 @@ FASTAGG_INLINE void decode(const Cast& op, int64_t i, float* x) {
       x[j] = value_of<float>(elements, j);
       if constexpr (has_scales(from)) x[j] = x[j] * scale;
     }
+    x[j] = x[j] * op.factor;
   }
 }
 

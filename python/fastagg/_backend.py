@@ -16,8 +16,8 @@ LeafOperands = tuple[list[Any], int | None, list[float], float, int, int, int, i
 SourceOperands = tuple[int, int, int, int]
 # (seed, step, tensor, rank)
 RandomKey = tuple[int, int, int, int]
-# (source, code, block_shift, out, scales, count, stochastic, key)
-CastOperands = tuple[SourceOperands, int, int, int, int, int, bool, RandomKey]
+# (source, code, block_shift, out, scales, count, stochastic, key, factor)
+CastOperands = tuple[SourceOperands, int, int, int, int, int, bool, RandomKey, float]
 
 MEAN, MAXIMUM = 0, 1
 

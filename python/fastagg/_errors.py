@@ -7,5 +7,20 @@ class CudaError(RuntimeError):
     """The CUDA driver or runtime refused; the message is its own."""
 
 
+class PeerError(RuntimeError):
+    """A rank of a process group has died, hung or left.
+
+    Attributes:
+        rank: its global rank.
+    """
+
+    def __init__(self, rank: int, reason: str) -> None:
+        super().__init__(reason)
+        self.rank = rank
+
+    def __reduce__(self) -> tuple[type[PeerError], tuple[int, str]]:
+        return PeerError, (self.rank, str(self))
+
+
 class DroppedUpdateWarning(UserWarning):
     """A client's update was left out because of `nan_policy="drop"`; the message names it and its leaf."""

@@ -124,16 +124,17 @@ def quantize(
     view = kind.view(array)
     if view.code not in FLOATS:
         raise TypeError(f"x: expected a floating dtype (fp32, fp16, bf16, fp64), got {array.dtype}")
-    key = _random_key(wire, rounding, seed)
-    block = _check_block(wire, block)
+    key = random_key(wire, rounding, seed)
+    block = check_block(wire, block)
     if out is None:
         out = _allocate(kind, view, wire, block, kind.dtype_of(array))
     else:
         _check_out(out, kind, view, wire, block)
     source = (view.address, 0, view.code, 0)
     scales = out._scales.address if out._scales else 0
-    random_key = (*key, 0) if key else (0, 0, 0, 0)
-    operands = (source, code, _shift(block), out._data.address, scales, view.elements, key is not None, random_key)
+    words = (*key, 0) if key else (0, 0, 0, 0)
+    shift = block_shift(block)
+    operands = (source, code, shift, out._data.address, scales, view.elements, key is not None, words, 1.0)
     finite = backend_for(view.device).cast(operands, kind.stream(view.device), True)
     out.nonfinite, out.seed = not finite, key
     return out
@@ -169,14 +170,14 @@ def dequantize(q: Quantized, *, out: Any = None) -> Any:
         raise ValueError(f"out: expected shape {q.shape} on {data.device}, got {view.shape} on {view.device}")
     if _overlap(view, data):
         raise ValueError("out: overlaps the codes")
-    operands = (source_operands(q), view.code, 0, view.address, 0, view.elements, False, (0, 0, 0, 0))
+    operands = (source_operands(q), view.code, 0, view.address, 0, view.elements, False, (0, 0, 0, 0), 1.0)
     backend_for(data.device).cast(operands, kind.stream(data.device), False)
     return out
 
 
 def source_operands(q: Quantized) -> SourceOperands:
     """A `Quantized` as the native code reads it, where it lies."""
-    return q._data.address, q._scales.address if q._scales else 0, WIRES[q.wire], _shift(q.block)
+    return q._data.address, q._scales.address if q._scales else 0, WIRES[q.wire], block_shift(q.block)
 
 
 def device_of(q: Quantized) -> str:
@@ -184,7 +185,7 @@ def device_of(q: Quantized) -> str:
     return q._data.device
 
 
-def _shift(block: int | None) -> int:
+def block_shift(block: int | None) -> int:
     return block.bit_length() - 1 if block else 0
 
 
@@ -192,7 +193,7 @@ def _overlap(one: View, other: View) -> bool:
     return one.span[0] < other.span[1] and other.span[0] < one.span[1]
 
 
-def _random_key(wire: str, rounding: str, seed: int | tuple[int, int, int] | None) -> tuple[int, int, int] | None:
+def random_key(wire: str, rounding: str, seed: int | tuple[int, int, int] | None) -> tuple[int, int, int] | None:
     """The key of stochastic rounding, or None for nearest."""
     if rounding not in ("nearest", "stochastic"):
         raise ValueError(f"rounding: expected 'nearest' or 'stochastic', got {rounding!r}")
@@ -217,7 +218,7 @@ def _has_scales(wire: str) -> bool:
     return WIRES[wire] >= Code.WIRE_FP8_E4M3
 
 
-def _check_block(wire: str, block: int | None) -> int | None:
+def check_block(wire: str, block: int | None) -> int | None:
     if not _has_scales(wire):
         if block is not None:
             raise ValueError(f"block: {wire} has no scales, so no block, got {block!r}")
@@ -285,7 +286,7 @@ def _check_layout(q: Quantized) -> None:
         if q.scales is not None or q.block is not None:
             raise ValueError(f"scales: {q.wire} has none")
         return
-    block = _check_block(q.wire, q.block)
+    block = check_block(q.wire, q.block)
     assert block is not None
     scales = q._scales
     if scales is None or kind_of(scales.owner) is not kind:

@@ -1,0 +1,130 @@
+"""All-reduce: sums and means of tensors over the ranks of a process group."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fastagg._codes import FLOATS, WIRES, Code, code_of_dtype, wire_name
+from fastagg._transports import Encoding, Outcome, executor_of, transport_of
+from fastagg.quantization import block_shift, check_block, random_key
+
+OPERATIONS = ("mean", "sum")
+
+
+class Work:
+    """An all-reduce that is under way, as torch.distributed's."""
+
+    def __init__(self, future: Future[Outcome]) -> None:
+        self._future = future
+
+    def wait(self) -> bool:
+        """Waits until the tensors hold the result; raises what went wrong."""
+        self._future.result()
+        return True
+
+    def is_completed(self) -> bool:
+        """Whether the tensors hold the result."""
+        return self._future.done()
+
+
+def all_reduce(
+    tensor_or_tensors: Any,
+    *,
+    op: str = "mean",
+    wire: Any = "fp32",
+    rounding: str = "nearest",
+    seed: int | tuple[int, int, int] | None = None,
+    block: int | None = None,
+    group: dist.ProcessGroup | None = None,
+    async_op: bool = False,
+) -> Work | None:
+    """Replaces tensors by their mean or sum over all ranks of a group, in place.
+
+    ``x = decode(encode(sum_r(decode(encode(x_r))) / world))``
+
+    Every rank encodes its values, each slice is added up in rank order by one rank in float32 or wider, and what that
+    rank has encoded is decoded by all: all ranks end with the same bits. Ranks of one host exchange through shared
+    memory, others through the group's backend.
+
+    Args:
+        tensor_or_tensors: a CPU tensor of fp32, fp16, bf16 or fp64, or a sequence of them.
+        op: "mean" or "sum".
+        wire: how values travel, as in `quantize`. "fp32" keeps every bit of fp32, and of fp64 tensors too.
+        rounding: "nearest" or "stochastic", as in `quantize`; ranks round with random numbers of their own.
+        seed: of stochastic rounding; the same on every rank. None: drawn by rank 0.
+        block: elements that share a scale, as in `quantize`.
+        group: the process group; None for the default one.
+        async_op: return at once; the tensors must be left alone until `wait`.
+
+    Returns:
+        None, or with async_op what to wait for.
+
+    Raises:
+        TypeError: no tensors, or of a dtype without a wire.
+        ValueError: wrong arguments; or ranks that differ in shape, dtype, wire or op, on every rank.
+        PeerError: a rank has died or hung.
+    """
+    tensors = _tensors(tensor_or_tensors)
+    if op not in OPERATIONS:
+        raise ValueError(f"op: expected one of {', '.join(OPERATIONS)}, got {op!r}")
+    group = group if group is not None else dist.group.WORLD
+    if group is None:
+        raise ValueError("group: torch.distributed is not initialised")
+    wire, block = wire_name(wire), check_block(wire_name(wire), block)
+    key = random_key(wire, rounding, _agreed(seed, group) if rounding == "stochastic" and seed is None else seed)
+    transport = transport_of(group)
+
+    def reduce_all() -> Outcome:
+        finite, wire_bytes = True, 0
+        for index, (tensor, code) in enumerate(tensors):
+            words = (key[0], key[1], key[2] + index, dist.get_rank(group)) if key else (0, 0, 0, 0)
+            travels = Code.FLOAT64 if wire == "fp32" and code == Code.FLOAT64 else WIRES[wire]
+            encoding = Encoding(travels, block_shift(block), key is not None, words)
+            whole = tensor.detach().contiguous()
+            outcome = transport.all_reduce(whole, code, encoding, op == "mean")
+            if whole.data_ptr() != tensor.data_ptr():
+                tensor.detach().copy_(whole)
+            finite, wire_bytes = finite and outcome.finite, wire_bytes + outcome.wire_bytes
+        return Outcome(finite, wire_bytes)
+
+    work = Work(executor_of(transport).submit(reduce_all))
+    if async_op:
+        return work
+    work.wait()
+    return None
+
+
+def _agreed(seed: None, group: dist.ProcessGroup) -> int:
+    """One seed for all ranks."""
+    from fastagg._backend import draw_seed
+
+    drawn = torch.tensor([draw_seed() >> 1])
+    dist.broadcast(drawn, dist.get_global_rank(group, 0), group=group)
+    return int(drawn)
+
+
+def _tensors(given: Any) -> list[tuple[torch.Tensor, Code]]:
+    """The tensors and their codes.
+
+    Raises:
+        TypeError, ValueError: one is no dense floating CPU tensor.
+    """
+    tensors = [given] if isinstance(given, torch.Tensor) else given
+    if not isinstance(tensors, Sequence):
+        raise TypeError(f"expected a tensor or a sequence of tensors, got {type(given).__name__}")
+    checked = []
+    for index, tensor in enumerate(tensors):
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"tensor {index}: expected a torch.Tensor, got {type(tensor).__name__}")
+        code = code_of_dtype(tensor.dtype)
+        if code not in FLOATS:
+            raise TypeError(f"tensor {index}: expected a floating dtype (fp32, fp16, bf16, fp64), got {tensor.dtype}")
+        if tensor.layout is not torch.strided or tensor.device.type != "cpu":
+            raise ValueError(f"tensor {index}: expected a dense CPU tensor, got {tensor.layout} on {tensor.device}")
+        checked.append((tensor, Code(code)))
+    return checked

@@ -1,0 +1,70 @@
+"""Runs a program as the ranks of a torch.distributed group: real processes on this host."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+PROLOGUE = """
+import datetime, os, signal, sys, time
+import torch, torch.distributed as dist
+import fastagg
+rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+torch.set_num_threads(1)
+fastagg.set_num_threads(1)
+store = dist.FileStore(os.environ["STORE"], world)
+timeout = datetime.timedelta(seconds=float(os.environ.get("TIMEOUT", "60")))
+dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timeout)
+def gathered(x):
+    everyone = [torch.empty_like(x) for _ in range(world)]
+    dist.all_gather(everyone, x)
+    return everyone
+"""
+
+
+class Ranks:
+    """The processes, and what they printed."""
+
+    def __init__(self, program: str, world: int, **environment: str) -> None:
+        self.folder = tempfile.TemporaryDirectory()
+        common = {**os.environ, "WORLD_SIZE": str(world), "STORE": str(Path(self.folder.name) / "store"), **environment}
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, "-c", PROLOGUE + program],
+                env={**common, "RANK": str(rank)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(world)
+        ]
+
+    def outputs(self, timeout: float = 120) -> list[tuple[int, str, str]]:
+        """Exit status, standard output and errors of every rank, which are ended if they do not end."""
+        found = []
+        for process in self.processes:
+            try:
+                out, err = process.communicate(timeout=timeout)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                out, err = process.communicate()
+                err += f"\nended after {timeout} s"
+            found.append((process.returncode, out, err))
+        self.folder.cleanup()
+        return found
+
+    def send(self, rank: int, number: signal.Signals) -> None:
+        """Sends a signal to one rank."""
+        self.processes[rank].send_signal(number)
+
+
+def run_ranks(program: str, world: int, **environment: str) -> list[str]:
+    """What every rank printed; fails if one fails."""
+    outputs = Ranks(program, world, **environment).outputs()
+    for rank, (status, out, err) in enumerate(outputs):
+        assert status == 0, f"rank {rank} of {world}: status {status}\n{out}\n{err}"
+    return [out for _, out, _ in outputs]

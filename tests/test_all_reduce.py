@@ -1,0 +1,193 @@
+"""`all_reduce` among real processes: answers, equal bits on all ranks, faults, and nothing left behind."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+
+from ranks import Ranks, run_ranks
+
+WORLDS = [1, 2, 3, 4]
+by_transport = pytest.mark.parametrize("transport", ["shared memory", "backend"])
+
+
+def on(transport: str) -> dict[str, str]:
+    """The environment that asks for a transport."""
+    return {"FASTAGG_TRANSPORT": "backend"} if transport == "backend" else {}
+
+
+EXACT = """
+from fastagg._transports import transport_of
+# Integers whose sums every wire but sign holds exactly: the extreme of a block, and the sum's, are chosen so.
+for count in (0, 1, 7, 4095, 16384, 16385, 131072, 131073, 300001):
+    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        for wire in ("fp32", "bf16", "fp16", "int8"):
+            for op in ("sum", "mean"):
+                x = (torch.arange(count) % 7 - 3).to(dtype) * world
+                y = x.clone()
+                assert fastagg.all_reduce(y, op=op, wire=wire) is None
+                assert torch.equal(y, x * world if op == "sum" else x), (count, dtype, wire, op)
+print(transport_of(dist.group.WORLD).name)
+"""
+
+
+@by_transport
+@pytest.mark.parametrize("world", WORLDS)
+def test_integers_are_reduced_exactly(world: int, transport: str) -> None:
+    names = run_ranks(EXACT, world, **on(transport))
+    assert all(transport in name for name in names)
+
+
+BITS = """
+bound = {"fp32": 2.0**-24, "bf16": 2.0**-8, "fp16": 2.0**-11, "fp8_e4m3": 2.0**-4, "fp8_e5m2": 2.0**-3,
+         "int8": 2.0**-6, "int4": 2.0**-2}
+for count in (1000, 20000, 200000):
+    for wire in (*bound, "sign"):
+        for rounding in ("nearest", "stochastic"):
+            if rounding == "stochastic" and wire in ("fp32", "sign"):
+                continue
+            torch.manual_seed(rank)
+            x = torch.randn(count)
+            exact = sum(one.double() for one in gathered(x)) / world
+            fastagg.all_reduce(x, wire=wire, rounding=rounding)
+            everyone = gathered(x.view(torch.int32))
+            assert all(torch.equal(everyone[0], other) for other in everyone), (count, wire, rounding)
+            if wire in bound:
+                slack = 2 * bound[wire] * (2 if rounding == "stochastic" else 1)  # two roundings of the largest
+                assert (x.double() - exact).abs().max() <= slack * 5, (count, wire, rounding)
+"""
+
+
+@by_transport
+@pytest.mark.parametrize("world", [2, 3])
+def test_all_ranks_end_with_the_same_bits_within_the_wires_error(world: int, transport: str) -> None:
+    run_ranks(BITS, world, **on(transport))
+
+
+NUMBERS = """
+x = torch.full((40000,), 65504.0)
+fastagg.all_reduce(x, wire="fp16")  # the sum is beyond fp16, the mean is not
+assert torch.all(x == 65504)
+x = torch.zeros(40000)
+if rank == 1:
+    x[7], x[30000] = float("inf"), float("nan")
+for wire in ("fp32", "fp16", "bf16"):
+    y = x.clone()
+    fastagg.all_reduce(y, wire=wire)
+    assert y[7] == float("inf") and y[30000].isnan() and y.isfinite().sum() == 39998
+strided = torch.arange(60000.0).view(200, 300).t() * (rank + 1)
+expected = torch.arange(60000.0).view(200, 300).t() * (sum(range(1, world + 1)) / world)
+fastagg.all_reduce(strided)
+assert torch.equal(strided, expected)
+several = [torch.full((n,), float(rank)) for n in (3, 70000, 1)]
+work = fastagg.all_reduce(several, op="sum", async_op=True)
+assert work.wait() and work.is_completed()
+assert all(torch.all(x == sum(range(world))) for x in several)
+half = dist.new_group([0, 1])
+if rank < 2:
+    x = torch.full((5,), float(rank))
+    fastagg.all_reduce(x, group=half)
+    assert torch.all(x == 0.5)
+"""
+
+
+@by_transport
+def test_overflow_nonfinite_strides_lists_and_subgroups(transport: str) -> None:
+    run_ranks(NUMBERS, 3, **on(transport))
+
+
+WRONG = """
+def error_of(function):
+    try:
+        function()
+    except (TypeError, ValueError) as error:
+        return str(error)
+    raise AssertionError("no error")
+message = error_of(lambda: fastagg.all_reduce(torch.zeros(10 + rank)))
+assert "rank 0" in message or "rank 1" in message or "rank 2" in message
+error_of(lambda: fastagg.all_reduce(torch.zeros(5, dtype=torch.float32 if rank else torch.float64)))
+error_of(lambda: fastagg.all_reduce(torch.zeros(5), wire="int8" if rank == 1 else "fp16"))
+error_of(lambda: fastagg.all_reduce(torch.zeros(5), op="sum" if rank == 1 else "mean"))
+x = torch.full((50000,), float(rank))
+fastagg.all_reduce(x, op="sum")  # and the group still works
+assert torch.all(x == sum(range(world)))
+assert "int64" in error_of(lambda: fastagg.all_reduce(torch.zeros(5, dtype=torch.int64)))
+assert "tensor 1" in error_of(lambda: fastagg.all_reduce([torch.zeros(5), None]))
+assert "op" in error_of(lambda: fastagg.all_reduce(torch.zeros(5), op="max"))
+assert "wire" in error_of(lambda: fastagg.all_reduce(torch.zeros(5), wire="fp7"))
+"""
+
+
+@by_transport
+def test_ranks_that_differ_are_an_error_on_every_rank(transport: str) -> None:
+    run_ranks(WRONG, 3, **on(transport))
+
+
+LOST = """
+x = torch.ones(1_000_000)
+fastagg.all_reduce(x)
+print("ready", flush=True)
+started = time.monotonic()
+try:
+    if rank == 2:
+        time.sleep(1000)
+    while True:
+        fastagg.all_reduce(x)
+except fastagg.PeerError as error:
+    print(error.rank, time.monotonic() - started, flush=True)
+    os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+def test_a_lost_rank_is_named_by_all_others(number: signal.Signals) -> None:
+    ranks = Ranks(LOST, 3, TIMEOUT="8")
+    try:
+        for process in ranks.processes:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+        time.sleep(0.5)
+        sent = time.monotonic()
+        ranks.send(2, number)
+        for process in ranks.processes[:2]:
+            assert process.wait(30) == 0
+        took = time.monotonic() - sent
+    finally:
+        ranks.send(2, signal.SIGKILL)
+    outputs = ranks.outputs()
+    assert [out.split()[0] for _, out, _ in outputs[:2]] == ["2", "2"], outputs
+    if number == signal.SIGKILL:
+        assert took < 5  # at once, not after the timeout
+
+
+LEAKS = """
+import gc
+def descriptors():
+    gc.collect()
+    return len(os.listdir("/proc/self/fd"))
+def cycle():
+    group = dist.new_group(list(range(world)))
+    fastagg.all_reduce(torch.ones(20000), group=group)
+    dist.destroy_process_group(group)
+for _ in range(3):
+    cycle()
+before, threads = descriptors(), len(os.listdir("/proc/self/task"))
+for _ in range(12):
+    cycle()
+print(descriptors() - before, len(os.listdir("/proc/self/task")) - threads, open("/proc/self/maps").read().count("memfd:fastagg"))
+"""
+
+
+def test_groups_leave_nothing_behind() -> None:
+    before = sorted(Path("/dev/shm").iterdir())
+    for out in run_ranks(LEAKS, 2):
+        descriptors, threads, maps = map(int, out.split())
+        assert descriptors <= 0
+        assert threads <= 0
+        assert maps <= 1
+    assert sorted(Path("/dev/shm").iterdir()) == before
