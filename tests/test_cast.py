@@ -714,3 +714,17 @@ def test_exact_multiples_of_a_power_of_two_come_back() -> None:
     for wire, top in (("int8", 127), ("int4", 7)):
         x = random.integers(-top, top, 5000, endpoint=True) * 2.0**-9
         assert_same_bits(fastagg.dequantize(fastagg.quantize(x, wire)), x + 0.0)
+
+
+@pytest.mark.parametrize("name", ["fp16", "bf16", "fp32"])
+@pytest.mark.parametrize("wire", ["fp8_e4m3", "fp8_e5m2", "int8", "int4"])
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_the_largest_finite_values_stay_finite(backend: Backend, name: str, wire: str, rounding: str) -> None:
+    dtype = FLOATS[name]
+    largest = np.array(FORMATS[name].largest, np.float64)
+    x = (np.array([-1.0, 0.97, 0.5, -0.01] * 20) * largest).astype(dtype)
+    quantized = fastagg.quantize(backend.put(x), wire, block=32, rounding=rounding)
+    decoded = backend.get(fastagg.dequantize(quantized)).astype(np.float64)
+    assert not quantized.nonfinite
+    assert np.all(np.isfinite(decoded))
+    assert np.all(np.abs(decoded - x.astype(np.float64)) <= largest / 4)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import types
 from collections import OrderedDict, namedtuple
+from collections.abc import Iterator, MutableMapping
 from typing import Any
 
 import ml_dtypes
@@ -742,3 +743,98 @@ def test_fp64_agrees_with_numpy_average_to_the_bit() -> None:
     random = generator(6)
     columns = [random.normal(size=(7, 5)) for _ in range(3)]
     assert_same_bits(fastagg.fedavg(columns, [5, 3, 2]), numpy_mean(columns, [5, 3, 2]))
+
+
+# What a reader found
+
+
+def mean_of(backend: Backend, columns: list[np.ndarray], weights: list[float], **options: Any) -> np.ndarray:
+    """`fedavg` on a backend, from NumPy to NumPy."""
+    return backend.get(fastagg.fedavg(backend.put_all(columns), weights, **options))
+
+
+class Shared(MutableMapping):
+    """A mapping whose shallow copy shares its storage."""
+
+    def __init__(self, items: dict) -> None:
+        self._items = items
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._items[name]
+
+    def __setitem__(self, name: str, value: np.ndarray) -> None:
+        self._items[name] = value
+
+    def __delitem__(self, name: str) -> None:
+        del self._items[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+
+def test_no_mapping_of_a_client_is_written() -> None:
+    clients = [Shared({"w": np.full(3, value, np.float32)}) for value in (0, 2)]
+    assert np.all(fastagg.fedavg(clients)["w"] == 1)
+    assert np.all(clients[0]["w"] == 0)
+
+
+@pytest.mark.parametrize("name", ["fp16", "bf16"])
+def test_weights_far_apart_lose_nothing(backend: Backend, name: str) -> None:
+    dtype = FLOATS[name]
+    infinite = [np.zeros(9, dtype), np.full(9, np.inf, dtype)]
+    assert np.all(np.isinf(mean_of(backend, infinite, [1.0, 1e-60], nan_policy="propagate").astype(np.float64)))
+    if name == "bf16":
+        small = mean_of(backend, [np.zeros(9, dtype), np.full(9, 3e38, dtype)], [1.0, 1e-60])
+        assert np.allclose(small.astype(np.float64), 3e-22, rtol=0.01)
+        tiny = mean_of(backend, [np.full(9, 2.0**-100, dtype)] * 2, [5e-324, 5e-324])
+        assert np.all(tiny.astype(np.float64) == 2.0**-100)
+
+
+def test_fp64_shares_count_clients_of_weight_0() -> None:
+    random = generator(31)
+    columns = [random.standard_normal(50) for _ in range(30)]
+    weights = np.where(random.random(30) < 0.4, 0.0, random.random(30) * 10)
+    assert_same_bits(fastagg.fedavg(columns, weights), numpy_mean(columns, weights))
+
+
+@pytest.mark.parametrize("weights", [{0: 10, 1: 20}, b"ab", "12"])
+def test_what_only_looks_like_weights_is_refused(weights: object) -> None:
+    with pytest.raises(TypeError, match=r"weights"):
+        fastagg.fedavg([np.ones(3), np.ones(3)], weights)
+
+
+def test_python_float_is_float64() -> None:
+    assert fastagg.fedavg([np.ones(3, np.float32)], dtype=float).dtype == np.float64
+
+
+def test_masks_are_not_dropped_in_silence() -> None:
+    with pytest.raises(TypeError, match=r"masked"):
+        fastagg.fedavg([np.ma.masked_array(np.ones(3, np.float32), [0, 1, 0])] * 2)
+
+
+def test_no_updates_at_all_is_a_sentence() -> None:
+    with pytest.raises(TypeError, match=r"updates: expected a sequence"):
+        fastagg.fedavg(None)  # type: ignore[arg-type]
+
+
+def test_out_may_not_overlap_scales() -> None:
+    memory = np.zeros(64, np.float32)
+    quantized = fastagg.quantize(np.ones(64, np.float32), "int8", block=32)
+    memory[:2] = quantized.scales
+    inside = fastagg.Quantized(quantized.data, memory[:2], wire="int8", shape=(64,), block=32)
+    with pytest.raises(ValueError, match=r"overlaps"):
+        fastagg.fedavg([inside, inside], out=memory)
+    with pytest.raises(ValueError, match=r"overlaps"):
+        fastagg.dequantize(inside, out=memory)
+
+
+def test_a_graph_notices_that_out_was_written() -> None:
+    leaf = torch.ones(3, requires_grad=True)
+    saved = leaf.detach().clone()
+    product = (leaf * saved).sum()
+    fastagg.fedavg([torch.full((3,), 5.0)] * 2, out=saved)
+    with pytest.raises(RuntimeError, match=r"modified by an inplace operation"):
+        product.backward()

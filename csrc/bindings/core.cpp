@@ -51,7 +51,7 @@ py::list numpy_addresses(const py::list& arrays) {
   const py::ssize_t* shape = nullptr;
   py::ssize_t dimensions = 0;
   for (py::handle item : arrays) {
-    if (!py::isinstance<py::array>(item)) break;
+    if (Py_TYPE(item.ptr()) != py::detail::npy_api::get().PyArray_Type_) break;  // a subclass may mean more
     const auto array = py::reinterpret_borrow<py::array>(item);
     if (shape == nullptr) {
       const char order = array.dtype().byteorder();

@@ -39,9 +39,30 @@ FASTAGG_INLINE int scale_exponent(float largest, Code wire) {
   return exponent < -149 ? -149 : exponent;
 }
 
+/// The largest multiple of a scale's codes that the dtype of the values can hold: rounding up to its next power of two
+/// would make a finite value infinite.
+FASTAGG_INLINE float ceiling_of(Code wire, int exponent, Code source) {
+  const int32_t top = source == Code::float16    ? 0x477fe000   // 65504
+                      : source == Code::bfloat16 ? 0x7f7f0000   // 2^128 - 2^120
+                                                 : 0x7f7fffff;  // 2^128 - 2^104
+  int kept;                                                     // bits of the significand, the leading one left out
+  if (wire == Code::wire_fp8_e4m3) kept = 3;
+  else if (wire == Code::wire_fp8_e5m2) kept = 2;
+  else kept = (top >> 23) - 127 - exponent;
+  if (kept < 0 || kept >= 23) return bit_cast<float>(top);
+  return bit_cast<float>(top & ~((1 << (23 - kept)) - 1));
+}
+
 /// 2^exponent for -149 <= exponent <= 127, subnormal results included.
 FASTAGG_INLINE float scale_of(int exponent) {
   return exponent < -126 ? bit_cast<float>(1 << (exponent + 149)) : bit_cast<float>((exponent + 127) << 23);
+}
+
+/// x, or the ceiling with its sign if it is finite and beyond.
+FASTAGG_INLINE float clamp_finite(float x, float ceiling) {
+  const int32_t magnitude = bit_cast<int32_t>(x) & 0x7fffffff, top = bit_cast<int32_t>(ceiling);
+  if (magnitude <= top || magnitude >= 0x7f800000) return x;
+  return bit_cast<float>(top | (bit_cast<int32_t>(x) & INT32_MIN));
 }
 
 /// Two floats whose product with x is x / 2^exponent: one alone would overflow for the smallest scales.

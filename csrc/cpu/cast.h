@@ -6,6 +6,7 @@
 #include "unaligned.h"
 
 namespace fastagg {
+namespace {  // the loops of another instruction set must never be linked in these ones' place
 
 /// Raises `largest` to the magnitudes of x, as float32 bits: they order like the numbers, NaN last.
 template <class I, class F>
@@ -144,13 +145,19 @@ FASTAGG_INLINE Magnitudes block_magnitudes(const float* x, int64_t count) {
 /// itself.
 template <class Lanes, Code code, Rounding rounding>
 FASTAGG_INLINE void encode_block(uint8_t* codes, float* scale, const float* x, const uint32_t* random, int64_t count,
-                                 Magnitudes magnitudes) {
+                                 Magnitudes magnitudes, Code source) {
   const int exponent = scale_exponent(bit_cast<float>(magnitudes.finite), code);
   *scale = scale_of(exponent);
   if ((code == Code::wire_int8 || code == Code::wire_int4) && magnitudes.largest >= 0x7f800000) {
     *scale = bit_cast<float>(0x7fc00000);
     memset(codes, 0, count);
     return;
+  }
+  alignas(64) float clamped[kChunk];
+  const float ceiling = ceiling_of(code, exponent, source);
+  if (bit_cast<float>(magnitudes.finite) > ceiling) {
+    for (int64_t i = 0; i < count; ++i) clamped[i] = clamp_finite(x[i], ceiling);
+    x = clamped;
   }
   const Inverse inverse = inverse_of(exponent);
   const int64_t done = encode_block_vectors<Lanes, code, rounding>(codes, x, random, inverse, 0, count);
@@ -194,7 +201,7 @@ int32_t encode_blocks(const Cast& op, const float* x, const uint32_t* random, in
       encode_signs(out, scale, x + i, elements);
     } else {
       uint8_t* destination = code == Code::wire_int4 ? codes : out;
-      encode_block<Lanes, code, rounding>(destination, scale, x + i, random + i, elements, magnitudes);
+      encode_block<Lanes, code, rounding>(destination, scale, x + i, random + i, elements, magnitudes, op.source.code);
       if constexpr (code == Code::wire_int4) pack_int4(out, codes, elements);
     }
   }
@@ -265,4 +272,5 @@ bool cast(const Cast& op, int64_t begin, int64_t end, bool stream) {
   return largest < overflow_from(op.code);
 }
 
+}  // namespace
 }  // namespace fastagg

@@ -4,6 +4,7 @@
 #include "core/weighted_sum.h"
 
 namespace fastagg {
+namespace {  // the loops of another instruction set must never be linked in these ones' place
 
 /// The products of weights and scales of a group, for one block: 15 bits each, so that a group's sum of products with
 /// int8 fits 32 bits.
@@ -54,4 +55,5 @@ class ShortWeights {
   bool exact_ = true;
 };
 
+}  // namespace
 }  // namespace fastagg

@@ -7,6 +7,7 @@
 #include "unaligned.h"
 
 namespace fastagg {
+namespace {  // the loops of another instruction set must never be linked in these ones' place
 
 /// Sums of a chunk: half of a first-level cache, which the clients' streams share.
 constexpr int64_t kSums = 2048;
@@ -330,4 +331,5 @@ bool weighted_sum(const Leaf& leaf, int64_t begin, int64_t end, bool stream) {
   return finite;
 }
 
+}  // namespace
 }  // namespace fastagg

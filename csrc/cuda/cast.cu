@@ -173,8 +173,11 @@ __device__ inline int32_t encode_block(const Operands& op, int64_t begin, int la
   if (lane == 0 && begin < end)
     op.cast.scales[begin >> op.cast.block_shift] = marked ? bit_cast<float>(0x7fc00000) : scale_of(exponent);
   const Inverse inverse = inverse_of(exponent);
+  const float ceiling = ceiling_of(code, exponent, op.cast.source.code);
   for (int64_t i = first; i < end; i += stride) {
     if (block > lanes * kVector) decode_any(op, i, x);  // else it is still at hand
+    if (bit_cast<float>(finite) > ceiling)
+      for (float& value : x) value = clamp_finite(value, ceiling);
     encode_in_block<code, rounding>(op, i, x, inverse, marked);
   }
   return largest;

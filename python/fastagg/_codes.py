@@ -114,7 +114,7 @@ def float_code(dtype: Any) -> Code:
     Raises:
         TypeError: it is not one of fp64, fp32, fp16 and bf16.
     """
-    code = code_of_dtype(dtype)
+    code = Code.FLOAT64 if dtype is float else code_of_dtype(dtype)  # Python's float, as NumPy takes it
     if code not in FLOATS:
         raise TypeError(f"dtype: expected fp64, fp32, fp16 or bf16, got {dtype!r}")
     return code

@@ -28,7 +28,7 @@ def check(inputs: list[LeafInputs], outs: list[View], structure: Structure) -> N
         suspects = _search(np.array(spans, np.uint64), outs)
     for index in suspects:
         _raise(inputs, outs[index], index, structure)
-    in_order = sorted(range(len(outs)), key=lambda index: outs[index].span)
+    in_order = sorted((index for index, out in enumerate(outs) if out.elements), key=lambda index: outs[index].span)
     for one, other in pairwise(in_order):
         if _touch(outs[one].span, outs[other].span):
             raise ValueError(f"out: {structure.leaf_name(one)} and {structure.leaf_name(other)} overlap")
@@ -40,7 +40,9 @@ def _spans(leaf: LeafInputs) -> list[tuple[int, int]]:
     if leaf.code is not None:
         size = encoded_bytes(leaf.code, count)
         return [(address, address + size) for address in leaf.sources]
-    return [(address, address + encoded_bytes(Code(code), count)) for address, _, code, _ in leaf.sources]
+    spans = [(address, address + encoded_bytes(Code(code), count)) for address, _, code, _ in leaf.sources]
+    with_scales = [source for source in leaf.sources if source[2] >= Code.WIRE_FP8_E4M3]
+    return spans + [(address, address - 4 * (-count >> shift)) for _, address, _, shift in with_scales]
 
 
 def _touch(one: tuple[int, int], other: tuple[int, int]) -> bool:
@@ -65,8 +67,9 @@ def _search(spans: np.ndarray, outs: list[View]) -> list[int]:
 def _raise(inputs: list[LeafInputs], out: View, index: int, structure: Structure) -> None:
     """Raises ValueError for the first input that shares a byte with an output."""
     for leaf, given in enumerate(inputs):
-        for client, span in enumerate(_spans(given)):
+        for number, span in enumerate(_spans(given)):
             if _touch(out.span, span):
+                client = number % len(given.sources)
                 raise ValueError(
                     f"out, {structure.leaf_name(index)}: overlaps client {client}'s {structure.leaf_name(leaf)}"
                 )

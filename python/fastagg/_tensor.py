@@ -106,6 +106,8 @@ class NumPy:
         code = code_of_dtype(array.dtype)
         if code is None:
             raise _unsupported(array.dtype)
+        if isinstance(array, np.ma.MaskedArray):
+            raise TypeError("expected a plain array, got a masked one: fill it first")
         if not (array.flags.c_contiguous and array.flags.aligned and array.dtype.isnative):
             array = np.require(array, array.dtype.newbyteorder("="), ["C", "A"])
         return View(_core.numpy_address(array), code, array.shape, "cpu", array)
@@ -200,6 +202,8 @@ class Torch:
         view = self.view(array)
         if view.address != array.data_ptr():
             raise ValueError("expected a contiguous tensor")
+        if not array.is_inference():
+            self.torch.autograd.graph.increment_version(array)  # a graph that has saved it must notice
         return view
 
     def address(self, array: Any) -> int:

@@ -53,6 +53,10 @@ class Structure:
 
     __hash__ = None  # type: ignore[assignment]
 
+    def has_names_of(self, other: Structure) -> bool:
+        """Whether both have the same leaves in the same order, whatever holds them."""
+        return (self.container is None) == (other.container is None) and self.names == other.names
+
     def describe(self) -> dict[str, Any]:
         """Plain values, for a checkpoint. Types other than Python's own containers come back as dict or list."""
         container = None if self.container is None else self.container.__name__
@@ -135,7 +139,8 @@ class Structure:
         if self.container is dict:
             return named
         try:
-            result = copy.copy(like) if like is not None else self.container()  # type: ignore[misc]
+            # A mapping of another kind could share its storage with its copy.
+            result = copy.copy(like) if isinstance(like, dict) else self.container()  # type: ignore[misc]
             result.update(named)
         except (AttributeError, TypeError):  # a mapping that cannot be built or written
             return named
@@ -163,6 +168,8 @@ def as_weights(weights: Any, count: int) -> list[float]:
 
 
 def _as_numbers(weights: Any, count: int) -> list[float]:
+    if isinstance(weights, (str, bytes, bytearray, Mapping)):
+        raise TypeError(f"weights: expected {count} numbers, got {type(weights).__name__}")
     try:
         weights = list(weights)
         return array("d", weights).tolist()  # the fast way: text is refused here too

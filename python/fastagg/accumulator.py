@@ -8,11 +8,13 @@ import threading
 import warnings
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from fastagg._backend import MAXIMUM, MEAN, LeafOperands, backend_for
 from fastagg._codes import ELEMENT_BYTES, FLOATS, Code, name_of
 from fastagg._errors import DroppedUpdateWarning
 from fastagg._tensor import Kind, kind_named
-from fastagg._updates import Structure, check_weight
+from fastagg._updates import Structure, as_weights
 from fastagg.averaging import LeafInputs, check_devices, check_out, check_policies, gather, is_finite
 from fastagg.quantization import Quantized
 
@@ -23,6 +25,7 @@ _STATE_KEYS = {
 }
 # Beyond these, sums of float32 values could leave the range of float64; counts of examples are far inside.
 _LARGEST_WEIGHT, _SMALLEST_WEIGHT = 2.0**300, 2.0**-300
+_REASON = "holds a NaN, an infinity, or values beyond the range of the sums"
 
 
 class DroppedUpdate(NamedTuple):
@@ -135,21 +138,19 @@ class Accumulator:
 
         Args:
             update: an array, a sequence or a mapping of arrays or `Quantized`, of the structure, shapes and dtypes of
-                the first one added.
-            weight: a finite number of 0 or more; 0 contributes nothing.
+                the first one that contributed.
+            weight: a number from 2**-300 to 2**300, or 0, which contributes nothing.
 
         Raises:
-            TypeError, ValueError: the update or the weight is wrong, or under "raise" holds a NaN or an infinity (with
-                `batch` > 1: when the batch is folded). The accumulator still holds what it held.
+            TypeError, ValueError: the update or the weight is wrong, or under "raise" holds a NaN or an infinity. The
+                accumulator still holds what it held. With `batch` > 1 a NaN is found when the batch is folded: the
+                error may then name another client than this one, which is left out while this one still waits.
         """
-        weight = float(weight)
-        check_weight(weight, f"the weight of client {self._added}")
-        if weight and not _SMALLEST_WEIGHT <= weight <= _LARGEST_WEIGHT:
-            raise ValueError(f"weight: expected 0, or 2**-300 to 2**300, got {weight}")
         with self._lock:
             client = self._added
-            inputs = self._check(update, client)
-            self._added += 1
+            self._added += 1  # a refused update has had its number
+            weight = _as_weight(weight, client)
+            inputs = self._check(update, client, contributes=weight > 0)
             if weight == 0:
                 return
             self._pending.append((client, inputs, weight))
@@ -239,14 +240,20 @@ class Accumulator:
         """
         if not isinstance(state, dict) or state.get("version") != 1 or not state.keys() >= _STATE_KEYS:
             raise ValueError("state: expected what Accumulator.state_dict() returned, version 1")
+        try:
+            structure = None if state["structure"] is None else Structure.described(state["structure"])
+            leaves = [_Leaf.described(leaf) for leaf in state["leaves"]]
+            check_policies(state["nan_policy"], state["integer_policy"])
+            saved = None if state["sums"] is None else np.asarray(state["sums"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"state: damaged: {error}") from error
+        _check_sums(saved, leaves, state["count"])
         with self._lock:
             self.reset()
-            self._structure = None if state["structure"] is None else Structure.described(state["structure"])
-            self._leaves = [_Leaf.described(leaf) for leaf in state["leaves"]]
-            self._device = state["device"]
-            if state["sums"] is not None:
-                self._sums = self._allocate(len(state["sums"]))
-                self._sums[:] = self._kind().from_numpy(state["sums"], self._device)
+            self._structure, self._leaves, self._device = structure, leaves, state["device"]
+            if saved is not None:
+                self._sums = self._allocate(len(saved))
+                self._sums[:] = self._kind().from_numpy(saved, self._device)
             self._folds, self._added = state["folds"], state["added"]
             self._count, self._total = state["count"], state["total_weight"]
             self.dropped = [DroppedUpdate(*dropped) for dropped in state["dropped"]]
@@ -263,7 +270,7 @@ class Accumulator:
     def __repr__(self) -> str:
         return f"Accumulator(count={self._count}, total_weight={self._total}, pending={len(self._pending)})"
 
-    def _check(self, update: Any, client: int) -> list[LeafInputs]:
+    def _check(self, update: Any, client: int, contributes: bool) -> list[LeafInputs]:
         """The update's leaves, checked against the first update's; nothing has changed if this raises."""
         structure = self._structure or Structure(update, client)
         columns = structure.leaves(update, client)
@@ -275,7 +282,8 @@ class Accumulator:
                 raise type(error)(str(error).replace("client 0", f"client {client}", 1)) from None
         device = check_devices(inputs, structure)
         if self._structure is None:
-            self._leaves, self._structure, self._device = _lay_out(inputs, self.integer_policy), structure, device
+            if contributes:
+                self._leaves, self._structure, self._device = _lay_out(inputs, self.integer_policy), structure, device
             return inputs
         for index, (leaf, known) in enumerate(zip(inputs, self._leaves, strict=True)):
             who = f"client {client}, {structure.leaf_name(index)}"
@@ -354,20 +362,20 @@ class Accumulator:
             for client, inputs, _ in self._pending:
                 if client not in found and not is_finite(inputs[index], 0, self._stream()):
                     found[client] = index
-        return dict(sorted(found.items()))
+        # Finite values can leave the sums' range together: then all that were added are at fault.
+        return dict(sorted(found.items())) or {client: flagged[0] for client, _, _ in self._pending}
 
     def _report(self, offenders: dict[int, int], structure: Structure | None) -> None:
         """Raises for, or warns of, updates that were left out."""
         assert structure is not None
         messages = {
-            client: f"client {client}, {structure.leaf_name(index)}: holds a NaN or an infinity"
-            for client, index in offenders.items()
+            client: f"client {client}, {structure.leaf_name(index)}: {_REASON}" for client, index in offenders.items()
         }
         if self.nan_policy == "raise":
             raise ValueError("; ".join(messages.values()))
         for client, index in offenders.items():
             names = structure.names
-            self.dropped.append(DroppedUpdate(client, names[index] if names else None, "holds a NaN or an infinity"))
+            self.dropped.append(DroppedUpdate(client, names[index] if names else None, _REASON))
             warnings.warn(f"dropped: {messages[client]}", DroppedUpdateWarning, stacklevel=4)
 
     def _check_mergeable(self, other: Accumulator) -> None:
@@ -375,7 +383,7 @@ class Accumulator:
             raise ValueError(f"other: expected integer_policy {self.integer_policy!r}, got {other.integer_policy!r}")
         if self._structure is None or other._structure is None:
             return
-        if self._structure != other._structure:
+        if not self._structure.has_names_of(other._structure):
             raise ValueError("other: its leaves have other names or another order")
         for index, (mine, theirs) in enumerate(zip(self._leaves, other._leaves, strict=True)):
             if (mine.shape, mine.code, mine.state) != (theirs.shape, theirs.code, theirs.state):
@@ -425,6 +433,39 @@ def _lay_out(inputs: list[LeafInputs], integer_policy: str) -> list[_Leaf]:
         leaves.append(_Leaf(leaf.kind.name, leaf.dtype, code, leaf.shape, state, offset))
         offset += _aligned(_state_bytes(state, leaves[-1].elements))
     return leaves
+
+
+def _check_sums(sums: np.ndarray | None, leaves: list[_Leaf], count: int) -> None:
+    """Raises ValueError unless a saved block of sums holds just these leaves."""
+    if sums is None:
+        if count:
+            raise ValueError(f"state: damaged: {count} updates were added, but it has no sums")
+        return
+    offset = end = 0
+    for leaf in leaves:
+        if leaf.offset != offset:
+            raise ValueError(f"state: damaged: a leaf of {leaf.shape} begins at {leaf.offset}, expected {offset}")
+        end = offset + _state_bytes(leaf.state, leaf.elements)
+        offset = _aligned(end)
+    if sums.dtype != np.uint8 or sums.shape != (end,):
+        raise ValueError(f"state: damaged: expected {end} bytes of sums, got {sums.dtype} {sums.shape}")
+
+
+def _as_weight(weight: Any, client: int) -> float:
+    """A weight as a float in range.
+
+    Raises:
+        TypeError, ValueError: it is no such number; the message names the client.
+    """
+    try:
+        number = as_weights([weight, 1.0], 2)[0]
+    except TypeError:
+        raise TypeError(f"the weight of client {client}: expected a number, got {weight!r}") from None
+    except ValueError:
+        number = math.nan
+    if not (number == 0 or _SMALLEST_WEIGHT <= number <= _LARGEST_WEIGHT):
+        raise ValueError(f"the weight of client {client}: expected 0, or 2**-300 to 2**300, got {weight!r}")
+    return number
 
 
 def _state_code(leaf: LeafInputs, integer_policy: str) -> Code:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -52,7 +52,8 @@ def fedavg(
 
     ``mean[i] = sum_k(weights[k] * x_k[i]) / sum_k(weights[k])``
 
-    Accumulated in float64 in client order, divided and rounded once at the end: at most 1.2e-7 of the weighted mean of
+    Accumulated in float64 in client order (16-bit clients of a 16-bit result in runs of eight in float32, int8 and int4
+    in exact sums of a few clients), divided and rounded once at the end: at most 1.2e-7 of the weighted mean of
     |x| off for float32 (McMahan et al. 2017, Algorithm 1, line "w_{t+1}"). float64 leaves give NumPy's bits: weights
     normalised first, then multiplied and added in client order. The same bits on every instruction set, thread count
     and device.
@@ -68,7 +69,8 @@ def fedavg(
         nan_policy: for a client with a NaN or an infinity: "raise", "drop" (leave it out, weight and all, and warn) or
             "propagate".
         integer_policy: for integer and bool leaves: "max", "first" (the first contributing client's) or "round" (the
-            weighted mean rounded to nearest even; in float64, so exact for values below 2**53).
+            weighted mean rounded to nearest even; in float64, so exact while the sum of weights times values stays
+            below 2**53).
 
     Returns:
         The mean, in the structure, libraries, dtypes and devices of the first update; or `out`.
@@ -81,6 +83,8 @@ def fedavg(
     check_policies(nan_policy, integer_policy)
     if isinstance(updates, Mapping):
         raise TypeError("updates: expected a sequence of updates, got a single mapping")
+    if not isinstance(updates, Iterable):
+        raise TypeError(f"updates: expected a sequence of updates, got {type(updates).__name__}")
     updates = list(updates)
     if not updates:
         raise ValueError("updates: expected at least one, got none")
@@ -122,7 +126,8 @@ class _Mean:
             fold, leaf_weights, divisor = MEAN, scaled, total
             if leaf.result_code == Code.FLOAT64:
                 if normalised is None:
-                    normalised = (np.asarray(scaled) / np.asarray(scaled).sum()).tolist()
+                    shares = normalise(weights)
+                    normalised = shares if contributing is None else [shares[client] for client in contributing]
                 leaf_weights, divisor = normalised, 1.0
             elif leaf.result_code not in FLOATS and self.integer_policy != "round":
                 fold = MAXIMUM
@@ -260,13 +265,19 @@ def is_finite(leaf: LeafInputs, client: int, stream: int) -> bool:
 
 
 def scale_weights(weights: list[float]) -> tuple[list[float], float]:
-    """Weights divided by a power of two that leaves the largest in [1/16, 1/8). And their sum.
+    """Weights divided by a power of two that leaves the largest in [1/16, 1/8), the very smallest below. And their sum.
 
-    So no sum overflows, that of eight clients in float32 included.
+    So no sum of float32 values overflows, that of eight clients in float32 included.
     """
     factor = math.ldexp(1.0, -3 - max(math.frexp(max(weights))[1], -1000))
     scaled = [weight * factor for weight in weights]
     return scaled, math.fsum(scaled)
+
+
+def normalise(weights: list[float]) -> list[float]:
+    """Weights divided by their sum, with NumPy's bits."""
+    array = np.asarray(scale_weights(weights)[0])
+    return cast("list[float]", (array / array.sum()).tolist())
 
 
 def check_devices(inputs: list[LeafInputs], structure: Structure) -> str:

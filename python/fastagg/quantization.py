@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
+
 from fastagg import _core
 from fastagg._backend import SourceOperands, backend_for, draw_seed
-from fastagg._codes import FLOATS, WIRES, Code, name_of, wire_name
+from fastagg._codes import FLOATS, WIRES, Code, float_code, wire_name
 from fastagg._tensor import Kind, View, adopt, kind_of
 
 DEFAULT_BLOCK = 256
@@ -56,7 +58,7 @@ class Quantized:
         # Looked at once: averaging thousands of leaves asks for their addresses again and again.
         self._data = kind.view(data)
         self._scales = None if scales is None else adopt(scales)[0].view(scales)
-        self.dtype = kind.dtype_named(name_of(dtype))
+        self.dtype = kind.dtype_for(float_code(dtype))
         self.block, self.nonfinite, self.seed = block, nonfinite, seed
         _check_layout(self)
 
@@ -168,8 +170,8 @@ def dequantize(q: Quantized, *, out: Any = None) -> Any:
         raise TypeError(f"out: expected a floating dtype, got {out.dtype}")
     if view.shape != q.shape or view.device != data.device:
         raise ValueError(f"out: expected shape {q.shape} on {data.device}, got {view.shape} on {view.device}")
-    if _overlap(view, data):
-        raise ValueError("out: overlaps the codes")
+    if _overlap(view, data) or (q._scales is not None and _overlap(view, q._scales)):
+        raise ValueError("out: overlaps the codes or scales")
     operands = (source_operands(q), view.code, 0, view.address, 0, view.elements, False, (0, 0, 0, 0), 1.0)
     backend_for(data.device).cast(operands, kind.stream(data.device), False)
     return out
@@ -186,6 +188,7 @@ def device_of(q: Quantized) -> str:
 
 
 def block_shift(block: int | None) -> int:
+    """log2 of a block; 0 without one."""
     return block.bit_length() - 1 if block else 0
 
 
@@ -219,6 +222,11 @@ def _has_scales(wire: str) -> bool:
 
 
 def check_block(wire: str, block: int | None) -> int | None:
+    """The block of a wire, the default one for None.
+
+    Raises:
+        ValueError: it is no power of two in range, or the wire has no blocks.
+    """
     if not _has_scales(wire):
         if block is not None:
             raise ValueError(f"block: {wire} has no scales, so no block, got {block!r}")
@@ -226,6 +234,7 @@ def check_block(wire: str, block: int | None) -> int | None:
     if block is None:
         return DEFAULT_BLOCK
     low, high = _core.MINIMUM_BLOCK, _core.MAXIMUM_BLOCK
+    block = int(block) if isinstance(block, np.integer) else block
     if not isinstance(block, int) or not low <= block <= high or block & (block - 1):
         raise ValueError(f"block: expected a power of two from {low} to {high}, got {block!r}")
     return block
