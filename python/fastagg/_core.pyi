@@ -12,6 +12,7 @@ import numpy
 __all__: list[str] = [
     "MAXIMUM_BLOCK",
     "MINIMUM_BLOCK",
+    "SharedMemoryGroup",
     "advise_huge_pages",
     "available_isas",
     "available_processors",
@@ -25,6 +26,59 @@ __all__: list[str] = [
     "stream_probe",
     "weighted_sum",
 ]
+
+class SharedMemoryGroup:
+    """
+    One rank's end of a group of processes on one host.
+    """
+    @staticmethod
+    def attach(
+        processes: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+        names: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+        rank: typing.SupportsInt | typing.SupportsIndex,
+        creator: typing.SupportsInt | typing.SupportsIndex,
+        descriptor: typing.SupportsInt | typing.SupportsIndex,
+    ) -> SharedMemoryGroup:
+        """
+        Attaches to the segment that another process has created.
+        """
+    def __init__(
+        self,
+        processes: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+        names: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+        rank: typing.SupportsInt | typing.SupportsIndex,
+    ) -> None:
+        """
+        Creates the group's segment.
+        """
+    def all_reduce(
+        self,
+        data: typing.SupportsInt | typing.SupportsIndex,
+        code: typing.SupportsInt | typing.SupportsIndex,
+        count: typing.SupportsInt | typing.SupportsIndex,
+        wire: typing.SupportsInt | typing.SupportsIndex,
+        block_shift: typing.SupportsInt | typing.SupportsIndex,
+        stochastic: bool,
+        key: tuple[
+            typing.SupportsInt | typing.SupportsIndex,
+            typing.SupportsInt | typing.SupportsIndex,
+            typing.SupportsInt | typing.SupportsIndex,
+            typing.SupportsInt | typing.SupportsIndex,
+        ],
+        mean: bool,
+        timeout: typing.SupportsFloat | typing.SupportsIndex,
+    ) -> tuple[bool, int]:
+        """
+        Sums or averages in place; returns whether the result is finite, and the bytes handed to others.
+        """
+    def close_descriptor(self) -> None:
+        """
+        For when all have attached.
+        """
+    def descriptor(self) -> int:
+        """
+        The segment's descriptor, or -1.
+        """
 
 def advise_huge_pages(
     address: typing.SupportsInt | typing.SupportsIndex, bytes: typing.SupportsInt | typing.SupportsIndex
