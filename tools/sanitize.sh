@@ -14,10 +14,11 @@ headers=$(PYTHONPATH=tests python -c 'import cuda_on_cpu_module as module; print
 
 for sanitizers in address,undefined thread; do
   folder=build/sanitize/${sanitizers%%,*}
-  printf '\n-- the CPU floor under %s\n' "$sanitizers"
+  printf '\n-- the CPU floor and the same-host transport under %s\n' "$sanitizers"
   cmake -S tests/native -B "$folder/native" -DFASTAGG_SANITIZE="$sanitizers" >/dev/null
   cmake --build "$folder/native" --parallel 2
   "$folder/native/conformance"
+  "$folder/native/exchange"
   printf '\n-- the CUDA kernels on the CPU under %s\n' "$sanitizers"
   cmake -S tests/cuda_on_cpu -B "$folder/cuda" -DFASTAGG_CUDA_ON_CPU_MODULE=OFF -DFASTAGG_SANITIZE="$sanitizers" \
     -DFASTAGG_CUDA_HEADERS="$headers" >/dev/null

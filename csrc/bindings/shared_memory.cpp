@@ -16,10 +16,15 @@ using comm::SharedMemory;
   throw py::error_already_set();
 }
 
+std::shared_ptr<comm::Segment> share(comm::Segment segment) {
+  return std::make_shared<comm::Segment>(std::move(segment));
+}
+
 /// One rank's end of a group.
 class SharedMemoryGroup {
  public:
-  SharedMemoryGroup(comm::Segment segment, const std::vector<pid_t>& processes, const std::vector<int>& names, int rank)
+  SharedMemoryGroup(std::shared_ptr<comm::Segment> segment, const std::vector<pid_t>& processes,
+                    const std::vector<int>& names, int rank)
       : transport_(std::move(segment), processes, names, rank) {}
 
   std::pair<bool, int64_t> all_reduce(uintptr_t data, int code, int64_t count, int wire, int block_shift,
@@ -59,7 +64,7 @@ void define_shared_memory(py::module_& m) {
   using Names = std::vector<int>;
   py::class_<SharedMemoryGroup>(m, "SharedMemoryGroup", "One rank's end of a group of processes on one host.")
       .def(py::init([](const Names& processes, const Names& names, int rank) {
-             return std::make_unique<SharedMemoryGroup>(comm::Segment::create(SharedMemory::bytes(names.size())),
+             return std::make_unique<SharedMemoryGroup>(share(comm::Segment::create(SharedMemory::bytes(names.size()))),
                                                         processes, names, rank);
            }),
            py::arg("processes"), py::arg("names"), py::arg("rank"), "Creates the group's segment.")
@@ -67,7 +72,8 @@ void define_shared_memory(py::module_& m) {
           "attach",
           [](const Names& processes, const Names& names, int rank, int creator, int descriptor) {
             return std::make_unique<SharedMemoryGroup>(
-                comm::Segment::attach(creator, descriptor, SharedMemory::bytes(names.size())), processes, names, rank);
+                share(comm::Segment::attach(creator, descriptor, SharedMemory::bytes(names.size()))), processes, names,
+                rank);
           },
           py::arg("processes"), py::arg("names"), py::arg("rank"), py::arg("creator"), py::arg("descriptor"),
           "Attaches to the segment that another process has created.")

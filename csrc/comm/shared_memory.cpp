@@ -100,17 +100,18 @@ size_t SharedMemory::bytes(int ranks) {
   return ranks * sizeof(Member) + static_cast<size_t>((2 * ranks + 2) * kSlotStride);
 }
 
-SharedMemory::SharedMemory(Segment segment, const std::vector<pid_t>& processes, std::vector<int> names, int rank)
+SharedMemory::SharedMemory(std::shared_ptr<Segment> segment, const std::vector<pid_t>& processes,
+                           std::vector<int> names, int rank)
     : segment_(std::move(segment)),
       peers_(processes, std::move(names), rank),
       sums_(kChunkElements),
       ones_(processes.size(), 1.0) {}
 
-SharedMemory::Member& SharedMemory::member(int rank) const { return reinterpret_cast<Member*>(segment_.data())[rank]; }
+SharedMemory::Member& SharedMemory::member(int rank) const { return reinterpret_cast<Member*>(segment_->data())[rank]; }
 
 SharedMemory::Slot SharedMemory::slot(int rank, uint64_t chunk) const {
   const int64_t index = 2 * static_cast<int64_t>(rank) + static_cast<int64_t>(chunk & 1);
-  char* codes = segment_.data() + peers_.size() * sizeof(Member) + index * kSlotStride;
+  char* codes = segment_->data() + peers_.size() * sizeof(Member) + index * kSlotStride;
   return {codes, reinterpret_cast<float*>(codes + kSlotBytes)};
 }
 

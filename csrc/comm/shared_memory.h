@@ -6,6 +6,7 @@
 #pragma once
 #include <atomic>
 #include <chrono>
+#include <memory>
 
 #include "core/cast.h"
 #include "peers.h"
@@ -42,12 +43,12 @@ class SharedMemory {
   /// Bytes of the segment that a group of so many ranks needs.
   static size_t bytes(int ranks);
 
-  SharedMemory(Segment segment, const std::vector<pid_t>& processes, std::vector<int> names, int rank);
+  SharedMemory(std::shared_ptr<Segment> segment, const std::vector<pid_t>& processes, std::vector<int> names, int rank);
 
   /// Sums or averages in place. Throws PeerLost (from then on at every call) or Mismatch.
   Outcome all_reduce(const AllReduce& operation, std::chrono::nanoseconds timeout);
 
-  Segment& segment() { return segment_; }
+  Segment& segment() { return *segment_; }
 
  private:
   struct Member;
@@ -74,7 +75,7 @@ class SharedMemory {
   [[noreturn]] void give_up(int peer, const std::string& reason);
   int culprit(int peer) const;
 
-  Segment segment_;
+  std::shared_ptr<Segment> segment_;
   Peers peers_;
   std::vector<float> sums_;
   std::vector<double> ones_;

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from fastagg._backend import RandomKey, draw_seed
 from fastagg._codes import FLOATS, WIRES, Code, code_of_dtype, wire_name
-from fastagg._transports import Encoding, Outcome, executor_of, transport_of
+from fastagg._transports import Encoding, Outcome, Transport, executor_of, transport_of
 from fastagg.quantization import block_shift, check_block, random_key
 
 OPERATIONS = ("mean", "sum")
@@ -76,19 +77,16 @@ def all_reduce(
     if group is None:
         raise ValueError("group: torch.distributed is not initialised")
     wire, block = wire_name(wire), check_block(wire_name(wire), block)
-    key = random_key(wire, rounding, _agreed(seed, group) if rounding == "stochastic" and seed is None else seed)
+    seed = _agreed(group) if rounding == "stochastic" and seed is None else seed
+    key = random_key(wire, rounding, seed)
     transport = transport_of(group)
 
     def reduce_all() -> Outcome:
         finite, wire_bytes = True, 0
         for index, (tensor, code) in enumerate(tensors):
-            words = (key[0], key[1], key[2] + index, dist.get_rank(group)) if key else (0, 0, 0, 0)
-            travels = Code.FLOAT64 if wire == "fp32" and code == Code.FLOAT64 else WIRES[wire]
-            encoding = Encoding(travels, block_shift(block), key is not None, words)
-            whole = tensor.detach().contiguous()
-            outcome = transport.all_reduce(whole, code, encoding, op == "mean")
-            if whole.data_ptr() != tensor.data_ptr():
-                tensor.detach().copy_(whole)
+            words = (key[0], key[1], key[2] + index, dist.get_rank(group)) if key else None
+            encoding = encoding_of(wire, code, block, words)
+            outcome = reduce_tensor(transport, tensor, code, encoding, mean=op == "mean")
             finite, wire_bytes = finite and outcome.finite, wire_bytes + outcome.wire_bytes
         return Outcome(finite, wire_bytes)
 
@@ -99,10 +97,23 @@ def all_reduce(
     return None
 
 
-def _agreed(seed: None, group: dist.ProcessGroup) -> int:
-    """One seed for all ranks."""
-    from fastagg._backend import draw_seed
+def encoding_of(wire: str, code: Code, block: int | None, key: RandomKey | None) -> Encoding:
+    """How values of a dtype travel; stochastically rounded if there is a key."""
+    travels = Code.FLOAT64 if wire == "fp32" and code == Code.FLOAT64 else WIRES[wire]
+    return Encoding(travels, block_shift(check_block(wire, block)), key is not None, key or (0, 0, 0, 0))
 
+
+def reduce_tensor(transport: Transport, tensor: torch.Tensor, code: Code, encoding: Encoding, *, mean: bool) -> Outcome:
+    """Reduces one tensor in place, by way of a contiguous copy where it is not contiguous."""
+    whole = tensor.detach().contiguous()
+    outcome = transport.all_reduce(whole, code, encoding, mean)
+    if whole.data_ptr() != tensor.data_ptr():
+        tensor.detach().copy_(whole)
+    return outcome
+
+
+def _agreed(group: dist.ProcessGroup) -> int:
+    """One seed for all ranks."""
     drawn = torch.tensor([draw_seed() >> 1])
     dist.broadcast(drawn, dist.get_global_rank(group, 0), group=group)
     return int(drawn)
