@@ -83,7 +83,7 @@ def fedavg(
     check_policies(nan_policy, integer_policy)
     if isinstance(updates, Mapping):
         raise TypeError("updates: expected a sequence of updates, got a single mapping")
-    if not isinstance(updates, Iterable):
+    if not hasattr(updates, "__iter__"):
         raise TypeError(f"updates: expected a sequence of updates, got {type(updates).__name__}")
     updates = list(updates)
     if not updates:
