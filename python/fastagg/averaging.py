@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -54,8 +54,8 @@ def fedavg(
 
     Accumulated in float64 in client order (16-bit clients of a 16-bit result in runs of eight in float32, int8 and int4
     in exact sums of a few clients), divided and rounded once at the end: at most 1.2e-7 of the weighted mean of
-    |x| off for float32 (McMahan et al. 2017, Algorithm 1, line "w_{t+1}"). float64 leaves give NumPy's bits: weights
-    normalised first, then multiplied and added in client order. The same bits on every instruction set, thread count
+    |x| off for float32 (McMahan et al. 2017, Algorithm 1, line "w_{t+1}"). float64 leaves give NumPy's bits: the
+    contributing clients' weights normalised first, then multiplied and added in client order. The same bits on every instruction set, thread count
     and device.
 
     Args:
@@ -126,8 +126,7 @@ class _Mean:
             fold, leaf_weights, divisor = MEAN, scaled, total
             if leaf.result_code == Code.FLOAT64:
                 if normalised is None:
-                    shares = normalise(weights)
-                    normalised = shares if contributing is None else [shares[client] for client in contributing]
+                    normalised = (np.asarray(scaled) / np.asarray(scaled).sum()).tolist()
                 leaf_weights, divisor = normalised, 1.0
             elif leaf.result_code not in FLOATS and self.integer_policy != "round":
                 fold = MAXIMUM
@@ -272,12 +271,6 @@ def scale_weights(weights: list[float]) -> tuple[list[float], float]:
     factor = math.ldexp(1.0, -3 - max(math.frexp(max(weights))[1], -1000))
     scaled = [weight * factor for weight in weights]
     return scaled, math.fsum(scaled)
-
-
-def normalise(weights: list[float]) -> list[float]:
-    """Weights divided by their sum, with NumPy's bits."""
-    array = np.asarray(scale_weights(weights)[0])
-    return cast("list[float]", (array / array.sum()).tolist())
 
 
 def check_devices(inputs: list[LeafInputs], structure: Structure) -> str:
