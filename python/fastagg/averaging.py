@@ -53,10 +53,10 @@ def fedavg(
     ``mean[i] = sum_k(weights[k] * x_k[i]) / sum_k(weights[k])``
 
     Accumulated in float64 in client order (16-bit clients of a 16-bit result in runs of eight in float32, int8 and int4
-    in exact sums of a few clients), divided and rounded once at the end: at most 1.2e-7 of the weighted mean of
-    |x| off for float32 (McMahan et al. 2017, Algorithm 1, line "w_{t+1}"). float64 leaves give NumPy's bits: the
-    contributing clients' weights normalised first, then multiplied and added in client order. The same bits on every instruction set, thread count
-    and device.
+    in exact sums of a few clients), divided and rounded once at the end: at most 1.2e-7 of the weighted mean of |x| off
+    for float32 (McMahan et al. 2017, Algorithm 1, line "w_{t+1}"). float64 leaves give NumPy's bits: the contributing
+    clients' weights normalised first, then multiplied and added in client order. The same bits on every instruction
+    set, thread count and device.
 
     Args:
         updates: K updates of one structure: arrays, or sequences of arrays, or mappings from names to arrays (a
