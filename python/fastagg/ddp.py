@@ -2,11 +2,13 @@
 
 >>> state = AllReduceState(wire="fp16")
 >>> model.register_comm_hook(state, all_reduce_hook)
+
+`report` tells whether that would gain anything.
 """
 
 # No annotations from the future: torch compares the hook's with its own class.
 import threading
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -14,6 +16,20 @@ import torch.distributed as dist
 from fastagg._codes import FLOATS, Code, code_of_dtype, wire_name
 from fastagg._transports import executor_of, transport_of
 from fastagg.communication import encoding_of, reduce_tensor
+
+if TYPE_CHECKING:
+    from fastagg.headroom import Report, report
+
+__all__ = ["AllReduceState", "Report", "all_reduce_hook", "report"]
+
+
+def __getattr__(name: str) -> Any:
+    """The report is fetched at first use: it needs this module."""
+    if name not in ("Report", "report"):
+        raise AttributeError(f"module 'fastagg.ddp' has no attribute {name!r}")
+    from fastagg import headroom
+
+    return getattr(headroom, name)
 
 
 class AllReduceState:
