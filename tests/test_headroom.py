@@ -26,6 +26,7 @@ from fastagg.ddp import report
 model = torch.nn.Linear(60, 50)
 calls = []
 def step(given):
+    assert all(parameter.grad is None for parameter in given.parameters())
     calls.append(given)
     given(7.0 * torch.arange(60) + rank).sum().backward()
 
