@@ -178,25 +178,25 @@ FP32, FP16, INT8, SIGN = ("fp32", 0.9, 1e-8), ("fp16", 0.7, 2e-4), ("int8", 0.6,
         (reported(1.04, FP16), "Communication is 0% of your step: no wire can gain more than that."),
         (
             reported(0.4, ("fp16", 0.96, 2e-4), ("int8", 1.3, 0.02)),
-            "Communication is 60% of your step, but no wire measured here makes it notably shorter: "
+            "Communication is 60% of your step, but no wire measured here makes a step notably shorter: "
             "stay with plain DDP.",
         ),
         (
             reported(0.4, ("fp16", 0.5, float("nan"))),
-            "Communication is 60% of your step, but no wire measured here makes it notably shorter: "
+            "Communication is 60% of your step, but no wire measured here makes a step notably shorter: "
             "stay with plain DDP.",
         ),
         (
             reported(0.4, FP32, FP16, INT8, SIGN),
-            "Communication is 60% of your step: the int8 wire makes it 40% shorter, with a gradient error of 0.02.",
+            "Communication is 60% of your step: the int8 wire makes a step 40% shorter, with a gradient error of 0.02.",
         ),
         (  # nearly as fast, and nearer to the truth
-            reported(0.4, FP32, ("fp16", 0.62, 2e-4), INT8),
-            "Communication is 60% of your step: the fp16 wire makes it 38% shorter, with a gradient error of 0.0002.",
+            reported(0.4, FP32, ("fp16", 0.62, 0.01), INT8),
+            "Communication is 60% of your step: the fp16 wire makes a step 38% shorter, with a gradient error of 0.01.",
         ),
         (
             reported(0.4, SIGN),
-            "Communication is 60% of your step: the sign wire makes it 50% shorter, with a gradient error of 0.8, "
+            "Communication is 60% of your step: the sign wire makes a step 50% shorter, with a gradient error of 0.8, "
             "which needs error feedback.",
         ),
     ],
@@ -219,7 +219,7 @@ def test_the_table() -> None:
         "plain DDP          16.40 ms   4.10 ms    0.0%            -                0",
         "fp16               13.50 ms   1.20 ms   17.7%   21,594,920          0.00023",
         "",
-        "Communication is 25% of your step: the fp16 wire makes it 18% shorter, with a gradient error of 0.00023.",
+        "Communication is 25% of your step: the fp16 wire makes a step 18% shorter, with a gradient error of 0.00023.",
     ]
 
 

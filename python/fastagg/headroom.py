@@ -36,7 +36,7 @@ class Row:
         seconds: a step's median.
         exposed: seconds of a step that it adds to one without communication.
         gain: the part of plain DDP's step that it saves; without communication, the most that can be saved.
-        wire_bytes: encoded bytes a step that a rank hands to others; None for plain DDP, whose backend does not tell.
+        wire_bytes: encoded bytes a step that this rank hands to others; None for plain DDP, which does not count.
         gradient_error: how far its gradients are from the exact mean of the ranks' own, as relative L2.
     """
 
@@ -73,13 +73,13 @@ class Report:
             return f"{share}: no wire can gain more than that."
         faster = [row for row in wires if row.gain >= _NOTABLE and math.isfinite(row.gradient_error)]
         if not faster:
-            return f"{share}, but no wire measured here makes it notably shorter: stay with plain DDP."
+            return f"{share}, but no wire measured here makes a step notably shorter: stay with plain DDP."
         candidates = [row for row in faster if row.gradient_error <= _SOUND] or faster
         fastest = max(row.gain for row in candidates)
         best = min((row for row in candidates if row.gain > fastest - _NOTABLE), key=lambda row: row.gradient_error)
         unsound = ", which needs error feedback" if best.gradient_error > _SOUND else ""
         error = f"a gradient error of {best.gradient_error:.2g}{unsound}"
-        return f"{share}: the {best.name} wire makes it {best.gain:.0%} shorter, with {error}."
+        return f"{share}: the {best.name} wire makes a step {best.gain:.0%} shorter, with {error}."
 
     def __str__(self) -> str:
         headings = ("", "step", "exposed", "gain", "wire bytes", "gradient error")
