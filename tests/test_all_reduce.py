@@ -22,7 +22,7 @@ def on(transport: str) -> dict[str, str]:
 
 
 EXACT = """
-from fastagg._transports import transport_of
+from fastagg._transports import channel_of
 # Integers whose sums every wire but sign holds exactly: the extreme of a block, and the sum's, are chosen so.
 for count in (0, 1, 7, 4095, 16384, 16385, 131072, 131073, 300001):
     for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
@@ -32,7 +32,7 @@ for count in (0, 1, 7, 4095, 16384, 16385, 131072, 131073, 300001):
                 y = x.clone()
                 assert fastagg.all_reduce(y, op=op, wire=wire) is None
                 assert torch.equal(y, x * world if op == "sum" else x), (count, dtype, wire, op)
-print(transport_of(dist.group.WORLD).name)
+print(channel_of(dist.group.WORLD).transport.name)
 """
 
 

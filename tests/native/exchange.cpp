@@ -29,7 +29,7 @@ void reduce_all(SharedMemory& group, int rank, int ranks) {
     for (const int64_t count : {int64_t{0}, int64_t{5}, int64_t{16384}, int64_t{16385}, int64_t{300001}}) {
       std::vector<float> x(count);
       for (int64_t i = 0; i < count; ++i) x[i] = value_at(i, rank);
-      const auto outcome = group.all_reduce({x.data(), Code::float32, count, wire, 8, Rounding::nearest, {}, true},
+      const auto outcome = group.all_reduce({x.data(), Code::float32, count, wire, 8, Rounding::nearest, {}, nullptr, 0, true, 1, nullptr, 0, nullptr, false},
                                             std::chrono::seconds(60));
       bool right = outcome.finite;
       for (int64_t i = 0; i < count; ++i) right &= x[i] == value_at(i, 0) + static_cast<float>(ranks - 1);
@@ -39,7 +39,7 @@ void reduce_all(SharedMemory& group, int rank, int ranks) {
   bool refused = false;
   try {
     float x[3] = {};
-    group.all_reduce({x, Code::float32, rank == 0 ? 2 : 3, Code::float32, 8, Rounding::nearest, {}, true},
+    group.all_reduce({x, Code::float32, rank == 0 ? 2 : 3, Code::float32, 8, Rounding::nearest, {}, nullptr, 0, true, 1, nullptr, 0, nullptr, false},
                      std::chrono::seconds(60));
   } catch (const comm::Mismatch&) {
     refused = true;
