@@ -23,6 +23,7 @@ class BackendTransport:
     def __init__(self, group: dist.ProcessGroup, reason: str) -> None:
         self.name, self.reason = f"{dist.get_backend(group)} backend", reason
         self._buffers: dict[tuple[str, int], torch.Tensor] = {}
+        self._signatures: _Signatures | None = None
 
     def all_reduce(self, group: dist.ProcessGroup, exchange: Exchange) -> Outcome:
         """See `Transport`."""
@@ -33,7 +34,7 @@ class BackendTransport:
 
     def _all_reduce(self, group: dist.ProcessGroup, exchange: Exchange) -> Outcome:
         rank, world = dist.get_rank(group), dist.get_world_size(group)
-        signatures = _Signatures(group, exchange)
+        signatures = self._signatures = _Signatures(group, exchange)
         rounds = [_Round(group, exchange, pieces) for pieces in _pieces_of_rounds(exchange, world)]
         outcome = Outcome(True, exchange.wire_bytes(rank, world), 0.0)
         for index in range(len(rounds) + 2):
@@ -43,17 +44,18 @@ class BackendTransport:
                     signatures.compare()
                 rounds[index].scatter(self._buffer("received", index, rounds[index].bytes * world))
             if 0 <= index - 1 < len(rounds):
-                rounds[index - 1].reduce(self._buffer("means", index - 1, rounds[index - 1].bytes * (world + 1)))
+                own = self._buffer("own", index - 1, rounds[index - 1].bytes)
+                rounds[index - 1].reduce(own, self._buffer("means", index - 1, own.numel() * world))
             if 0 <= index - 2 < len(rounds):
                 outcome = rounds[index - 2].decode(outcome)
         return _with_all_squares(group, outcome) if exchange.norm else outcome
 
     def _buffer(self, name: str, index: int, size: int) -> torch.Tensor:
         """Bytes that are used again by the third round after, and by the next call."""
-        buffer = self._buffers.get((name, index % 3))
-        if buffer is None or buffer.numel() < size:
-            buffer = self._buffers[name, index % 3] = torch.empty(size, dtype=torch.uint8)
-        return buffer[:size]
+        # The tensors themselves are kept, not views of them: were the backend's thread the last to let go of one while
+        # the interpreter ends, it would take the process with it.
+        buffer = self._buffers.setdefault((name, index % 3), torch.empty(0, dtype=torch.uint8))
+        return buffer.resize_(size)
 
 
 class _Round:
@@ -86,11 +88,11 @@ class _Round:
         self._received = received
         self._work = dist.all_to_all_single(received, self._sent, group=self._group, async_op=True)
 
-    def reduce(self, buffer: torch.Tensor) -> None:
+    def reduce(self, own: torch.Tensor, means: torch.Tensor) -> None:
         """Adds up what all ranks sent for this rank's piece, and sends its mean to all."""
         self._work.wait()
+        self._means = means
         exchange, (begin, end) = self._exchange, self._pieces[self._rank]
-        own, self._means = buffer[: self.bytes], buffer[self.bytes :]
         rows = self._received.view(self._world, -1)
         share = float(self._world if exchange.mean else 1)
         if exchange.encoding.wire == Code.FLOAT64:
@@ -102,7 +104,7 @@ class _Round:
             # The means have random numbers of their own, the same whoever rounds them.
             means_key = (*key[:3], MEANS_RANK)
             self._squares = self._encode(sources, divisor, (0, 0.0, error, share, True), own, begin, end, means_key)
-        self._work = _all_gather_single(self._means, own, group=self._group, async_op=True)
+        self._work = _all_gather_single(means, own, group=self._group, async_op=True)
 
     def decode(self, outcome: Outcome) -> Outcome:
         """Decodes everybody's means into the tensor."""
@@ -156,14 +158,14 @@ class _Signatures:
     def __init__(self, group: dist.ProcessGroup, exchange: Exchange) -> None:
         self._group, (wire, shift, stochastic, _) = group, exchange.encoding
         self._own = torch.tensor([exchange.tensor.numel(), exchange.code, wire, shift, stochastic, exchange.mean])
-        self._everyone = torch.empty((dist.get_world_size(group), len(self._own)), dtype=self._own.dtype)
-        self._work = _all_gather_single(self._everyone.view(-1), self._own, group=group, async_op=True)
+        self._everyone = torch.empty(dist.get_world_size(group) * len(self._own), dtype=self._own.dtype)
+        self._work = _all_gather_single(self._everyone, self._own, group=group, async_op=True)
 
     def compare(self) -> None:
         """Raises ValueError on every rank if one was called with something else."""
         self._work.wait()
         own = tuple(self._own.tolist())
-        for rank, other in enumerate(self._everyone.tolist()):
+        for rank, other in enumerate(self._everyone.view(-1, len(own)).tolist()):
             if tuple(other) != own:
                 who = dist.get_global_rank(self._group, rank)
                 raise ValueError(f"rank {who} has {tuple(other)}, rank {dist.get_rank()} has {own}: {self._NAMES}")

@@ -38,6 +38,7 @@ class Residuals:
         self._known: dict[int, tuple[str, int]] = {}  # by id: the parameter's name, and its first element's place
         self._kept: list[torch.Tensor] = []  # so that an id stays theirs
         self._elements = 0
+        self._is_complete = False  # all of the model's parameters are known
         self._layouts: dict[tuple[int, ...], Layout] = {}
         self._views: dict[str, torch.Tensor] = {}
         self._world, self._scale = 0, 1.0  # the ranks and the loss scale that the residuals belong to
