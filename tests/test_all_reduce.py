@@ -133,7 +133,9 @@ for count in (3000, 70000, 1100000):
 
 
 def test_both_transports_end_with_the_same_bits_and_the_seed_decides_them() -> None:
-    shared, backend = (run_ranks(SAME, 2, **on(transport))[0].splitlines() for transport in ("shared memory", "backend"))
+    shared, backend = (
+        run_ranks(SAME, 2, **on(transport))[0].splitlines() for transport in ("shared memory", "backend")
+    )
     for line, other in zip(shared, backend, strict=True):
         if not line.startswith("3000"):  # small ones are not encoded twice in shared memory
             assert line == other

@@ -15,9 +15,9 @@ from fastagg.ddp import AllReduceState, GradScaler, all_reduce_hook
 
 def model_of(cap=25, **options):
     torch.manual_seed(0)
-    layers = [torch.nn.Linear(40, 50), torch.nn.ReLU(), torch.nn.Linear(50, 60), torch.nn.ReLU(), torch.nn.Linear(60, 7)]
-    model = DistributedDataParallel(torch.nn.Sequential(*layers), bucket_cap_mb=cap, **options)
-    return model
+    linear = [torch.nn.Linear(40, 50), torch.nn.Linear(50, 60), torch.nn.Linear(60, 7)]
+    layers = torch.nn.Sequential(linear[0], torch.nn.ReLU(), linear[1], torch.nn.ReLU(), linear[2])
+    return DistributedDataParallel(layers, bucket_cap_mb=cap, **options)
 
 def backward(model, step, scale=1.0):
     torch.manual_seed(1000 * step + rank)
@@ -41,8 +41,8 @@ def ready(tensor):
 """
 
 FEEDBACK = """
-# What reached the mean, and what is still owed, is all there ever was: the residuals follow their parameters through the
-# buckets that DDP makes up anew after the first step.
+# What reached the mean, and what is still owed, is all there ever was: the residuals follow their parameters through
+# the buckets that DDP makes up anew after the first step.
 for cap in (25, 0.005):
     for wire in ("fp16", "int8", "sign"):
         model = model_of(cap)

@@ -1,9 +1,9 @@
 // The same-host transport: ranks exchange encoded chunks through a segment, in sizes that stay in the cache.
 //
-// Every rank owns one slice of the elements. A chunk is a piece of every slice, and passes three phases. *Publish*: each
-// rank encodes its own values into its slot. *Reduce*: each rank adds up the pieces of its slice from all slots, in rank
-// order, and encodes their mean. *Gather*: each rank decodes all the means. Two slots take turns, so that ranks publish a
-// chunk while others still read the one before. Counters tell who is how far.
+// Every rank owns one slice of the elements. A chunk is a piece of every slice, and passes three phases. *Publish*:
+// each rank encodes its own values into its slot. *Reduce*: each rank adds up the pieces of its slice from all slots,
+// in rank order, and encodes their mean. *Gather*: each rank decodes all the means. Two slots take turns, so that ranks
+// publish a chunk while others still read the one before. Counters tell who is how far.
 #pragma once
 #include <atomic>
 #include <chrono>

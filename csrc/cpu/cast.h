@@ -60,7 +60,8 @@ int32_t decode_chunk(const Cast& op, float* out, int64_t begin, int64_t at, int6
   return largest;
 }
 
-/// Encodes whole vectors of factor * x[i ...] to out[begin + i ...], for codes without scales; returns where it stopped.
+/// Encodes whole vectors of factor * x[i ...] to out[begin + i ...], for codes without scales; returns where it
+/// stopped.
 template <class Lanes, Code code, Rounding rounding, bool stream>
 FASTAGG_INLINE int64_t encode_vectors(void* out, const float* x, float factor, const uint32_t* random, int64_t begin,
                                       int64_t i, int64_t count, int32_t& largest) {
@@ -226,7 +227,8 @@ inline void fill_random(uint32_t* random, const Cast& op, int64_t begin, int64_t
     const int64_t next = s + 1 < op.stretch_count ? op.stretches[s + 1].begin : end;
     const int64_t last = next < end ? next : end;
     if (first < last)
-      fill_places(random + (first - begin), op.key, op.stretches[s].place + first - op.stretches[s].begin, last - first);
+      fill_places(random + (first - begin), op.key, op.stretches[s].place + first - op.stretches[s].begin,
+                  last - first);
   }
 }
 
@@ -245,7 +247,8 @@ int32_t encode_any(const Cast& op, const float* x, float factor, int64_t begin, 
       largest = stochastic ? encode_blocks<Lanes, code, Rounding::stochastic>(op, x, random, begin, count)
                            : encode_blocks<Lanes, code, nearest>(op, x, random, begin, count);
     } else if constexpr (code <= Code::bfloat16) {
-      if (stochastic) largest = encode_chunk<Lanes, code, Rounding::stochastic, false>(op, x, factor, random, begin, count);
+      if (stochastic)
+        largest = encode_chunk<Lanes, code, Rounding::stochastic, false>(op, x, factor, random, begin, count);
       else if (stream) largest = encode_chunk<Lanes, code, nearest, true>(op, x, factor, random, begin, count);
       else largest = encode_chunk<Lanes, code, nearest, false>(op, x, factor, random, begin, count);
     }

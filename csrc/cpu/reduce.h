@@ -1,5 +1,5 @@
-// The loops of `reduce`, compiled once for each instruction set: a chunk of sums stays in the first-level cache while it
-// is encoded, and decoded again where the error or the norm of the result is wanted.
+// The loops of `reduce`, compiled once for each instruction set: a chunk of sums stays in the first-level cache while
+// it is encoded, and decoded again where the error or the norm of the result is wanted.
 #pragma once
 #include "cast.h"
 #include "core/reduce.h"
@@ -21,7 +21,8 @@ FASTAGG_INLINE typename Lanes::F load_narrow(const Source& source, int64_t i) {
   }
 }
 
-/// values[i ...] = the quotients of op's elements begin + i ..., in whole vectors up to count; returns where it stopped.
+/// values[i ...] = the quotients of op's elements begin + i ..., in whole vectors up to count; returns where it
+/// stopped.
 template <class Lanes, Code code>
 FASTAGG_INLINE int64_t add_vectors(const Reduction& op, float inverse, float* values, int64_t begin, int64_t i,
                                    int64_t count) {

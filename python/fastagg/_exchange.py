@@ -13,7 +13,6 @@ from fastagg._backend import RandomKey, SourceOperands
 from fastagg._codes import Code
 from fastagg._overlap import encoded_bytes
 
-
 NO_KEY: RandomKey = (0, 0, 0, 0)
 MEANS_RANK = 2**32 - 1  # the rank in the random key of what the owners of slices encode
 
@@ -75,7 +74,7 @@ class Exchange(NamedTuple):
         return 2.0 ** -(world - 1).bit_length() if self.mean and self.encoding.wire == Code.FLOAT16 else 1.0
 
     def wire_bytes(self, rank: int, world: int) -> int:
-        """Encoded bytes, scales included, that a rank hands to others: its values of their slices, its slice's means."""
+        """Encoded bytes, scales included, that a rank hands to others: values of their slices, means of its own."""
         slices = [_core.SharedMemoryGroup.slice_of(self.tensor.numel(), owner, world) for owner in range(world)]
         sizes = [self.encoding.bytes(end - begin) for begin, end in slices]
         return sum(sizes) - sizes[rank] + (world - 1) * sizes[rank]

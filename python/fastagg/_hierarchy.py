@@ -30,9 +30,11 @@ class HierarchicalTransport:
 
     @classmethod
     def meet(cls, group: dist.ProcessGroup, hosts: list[bytes]) -> HierarchicalTransport | str:
-        """Makes the groups of each host and of each slice; if one rank cannot, none does, and the reason is returned."""
+        """Makes the groups of each host and of each slice; if one rank cannot, none does, and the reason comes back."""
         ranks = dist.get_process_group_ranks(group)
-        by_host = [[rank for rank, host in zip(ranks, hosts, strict=True) if host == one] for one in dict.fromkeys(hosts)]
+        by_host = [
+            [rank for rank, host in zip(ranks, hosts, strict=True) if host == one] for one in dict.fromkeys(hosts)
+        ]
         if len({len(members) for members in by_host}) > 1:
             return f"its hosts have different numbers of ranks: {', '.join(str(len(members)) for members in by_host)}"
         inner_ranks = next(members for members in by_host if dist.get_rank() in members)
@@ -76,4 +78,5 @@ def _widened(exchange: Exchange) -> tuple[torch.Tensor, Encoding]:
 
 
 def _new_group(ranks: list[int]) -> dist.ProcessGroup:
-    return dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+    group: dist.ProcessGroup = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+    return group

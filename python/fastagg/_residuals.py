@@ -28,7 +28,7 @@ class Layout:
     def commit(self) -> dict[str, torch.Tensor]:
         """Makes the errors the residuals; returns each parameter's."""
         self.residual, self.error = self.error, self.residual
-        return dict(zip(self.names, self.residual.split(self.sizes), strict=True))
+        return dict(zip(self.names, torch.split(self.residual, self.sizes), strict=True))
 
 
 class Residuals:

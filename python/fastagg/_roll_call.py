@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 
@@ -23,7 +23,7 @@ def raise_peer_error(group: dist.ProcessGroup, error: Exception) -> NoReturn:
     raise PeerError(missing[0], f"rank {', '.join(map(str, missing))} did not answer: {error}") from error
 
 
-def _missing(store: dist.Store, names: list[int], own: int) -> list[int] | None:
+def _missing(store: Any, names: list[int], own: int) -> list[int] | None:
     """The ranks that have not failed here too within a while; None if the store does not answer."""
     try:
         store.set(f"fastagg/failed/{own}", "")

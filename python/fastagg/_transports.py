@@ -8,7 +8,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -30,7 +30,8 @@ class Line:
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="fastagg-all-reduce")
-        self._busy, self._last = threading.Lock(), None  # type: threading.Lock, Future[object] | None
+        self._busy = threading.Lock()
+        self._last: Future[Any] | None = None
 
     def submit(self, work: Callable[[], Result]) -> Future[Result]:
         """Does the work in the line's own thread."""
@@ -39,7 +40,7 @@ class Line:
         return future
 
     def run(self, work: Callable[[], Result]) -> Result:
-        """Does the work here and now if nothing waits: a thread would take longer to wake than a small message takes."""
+        """Does the work here and now if nothing waits: a thread takes longer to wake than a small message takes."""
         if self._last is None or self._last.done():
             return self._do(work)
         return self.submit(work).result()
@@ -79,10 +80,9 @@ def _choose(group: dist.ProcessGroup) -> Transport:
         return BackendTransport(group, f"{TRANSPORT_VARIABLE}=backend asks for it")
     own = torch.frombuffer(bytearray(host_of_this_process()), dtype=torch.uint8)
     hosts = [bytes(host) for host in gather(own, group)]
+    met: Transport | str = "every rank is on a host of its own"
     if len(set(hosts)) == 1:
         met = meet(group)
-        return BackendTransport(group, met) if isinstance(met, str) else met
-    if len(set(hosts)) == len(hosts):
-        return BackendTransport(group, "every rank is on a host of its own")
-    met = HierarchicalTransport.meet(group, hosts)
+    elif len(set(hosts)) < len(hosts):
+        met = HierarchicalTransport.meet(group, hosts)
     return BackendTransport(group, met) if isinstance(met, str) else met
