@@ -167,19 +167,34 @@ FASTAGG_INLINE void encode_block(uint8_t* codes, float* scale, const float* x, c
 }
 
 /// A block of signs, one bit an element, and its mean magnitude.
-inline void encode_signs(uint8_t* packed, float* scale, const float* x, int64_t count) {
-  double sums[kSignStrides] = {};
+template <class Lanes>
+void encode_signs(uint8_t* packed, float* scale, const float* x, int64_t count) {
+  constexpr int vectors = kSignStrides / Lanes::width, half = Lanes::width / Lanes::halves;
+  using F = typename Lanes::F;
+  using I = typename Lanes::I;
+  typename Lanes::D sums[vectors][Lanes::halves] = {};
   int64_t i = 0;
-  for (; i + kSignStrides <= count; i += kSignStrides)
-    for (int stride = 0; stride < kSignStrides; ++stride) sums[stride] += magnitude_of(x[i + stride]);
-  for (int stride = 0; i < count; ++i, ++stride) sums[stride] += magnitude_of(x[i]);
-  *scale = sign_scale(sums, count);
-  for (int64_t byte = 0; byte < (count + 7) / 8; ++byte) {
+  for (; i + kSignStrides <= count; i += kSignStrides) {
     uint32_t bits = 0;
-    for (int64_t bit = 0; bit < 8 && 8 * byte + bit < count; ++bit)
-      bits |= (bit_cast<uint32_t>(x[8 * byte + bit]) >> 31) << bit;
-    packed[byte] = static_cast<uint8_t>(bits);
+    for (int v = 0; v < vectors; ++v) {
+      const F value = load_bytes<F>(x + i + v * Lanes::width);
+      bits |= Lanes::signs(value) << (v * Lanes::width);
+      typename Lanes::D wide[Lanes::halves];
+      Lanes::widen(bit_cast<F>(bit_cast<I>(value) & 0x7fffffff), wide);
+      for (int h = 0; h < Lanes::halves; ++h) sums[v][h] = sums[v][h] + wide[h];
+    }
+    store_bytes(packed + i / 8, static_cast<uint16_t>(bits));
   }
+  double strides[kSignStrides];
+  for (int v = 0; v < vectors; ++v)
+    for (int h = 0; h < Lanes::halves; ++h) store_bytes(strides + v * Lanes::width + h * half, sums[v][h]);
+  uint32_t bits = 0;
+  for (int stride = 0; i + stride < count; ++stride) {
+    strides[stride] += magnitude_of(x[i + stride]);
+    bits |= Lane::signs(x[i + stride]) << stride;
+  }
+  for (; i < count; i += 8, bits >>= 8) packed[i / 8] = static_cast<uint8_t>(bits);
+  *scale = sign_scale(strides, count);
 }
 
 /// Two codes to a byte, the first in the lower half.
@@ -200,7 +215,7 @@ int32_t encode_blocks(const Cast& op, const float* x, const uint32_t* random, in
     const Magnitudes magnitudes = block_magnitudes<Lanes>(x + i, elements);
     largest = magnitudes.largest > largest ? magnitudes.largest : largest;
     if constexpr (code == Code::wire_sign) {
-      encode_signs(out, scale, x + i, elements);
+      encode_signs<Lanes>(out, scale, x + i, elements);
     } else {
       uint8_t* destination = code == Code::wire_int4 ? codes : out;
       encode_block<Lanes, code, rounding>(destination, scale, x + i, random + i, elements, magnitudes, op.source.code);

@@ -14,13 +14,12 @@ import torch
 import torch.distributed as dist
 
 from fastagg._backend_transport import BackendTransport
+from fastagg._build import TRANSPORT_VARIABLE
 from fastagg._exchange import Transport
 from fastagg._hierarchy import HierarchicalTransport
 from fastagg._shared_memory import gather, host_of_this_process, meet
 
 _log = logging.getLogger("fastagg")
-
-TRANSPORT_VARIABLE = "FASTAGG_TRANSPORT"
 
 Result = TypeVar("Result")
 
