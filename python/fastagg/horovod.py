@@ -19,7 +19,7 @@ import torch.distributed as dist
 from fastagg import distributed_optimizer
 from fastagg._codes import FLOATS, WIRES, code_of_dtype
 from fastagg._named_tensors import group_of
-from fastagg._transports import executor_of, transport_of
+from fastagg._transports import channel_of
 from fastagg.broadcasting import broadcast_optimizer_state, broadcast_parameters
 from fastagg.communication import OPERATIONS, all_reduce
 from fastagg.distributed_optimizer import SynchronizedOptimizer
@@ -222,7 +222,7 @@ def _reduce(tensor: torch.Tensor, op: str, wire: str, group: dist.ProcessGroup |
     if code_of_dtype(tensor.dtype) in FLOATS:
         all_reduce(tensor, op=op, wire=wire, group=group)
     elif op == Sum:
-        executor_of(transport_of(group_of(group))).submit(dist.all_reduce, tensor, group=group).result()
+        channel_of(group_of(group)).line.run(lambda: dist.all_reduce(tensor, group=group))
     else:
         raise TypeError(f"averages need a floating dtype (fp32, fp16, bf16, fp64), got {tensor.dtype}")
 
