@@ -12,8 +12,7 @@ torch = pytest.importorskip("torch")
 import fastagg  # noqa: E402
 from ranks import run_ranks  # noqa: E402
 
-# What the programs share: the same training by one process and by the ranks, as far as gradients go.
-ROUNDS = """
+SHARED = """
 import contextlib, copy
 from fastagg import DistributedOptimizer
 def error_of(function, kind=RuntimeError):
@@ -62,10 +61,9 @@ for optimizer_of in (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), lambda 
 """
 
 
-@pytest.mark.parametrize("transport", ["", "backend"], ids=["shared memory", "backend"])
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize(("world", "transport"), [(2, ""), (3, ""), (3, "backend")])
 def test_training_is_that_of_one_process_bit_for_bit(world: int, transport: str) -> None:
-    run_ranks(ROUNDS + EXACT, world, FASTAGG_TRANSPORT=transport)
+    run_ranks(SHARED + EXACT, world, FASTAGG_TRANSPORT=transport)
 
 
 DIGITS = """
@@ -99,7 +97,7 @@ for optimizer_of, wire, bound in (
 @pytest.mark.parametrize("world", [2, 3])
 def test_digits_are_learnt_as_from_the_whole_batch(world: int) -> None:
     pytest.importorskip("sklearn")
-    run_ranks(ROUNDS + DIGITS, world)
+    run_ranks(SHARED + DIGITS, world)
 
 
 OVERLAP = """
@@ -124,7 +122,7 @@ assert torch.all(last == -0.5) and torch.all(first == -1), (first, last)
 
 
 def test_buffers_travel_while_backward_goes_on() -> None:
-    run_ranks(ROUNDS + OVERLAP, 2)
+    run_ranks(SHARED + OVERLAP, 2)
 
 
 STEPS = """
@@ -207,7 +205,7 @@ assert torch.all(p["used"] == -1)
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_unused_parameters_accumulation_clipping_and_closures(world: int) -> None:
-    run_ranks(ROUNDS + STEPS, world)
+    run_ranks(SHARED + STEPS, world)
 
 
 COMPANIONS = """
@@ -257,7 +255,7 @@ for fused in (False, True):
 
 
 def test_schedulers_scalers_hooks_and_checkpoints_know_the_optimizer() -> None:
-    run_ranks(ROUNDS + COMPANIONS, 2)
+    run_ranks(SHARED + COMPANIONS, 2)
 
 
 MISUSE = """
@@ -307,7 +305,30 @@ for options in ({"wire": "fp16"}, {"op": "sum"}, {"backward_passes_per_step": 2}
 
 
 def test_wrong_uses_are_told() -> None:
-    run_ranks(ROUNDS + MISUSE, 2)
+    run_ranks(SHARED + MISUSE, 2)
+
+
+LOST = """
+p = [torch.nn.Parameter(torch.ones(100))]
+optimizer = DistributedOptimizer(torch.optim.SGD(p, lr=1.0))
+for step in range(2):
+    if rank == 1 and step == 1:
+        os._exit(0)
+    p[0].sum().backward()
+    if step == 1:
+        try:
+            optimizer.step()
+        except fastagg.PeerError as error:
+            assert error.rank == 1
+            print("told", flush=True)
+            os._exit(0)
+    optimizer.step()
+    optimizer.zero_grad()
+"""
+
+
+def test_a_lost_rank_is_named_by_step() -> None:
+    assert run_ranks(SHARED + LOST, 2)[0] == "told\n"
 
 
 @pytest.fixture
