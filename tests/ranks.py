@@ -25,6 +25,12 @@ def gathered(x):
     return everyone
 """
 
+EPILOGUE = """
+# Torch's threads must be gone before the interpreter is: one that lets go of a tensor after it ends the process.
+if dist.is_initialized():
+    dist.destroy_process_group()
+"""
+
 
 class Ranks:
     """The processes, and what they printed."""
@@ -34,7 +40,7 @@ class Ranks:
         common = {**os.environ, "WORLD_SIZE": str(world), "STORE": str(Path(self.folder.name) / "store"), **environment}
         self.processes = [
             subprocess.Popen(
-                [sys.executable, "-c", PROLOGUE + program],
+                [sys.executable, "-c", PROLOGUE + program + EPILOGUE],
                 env={**common, "RANK": str(rank)},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,

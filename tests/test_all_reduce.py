@@ -281,9 +281,10 @@ print(descriptors() - before, len(os.listdir("/proc/self/task")) - threads, maps
 """
 
 
-def test_groups_leave_nothing_behind() -> None:
+@by_transport
+def test_groups_leave_nothing_behind(transport: str) -> None:
     before = set(Path("/dev/shm").iterdir())
-    for out in run_ranks(LEAKS, 2):
+    for out in run_ranks(LEAKS, 2, **on(transport)):
         descriptors, threads, maps = map(int, out.split())
         assert descriptors <= 0
         assert threads <= 0
