@@ -67,7 +67,7 @@ def _connect(host: Host, rate: str) -> None:
     _run("ip", "-n", host.name, "link", "set", "lo", "up")
     _run("ip", "-n", host.name, "address", "add", f"{host.address}/24", "dev", _LINK)
     _run("ip", "-n", host.name, "link", "set", _LINK, "up")
-    bucket = ("tbf", "rate", rate, "burst", "64kb", "latency", "50ms")
+    bucket = ("tbf", "rate", rate, "burst", "128kb", "latency", "50ms")  # a burst holds the largest packet whole
     _run("tc", "-n", host.name, "qdisc", "add", "dev", _LINK, "root", *bucket)
 
 

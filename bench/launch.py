@@ -1,0 +1,101 @@
+"""Starts a program of this folder as ranks, and brings those together: plainly, under mpirun, or on several hosts."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from namespaces import Host
+
+_HERE = Path(__file__).resolve().parent
+_PORT = 29500  # in a namespace of its own nobody else has it
+_TIMEOUT = datetime.timedelta(seconds=120)
+
+
+def launch(
+    program: str, world: int, *arguments: str, hosts: Sequence[Host] = (), mpirun: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """Runs `program` as ranks, and returns the rows that rank 0 writes.
+
+    Args:
+        program: a file of this folder.
+        world: how many ranks.
+        arguments: of the program.
+        hosts: where the ranks run, in equal shares; none: here.
+        mpirun: the command that starts all ranks here; none: each is started alone.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        rows = Path(folder) / "rows"
+        meet = f"tcp://{hosts[0].address}:{_PORT}" if hosts else f"file://{folder}/store"
+        common = {**os.environ, "WORLD_SIZE": str(world), "MEET": meet, "ROWS": str(rows), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, str(_HERE / program), *arguments]
+        if mpirun:
+            processes = [subprocess.Popen([*mpirun, "-np", str(world), *command], env=common)]
+        else:
+            processes = [_start(command, common, rank, hosts) for rank in range(world)]
+        try:
+            for process in processes:
+                if process.wait() != 0:
+                    raise RuntimeError(f"{program} {' '.join(arguments)}: ended with {process.returncode}")
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+        return [json.loads(line) for line in rows.read_text().splitlines()]
+
+
+def _start(command: list[str], common: dict[str, str], rank: int, hosts: Sequence[Host]) -> subprocess.Popen[bytes]:
+    environment = {**common, "RANK": str(rank)}
+    if not hosts:
+        return subprocess.Popen(command, env=environment)
+    host = hosts[rank * len(hosts) // int(common["WORLD_SIZE"])]
+    environment |= {**host.environment, "TORCH_CPP_LOG_LEVEL": "ERROR"}  # it warns that hosts without names have none
+    return subprocess.Popen([*host.command, *command], env=environment)
+
+
+def meet() -> int:
+    """Joins the other ranks in torch.distributed's default group, with one thread a rank as torchrun has it.
+
+    Returns:
+        This process's rank.
+    """
+    import torch
+    import torch.distributed as dist
+
+    import fastagg
+
+    torch.set_num_threads(1)
+    fastagg.set_num_threads(1)
+    rank = int(os.environ["RANK"] if "RANK" in os.environ else os.environ["OMPI_COMM_WORLD_RANK"])
+    world = int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", init_method=os.environ["MEET"], rank=rank, world_size=world, timeout=_TIMEOUT)
+    return rank
+
+
+def keep(row: dict[str, Any]) -> None:
+    """Writes a row for `launch`; only rank 0 may."""
+    with Path(os.environ["ROWS"]).open("a") as rows:
+        rows.write(json.dumps(row) + "\n")
+
+
+def why_no_open_mpi() -> str:
+    """What Open MPI lacks here; empty where it can run."""
+    if shutil.which("mpirun") is None:
+        return "mpirun is not installed"
+    version = subprocess.run(["mpirun", "--version"], capture_output=True, text=True, check=False).stdout
+    if "Open MPI" not in version:
+        return "mpirun is not Open MPI's"
+    return "" if importlib.util.find_spec("mpi4py") else "mpi4py is not installed"
+
+
+# Gloo's threads need the processor that mpirun would bind each rank away from.
+MPIRUN = ("mpirun", "--bind-to", "none", "--oversubscribe", "--allow-run-as-root")
