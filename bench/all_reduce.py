@@ -14,27 +14,30 @@ from pathlib import Path
 
 import all_reduce_report
 import fastagg
-from all_reduce_cases import EXCHANGES, OPEN_MPI, Exchange
+from all_reduce_cases import EXCHANGES, Exchange
 from all_reduce_rows import ExchangeRow, Results, StepRow
-from launch import MPIRUN, launch, why_no_open_mpi
+from launch import launch, open_mpi
 from namespaces import NotAvailableError, two_hosts
 
 
 def measure(exchange: Exchange, *options: str) -> list[ExchangeRow]:
-    """The rows of one exchange."""
-    mpirun = MPIRUN if OPEN_MPI in exchange.contenders and not why_no_open_mpi() else ()
+    """The rows of one exchange.
+
+    Raises:
+        NotAvailableError: this machine cannot have it.
+    """
     program = ("all_reduce_ranks.py", exchange.world, exchange.key, *options)
-    if exchange.hosts == 1:
-        return [ExchangeRow(**row) for row in launch(*program, mpirun=mpirun)]
-    with two_hosts() as hosts:
-        return [ExchangeRow(**row) for row in launch(*program, hosts=hosts)]
+    if exchange.hosts > 1:
+        with two_hosts() as hosts:
+            rows = launch(*program, hosts=hosts)
+    else:
+        rows = launch(*program, mpirun=open_mpi() if exchange.by_mpirun else ())
+    return [ExchangeRow(**row) for row in rows]
 
 
 def measure_all(*options: str) -> Results:
-    """Everything that this machine can have; the reasons for the rest are kept too."""
+    """Everything that this machine can have, and the reasons why it cannot have the rest."""
     rows, missing = list[ExchangeRow](), dict[str, str]()
-    if reason := why_no_open_mpi():
-        missing[OPEN_MPI] = reason
     for exchange in EXCHANGES:
         print(f"all_reduce: {exchange.key}", flush=True)
         try:

@@ -25,6 +25,7 @@ class Exchange:
     sizes: tuple[int, ...]  # bytes of fp32 that every rank holds
     contenders: tuple[str, ...]
     hosts: int = 1
+    by_mpirun: bool = False
 
     def at_size(self, quick: bool) -> Exchange:
         """The exchange as a run measures it."""
@@ -36,29 +37,28 @@ class Exchange:
         return 3 if quick else 5 if slow else 9
 
 
-_PEERS = (GLOO, TORCH_HOOK, OPEN_MPI)
 _COMMON = (
     *(fastagg_over(wire) for wire in ("fp32", "fp16", "int8")),
     *(fastagg_over(wire, "backend") for wire in ("fp32", "fp16")),
-    *_PEERS,
+    *(GLOO, TORCH_HOOK),
 )
+# mpirun binds each rank to a processor, which is best for Open MPI and bad for Gloo's threads: a launch of its own.
+_BESIDE_OPEN_MPI = (fastagg_over("fp32"), fastagg_over("fp16"), OPEN_MPI)
 _OTHER_WIRES = tuple(fastagg_over(wire) for wire in ("fp32", "fp16", "bf16", "fp8_e4m3", "fp8_e5m2", "int4", "sign"))
+_LINK_WIRES = tuple(fastagg_over(wire) for wire in ("fp32", "fp16", "int8", "int4", "sign"))
 _SIZES = (
     *(kilobytes * KILOBYTE for kilobytes in (1, 4, 16, 64, 256)),
     *(megabytes * MEGABYTE for megabytes in (1, 5, 25, 100, 400)),
 )
+_FEW_SIZES = (64 * KILOBYTE, 25 * MEGABYTE)
 
 TWO_RANKS = Exchange("two ranks", 2, _SIZES, _COMMON)
+TWO_RANKS_OF_MPI = Exchange("two ranks of mpirun", 2, _SIZES, _BESIDE_OPEN_MPI, by_mpirun=True)
 OTHER_WIRES = Exchange("other wires", 2, (25 * MEGABYTE,), _OTHER_WIRES)
-FOUR_RANKS = Exchange("four ranks", 4, (64 * KILOBYTE, 25 * MEGABYTE), _COMMON)
-TWO_HOSTS = Exchange(
-    "two hosts",
-    2,
-    (100 * MEGABYTE,),
-    (GLOO, TORCH_HOOK, *(fastagg_over(wire) for wire in ("fp32", "fp16", "int8", "int4", "sign"))),
-    hosts=2,
-)
-EXCHANGES = (TWO_RANKS, OTHER_WIRES, FOUR_RANKS, TWO_HOSTS)
+FOUR_RANKS = Exchange("four ranks", 4, _FEW_SIZES, _COMMON)
+FOUR_RANKS_OF_MPI = Exchange("four ranks of mpirun", 4, _FEW_SIZES, _BESIDE_OPEN_MPI, by_mpirun=True)
+TWO_HOSTS = Exchange("two hosts", 2, (100 * MEGABYTE,), (GLOO, TORCH_HOOK, *_LINK_WIRES), hosts=2)
+EXCHANGES = (TWO_RANKS, TWO_RANKS_OF_MPI, OTHER_WIRES, FOUR_RANKS, FOUR_RANKS_OF_MPI, TWO_HOSTS)
 
 
 def exchange_named(key: str) -> Exchange:

@@ -31,7 +31,7 @@ class Contender:
 
 
 def contenders() -> dict[str, Contender]:
-    """Those that can run among these ranks; all ranks must ask for them together."""
+    """Those that can run among these ranks, Open MPI if it has started them; all ranks must ask for them together."""
     group, backend = dist.group.WORLD, _backend_group()
     wires = ("fp32", "fp16", "bf16", "fp8_e4m3", "fp8_e5m2", "int8", "int4", "sign")
     found = [

@@ -15,6 +15,7 @@ from all_reduce_cases import (
     TORCH_HOOK,
     TWO_HOSTS,
     TWO_RANKS,
+    TWO_RANKS_OF_MPI,
     fastagg_over,
     short_size,
 )
@@ -52,6 +53,7 @@ def draw(results: Results, path: Path, subtitle: str) -> None:
 def _draw_sizes(axes: Any, results: Results) -> None:
     """Time against size, both logarithmic, for two ranks."""
     rows = [row for row in results.rows if row.exchange == TWO_RANKS.key]
+    rows += [row for row in results.rows if row.exchange == TWO_RANKS_OF_MPI.key and row.contender == OPEN_MPI]
     for name, (colour, line, marker) in _STYLES.items():
         points = [(row.size, row.median) for row in rows if row.contender == name]
         if points:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from all_reduce_cases import LIMIT, Exchange, exchange_named
 from all_reduce_contenders import Call, Contender, contenders
 from all_reduce_rows import ExchangeRow
-from launch import keep, meet
+from launch import keep, leave, meet
 from turns import Limit, seconds
 
 _WARMUP_ROUNDS, _WARMUP_SECONDS = 2, 0.02  # at least
@@ -98,12 +98,12 @@ def main(key: str, *options: str) -> None:
     exchange = exchange_named(key).at_size(quick)
     rank = meet()
     available = contenders()
-    found = [available[name] for name in exchange.contenders if name in available]
+    found = [available[name] for name in exchange.contenders]
     for size in exchange.sizes:
         for row in measure(exchange, size, found, exchange.rounds_at(size, quick)):
             if rank == 0:
                 keep(asdict(row))
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

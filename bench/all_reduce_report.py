@@ -10,8 +10,8 @@ from typing import Any
 
 import machine
 from all_reduce_cases import (
-    EXCHANGES,
     FOUR_RANKS,
+    FOUR_RANKS_OF_MPI,
     GLOO,
     LIMIT,
     NO_COMMUNICATION,
@@ -19,6 +19,7 @@ from all_reduce_cases import (
     PLAIN_DDP,
     TWO_HOSTS,
     TWO_RANKS,
+    TWO_RANKS_OF_MPI,
     Exchange,
     short_size,
 )
@@ -28,10 +29,12 @@ from report import in_lines, machine_lines, number, rounded, table, targets_tabl
 from rows import QUIET_SHARE
 
 _HEADINGS = {
-    TWO_RANKS.key: "Two ranks on one host",
-    OTHER_WIRES.key: "Two ranks on one host, the other wires",
-    FOUR_RANKS.key: "Four ranks on one host",
-    TWO_HOSTS.key: "Two hosts, a link of 1 Gbit/s",
+    TWO_RANKS: "Two ranks on one host",
+    TWO_RANKS_OF_MPI: "Two ranks on one host, started and bound to processors by mpirun",
+    OTHER_WIRES: "Two ranks on one host, the other wires",
+    FOUR_RANKS: "Four ranks on one host",
+    FOUR_RANKS_OF_MPI: "Four ranks on one host, started by mpirun",
+    TWO_HOSTS: "Two hosts, a link of 1 Gbit/s",
 }
 _ON_A_HOST = (
     *("size", "contender", "transport", "calls a round", "time", "algbw GB/s", "busbw GB/s"),
@@ -74,8 +77,8 @@ def write(results: Results, folder: Path, command: str, quick: bool) -> None:
     parts = ["# all_reduce on the CPU: measured", machine_lines(described, date, command), _HOW, _noise(results)]
     if judged:
         parts += ["## Targets", targets_table(judged)]
-    for exchange in EXCHANGES:
-        parts += [f"## {_HEADINGS[exchange.key]}", _exchange_table(exchange, results)]
+    for exchange, heading in _HEADINGS.items():
+        parts += [f"## {heading}", _exchange_table(exchange, results)]
     parts += ["## Steps of DDP, two ranks on one host", _steps_table(results)]
     path.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
     try:
@@ -133,13 +136,7 @@ def _exchange_table(exchange: Exchange, results: Results) -> str:
         return f"Not measured: {results.missing[exchange.key]}"
     header = _BETWEEN_HOSTS if exchange.hosts > 1 else _ON_A_HOST
     rows = [row for row in results.rows if row.exchange == exchange.key]
-    lines = [_cells(row, results) for row in rows if exchange.hosts == 1 or row.contender != LIMIT]
-    lines += [
-        ("all", contender, f"not measured: {results.missing[contender]}", *("–" for _ in header[3:]))
-        for contender in exchange.contenders
-        if contender in results.missing
-    ]
-    return table(header, lines)
+    return table(header, [_cells(row, results) for row in rows if exchange.hosts == 1 or row.contender != LIMIT])
 
 
 def _cells(row: ExchangeRow, results: Results) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from all_reduce_cases import NO_COMMUNICATION, PLAIN_DDP, TORCH_HOOK, fastagg_over
 from all_reduce_rows import StepRow
 from fastagg.ddp import AllReduceState, all_reduce_hook
-from launch import keep, meet
+from launch import keep, leave, meet
 from turns import Limit, seconds
 
 _BATCH = 16  # of each rank
@@ -119,7 +119,7 @@ def main(*options: str) -> None:
         for row in measure(model, start, torch.randn(_BATCH, *shape), rounds=3 if quick else 9):
             if rank == 0:
                 keep(asdict(row))
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -10,11 +10,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from namespaces import Host
+import fastagg
+from namespaces import Host, NotAvailableError
 
 _HERE = Path(__file__).resolve().parent
 _PORT = 29500  # in a namespace of its own nobody else has it
@@ -37,6 +39,7 @@ def launch(
         rows = Path(folder) / "rows"
         meet = f"tcp://{hosts[0].address}:{_PORT}" if hosts else f"file://{folder}/store"
         common = {**os.environ, "WORLD_SIZE": str(world), "MEET": meet, "ROWS": str(rows), "OMP_NUM_THREADS": "1"}
+        common["PROCESSORS"] = str(fastagg.build_info()["processors"])  # mpirun may leave a rank but one
         command = [sys.executable, str(_HERE / program), *arguments]
         if mpirun:
             processes = [subprocess.Popen([*mpirun, "-np", str(world), *command], env=common)]
@@ -71,8 +74,6 @@ def meet() -> int:
     import torch
     import torch.distributed as dist
 
-    import fastagg
-
     torch.set_num_threads(1)
     fastagg.set_num_threads(1)
     rank = int(os.environ["RANK"] if "RANK" in os.environ else os.environ["OMPI_COMM_WORLD_RANK"])
@@ -81,21 +82,32 @@ def meet() -> int:
     return rank
 
 
+def leave() -> None:
+    """Leaves the group, once Gloo's threads have let go of the last tensors: at exit they could no longer."""
+    import torch.distributed as dist
+
+    dist.barrier()
+    time.sleep(0.2)
+    dist.destroy_process_group()
+
+
 def keep(row: dict[str, Any]) -> None:
     """Writes a row for `launch`; only rank 0 may."""
     with Path(os.environ["ROWS"]).open("a") as rows:
         rows.write(json.dumps(row) + "\n")
 
 
-def why_no_open_mpi() -> str:
-    """What Open MPI lacks here; empty where it can run."""
+def open_mpi() -> tuple[str, ...]:
+    """The command that starts ranks by Open MPI.
+
+    Raises:
+        NotAvailableError: it is not installed.
+    """
     if shutil.which("mpirun") is None:
-        return "mpirun is not installed"
+        raise NotAvailableError("mpirun is not installed: apt-get install openmpi-bin libopenmpi-dev")
     version = subprocess.run(["mpirun", "--version"], capture_output=True, text=True, check=False).stdout
     if "Open MPI" not in version:
-        return "mpirun is not Open MPI's"
-    return "" if importlib.util.find_spec("mpi4py") else "mpi4py is not installed"
-
-
-# Gloo's threads need the processor that mpirun would bind each rank away from.
-MPIRUN = ("mpirun", "--bind-to", "none", "--oversubscribe", "--allow-run-as-root")
+        raise NotAvailableError("mpirun is not Open MPI's")
+    if importlib.util.find_spec("mpi4py") is None:
+        raise NotAvailableError("mpi4py is not installed: pip install mpi4py")
+    return ("mpirun", "--oversubscribe", "--allow-run-as-root")
