@@ -51,7 +51,7 @@ def launch(
                     raise RuntimeError(f"{program} {' '.join(arguments)}: ended with {process.returncode}")
         finally:
             for process in processes:
-                process.kill()
+                process.terminate()  # which mpirun passes on to its ranks
                 process.wait()
         return [json.loads(line) for line in rows.read_text().splitlines()]
 
@@ -76,7 +76,7 @@ def meet() -> int:
 
     torch.set_num_threads(1)
     fastagg.set_num_threads(1)
-    rank = int(os.environ["RANK"] if "RANK" in os.environ else os.environ["OMPI_COMM_WORLD_RANK"])
+    rank = int(os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ["RANK"])
     world = int(os.environ["WORLD_SIZE"])
     dist.init_process_group("gloo", init_method=os.environ["MEET"], rank=rank, world_size=world, timeout=_TIMEOUT)
     return rank
