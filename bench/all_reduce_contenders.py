@@ -13,7 +13,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compr
 
 import fastagg
 from all_reduce_cases import GLOO, OPEN_MPI, TORCH_HOOK, fastagg_over
-from fastagg._transports import transport_of
+from fastagg._transports import channel_of
 
 Call = Callable[[], Any]
 
@@ -60,7 +60,7 @@ def _fastagg(name: str, wire: str, group: dist.ProcessGroup) -> Contender:
         "fastagg",
         wire,
         lambda x: lambda: fastagg.all_reduce(x, wire=wire, group=group),
-        lambda: transport_of(group).name,
+        lambda: channel_of(group).transport.name,
     )
 
 
