@@ -160,7 +160,7 @@ torch.manual_seed(rank)
 x = torch.randn(count)
 exact = sum(one.double() for one in gathered(x)) / world
 encoding = encoding_of("fp16", Code.FLOAT32, None, None)
-outcome = transport.all_reduce(dist.group.WORLD, Exchange(x, Code.FLOAT32, encoding, True, norm=True))
+outcome = transport.all_reduce(Exchange(x, Code.FLOAT32, encoding, True, norm=True))
 assert (x - exact).abs().max() < 2e-3
 assert all(torch.equal(x, other) for other in gathered(x))
 assert abs(outcome.squares - x.double().square().sum()) < 1e-9 * outcome.squares

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from fastagg import _core
 from fastagg._backend import RandomKey
 from fastagg._codes import ELEMENT_BYTES, Code
 from fastagg._exchange import MEANS_RANK, NO_KEY, Exchange, Outcome
+from fastagg._meeting import PrivateGroup
 from fastagg._roll_call import raise_peer_error
 
 _ROUNDS = 8
@@ -20,35 +20,37 @@ _SMALLEST_ROUND, _LARGEST_ROUND = 1 << 19, 1 << 22  # elements: small ones spend
 class BackendTransport:
     """Works in rounds, so that one round's values are encoded and decoded while others' are sent."""
 
-    def __init__(self, group: dist.ProcessGroup, reason: str) -> None:
-        self.name, self.reason = f"{dist.get_backend(group)} backend", reason
+    name = "gloo backend"
+
+    def __init__(self, group: PrivateGroup, reason: str) -> None:
+        self._group, self.reason = group, reason
         self._buffers: dict[tuple[str, int], torch.Tensor] = {}
         self._signatures: _Signatures | None = None
 
-    def all_reduce(self, group: dist.ProcessGroup, exchange: Exchange) -> Outcome:
+    def all_reduce(self, exchange: Exchange) -> Outcome:
         """See `Transport`."""
         try:
-            return self._all_reduce(group, exchange)
+            return self._all_reduce(exchange)
         except RuntimeError as error:  # what torch raises for a broken connection and for its timeout
-            raise_peer_error(group, error)
+            raise_peer_error(self._group.meeting, error)
 
-    def _all_reduce(self, group: dist.ProcessGroup, exchange: Exchange) -> Outcome:
-        rank, world = dist.get_rank(group), dist.get_world_size(group)
-        signatures = self._signatures = _Signatures(group, exchange)
-        rounds = [_Round(group, exchange, pieces) for pieces in _pieces_of_rounds(exchange, world)]
+    def _all_reduce(self, exchange: Exchange) -> Outcome:
+        rank, world = self._group.rank, self._group.world
+        signatures = self._signatures = _Signatures(self._group, exchange)
+        rounds = [_Round(self._group, exchange, pieces) for pieces in _pieces_of_rounds(exchange, world)]
         outcome = Outcome(True, exchange.wire_bytes(rank, world), 0.0)
         for index in range(len(rounds) + 2):
             if index < len(rounds):
                 rounds[index].encode(self._buffer("sent", index, rounds[index].bytes * world))
                 if index == 0:
-                    signatures.compare(group)
+                    signatures.compare()
                 rounds[index].scatter(self._buffer("received", index, rounds[index].bytes * world))
             if 0 <= index - 1 < len(rounds):
                 own = self._buffer("own", index - 1, rounds[index - 1].bytes)
                 rounds[index - 1].reduce(own, self._buffer("means", index - 1, own.numel() * world))
             if 0 <= index - 2 < len(rounds):
                 outcome = rounds[index - 2].decode(outcome)
-        return _with_all_squares(group, outcome) if exchange.norm else outcome
+        return _with_all_squares(self._group, outcome) if exchange.norm else outcome
 
     def _buffer(self, name: str, index: int, size: int) -> torch.Tensor:
         """Bytes that are used again by the third round after, and by the next call."""
@@ -61,9 +63,9 @@ class BackendTransport:
 class _Round:
     """A piece of every slice: encoded, sent to the slice's owner, added up there, sent to all, decoded."""
 
-    def __init__(self, group: dist.ProcessGroup, exchange: Exchange, pieces: list[tuple[int, int]]) -> None:
+    def __init__(self, group: PrivateGroup, exchange: Exchange, pieces: list[tuple[int, int]]) -> None:
         self._group, self._exchange, self._pieces = group, exchange, pieces
-        self._rank, self._world = dist.get_rank(group), dist.get_world_size(group)
+        self._rank, self._world = group.rank, group.world
         self.bytes = exchange.encoding.row_bytes(max(end - begin for begin, end in pieces))
         self._squares = 0.0
 
@@ -86,7 +88,7 @@ class _Round:
     def scatter(self, received: torch.Tensor) -> None:
         """Sends each row to its owner."""
         self._received = received
-        self._work = dist.all_to_all_single(received, self._sent, group=self._group, async_op=True)
+        self._work = self._group.all_to_all(received, self._sent)
 
     def reduce(self, own: torch.Tensor, means: torch.Tensor) -> None:
         """Adds up what all ranks sent for this rank's piece, and sends its mean to all."""
@@ -104,7 +106,7 @@ class _Round:
             # The means have random numbers of their own, the same whoever rounds them.
             means_key = (*key[:3], MEANS_RANK)
             self._squares = self._encode(sources, divisor, (0, 0.0, error, share, True), own, begin, end, means_key)
-        self._work = _all_gather_single(means, own, group=self._group, async_op=True)
+        self._work = self._group.all_gather(means, own)
 
     def decode(self, outcome: Outcome) -> Outcome:
         """Decodes everybody's means into the tensor."""
@@ -155,21 +157,21 @@ class _Signatures:
 
     _NAMES = "(elements, dtype code, wire code, log2 of the block, stochastic, mean)"
 
-    def __init__(self, group: dist.ProcessGroup, exchange: Exchange) -> None:
-        # The group is not kept: what its transport holds would keep it, and its threads, from ending.
+    def __init__(self, group: PrivateGroup, exchange: Exchange) -> None:
+        self._meeting = group.meeting
         wire, shift, stochastic, _ = exchange.encoding
         self._own = torch.tensor([exchange.tensor.numel(), exchange.code, wire, shift, stochastic, exchange.mean])
-        self._everyone = torch.empty(dist.get_world_size(group) * len(self._own), dtype=self._own.dtype)
-        self._work = _all_gather_single(self._everyone, self._own, group=group, async_op=True)
+        self._everyone = torch.empty(group.world * len(self._own), dtype=self._own.dtype)
+        self._work = group.all_gather(self._everyone, self._own)
 
-    def compare(self, group: dist.ProcessGroup) -> None:
+    def compare(self) -> None:
         """Raises ValueError on every rank if one was called with something else."""
         self._work.wait()
         own = tuple(self._own.tolist())
         for rank, other in enumerate(self._everyone.view(-1, len(own)).tolist()):
             if tuple(other) != own:
-                who = dist.get_global_rank(group, rank)
-                raise ValueError(f"rank {who} has {tuple(other)}, rank {dist.get_rank()} has {own}: {self._NAMES}")
+                who, here = self._meeting.names[rank], self._meeting.names[self._meeting.rank]
+                raise ValueError(f"rank {who} has {tuple(other)}, rank {here} has {own}: {self._NAMES}")
 
 
 def _pieces_of_rounds(exchange: Exchange, world: int) -> list[list[tuple[int, int]]]:
@@ -185,17 +187,13 @@ def _pieces_of_rounds(exchange: Exchange, world: int) -> list[list[tuple[int, in
     ]
 
 
-def _with_all_squares(group: dist.ProcessGroup, outcome: Outcome) -> Outcome:
+def _with_all_squares(group: PrivateGroup, outcome: Outcome) -> Outcome:
     """The sum over all slices, added up in the order of the ranks on every rank."""
     own = torch.tensor([outcome.squares], dtype=torch.float64)
-    everyone = torch.empty(dist.get_world_size(group), dtype=torch.float64)
-    _all_gather_single(everyone, own, group=group)
+    everyone = torch.empty(group.world, dtype=torch.float64)
+    group.all_gather(everyone, own).wait()
     return outcome._replace(squares=sum(everyone.tolist()))
 
 
 def _as_float64(row: torch.Tensor, count: int) -> torch.Tensor:
     return row[: count * ELEMENT_BYTES[Code.FLOAT64]].view(torch.float64)
-
-
-# torch 2.13 has renamed it.
-_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

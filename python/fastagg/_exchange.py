@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
-import torch.distributed as dist
 
 from fastagg import _core
 from fastagg._backend import RandomKey, SourceOperands
@@ -96,19 +95,10 @@ class Transport(Protocol):
     name: str
     reason: str
 
-    def all_reduce(self, group: dist.ProcessGroup, exchange: Exchange) -> Outcome:
+    def all_reduce(self, exchange: Exchange) -> Outcome:
         """Reduces one tensor in place."""
         ...
 
 
 def _padded(size: int) -> int:
     return -(-size // 8) * 8
-
-
-def timeout_of(group: dist.ProcessGroup) -> float:
-    """Seconds that the group waits for a peer."""
-    try:
-        options = group._get_backend(torch.device("cpu")).options
-        return float(options._timeout.total_seconds())
-    except (AttributeError, RuntimeError):
-        return float(dist.constants.default_pg_timeout.total_seconds())

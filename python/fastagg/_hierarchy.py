@@ -7,52 +7,47 @@ the ranks of a host share what came back.
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 
 from fastagg import _core
 from fastagg._backend_transport import BackendTransport
 from fastagg._codes import Code
 from fastagg._exchange import NO_KEY, Encoding, Exchange, Feedback, Outcome
-from fastagg._shared_memory import SharedMemoryTransport, gather, meet
+from fastagg._meeting import Meeting, PrivateGroup
+from fastagg._shared_memory import SharedMemoryTransport, meet
 
 
 class HierarchicalTransport:
     """Shared memory inside each host, the backend between hosts: a link carries each value once, encoded."""
 
-    def __init__(
-        self, inner: SharedMemoryTransport, inner_group: dist.ProcessGroup, outer_group: dist.ProcessGroup
-    ) -> None:
-        self._inner, self._inner_group, self._outer_group = inner, inner_group, outer_group
-        hosts, ranks = dist.get_world_size(outer_group), dist.get_world_size(inner_group)
-        self._outer = BackendTransport(outer_group, "one rank of each host")
-        self.name = f"shared memory, and the {self._outer.name} between hosts"
-        self.reason = f"{hosts} hosts have {ranks} ranks each"
+    name = f"shared memory, and the {BackendTransport.name} between hosts"
+
+    def __init__(self, inner: SharedMemoryTransport, inside: Meeting, outside: Meeting) -> None:
+        self._inner, self._inside = inner, inside
+        self._outer = BackendTransport(PrivateGroup(outside), "one rank of each host")
+        self.reason = f"{outside.world} hosts have {inside.world} ranks each"
 
     @classmethod
-    def meet(cls, group: dist.ProcessGroup, hosts: list[bytes]) -> HierarchicalTransport | str:
-        """Makes the groups of each host and of each slice; if one rank cannot, none does, and the reason comes back."""
-        ranks = dist.get_process_group_ranks(group)
-        by_host = [
-            [rank for rank, host in zip(ranks, hosts, strict=True) if host == one] for one in dict.fromkeys(hosts)
-        ]
+    def meet(cls, meeting: Meeting, hosts: list[bytes]) -> HierarchicalTransport | str:
+        """Connects each host and each slice; if one rank cannot, none does, and the reason comes back."""
+        by_host = [[rank for rank, host in enumerate(hosts) if host == one] for one in dict.fromkeys(hosts)]
         if len({len(members) for members in by_host}) > 1:
             return f"its hosts have different numbers of ranks: {', '.join(str(len(members)) for members in by_host)}"
-        inner_ranks = next(members for members in by_host if dist.get_rank() in members)
-        place = inner_ranks.index(dist.get_rank())
-        inner_group = _new_group(inner_ranks)
-        outer_group = _new_group([members[place] for members in by_host])
-        inner = meet(inner_group)
-        failed = isinstance(inner, str)
-        if any(int(flag[0]) for flag in gather(torch.tensor([int(failed)]), group)) or isinstance(inner, str):
-            return inner if isinstance(inner, str) else "shared memory could not be mapped on another host"
-        return cls(inner, inner_group, outer_group)
+        number, members = next((n, members) for n, members in enumerate(by_host) if meeting.rank in members)
+        place = members.index(meeting.rank)
+        inside = meeting.part(f"host {number}", members)
+        outside = meeting.part(f"slice {place}", [others[place] for others in by_host])
+        inner = meet(inside)
+        problems = [one.decode() for one in meeting.gather(inner.encode() if isinstance(inner, str) else b"") if one]
+        if problems or isinstance(inner, str):
+            return problems[0]
+        return cls(inner, inside, outside)
 
-    def all_reduce(self, group: dist.ProcessGroup, exchange: Exchange) -> Outcome:
+    def all_reduce(self, exchange: Exchange) -> Outcome:
         """See `Transport`."""
         whole, lossless = _widened(exchange)
         inside = Exchange(whole, lossless.wire, lossless, exchange.mean)
         bytes_added_up = self._inner.reduce_scatter(inside).wire_bytes
-        between = self._outer.all_reduce(self._outer_group, self._slice_of(exchange, whole, lossless.wire))
+        between = self._outer.all_reduce(self._slice_of(exchange, whole, lossless.wire))
         shared = self._inner.all_gather(inside._replace(factor=exchange.factor, norm=exchange.norm))
         if whole is not exchange.tensor:
             exchange.tensor.copy_(whole)
@@ -60,8 +55,7 @@ class HierarchicalTransport:
 
     def _slice_of(self, exchange: Exchange, whole: torch.Tensor, code: Code) -> Exchange:
         """The exchange of this rank's slice with the other hosts' ranks."""
-        rank, ranks = dist.get_rank(self._inner_group), dist.get_world_size(self._inner_group)
-        begin, end = _core.SharedMemoryGroup.slice_of(whole.numel(), rank, ranks)
+        begin, end = _core.SharedMemoryGroup.slice_of(whole.numel(), self._inside.rank, self._inside.world)
         feedback = exchange.feedback
         if feedback is not None:
             feedback.error.zero_()  # the other slices' errors are others'
@@ -75,8 +69,3 @@ def _widened(exchange: Exchange) -> tuple[torch.Tensor, Encoding]:
     wide = Code.FLOAT64 if exchange.encoding.wire == Code.FLOAT64 else Code.FLOAT32
     dtype = torch.float64 if wide == Code.FLOAT64 else torch.float32
     return exchange.tensor.to(dtype), Encoding(wide, 8, False, NO_KEY)
-
-
-def _new_group(ranks: list[int]) -> dist.ProcessGroup:
-    group: dist.ProcessGroup = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
-    return group

@@ -7,11 +7,9 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-
 from fastagg import _core
-from fastagg._exchange import Exchange, Outcome, timeout_of
+from fastagg._exchange import Exchange, Outcome
+from fastagg._meeting import Meeting
 
 Slice = tuple[int, int]
 
@@ -25,7 +23,7 @@ class SharedMemoryTransport:
     def __init__(self, memory: _core.SharedMemoryGroup, timeout: float) -> None:
         self._memory, self._timeout = memory, timeout
 
-    def all_reduce(self, group: dist.ProcessGroup, exchange: Exchange) -> Outcome:
+    def all_reduce(self, exchange: Exchange) -> Outcome:
         """See `Transport`."""
         return self._run(self._memory.all_reduce, exchange)
 
@@ -59,37 +57,28 @@ def host_of_this_process() -> bytes:
     return hashlib.sha256("\n".join(facts).encode()).digest()
 
 
-def meet(group: dist.ProcessGroup) -> SharedMemoryTransport | str:
-    """Maps one segment on all ranks of a group on one host; if one cannot, none does, and the reason is returned."""
-    rank = dist.get_rank(group)
-    processes = [int(process[0]) for process in gather(torch.tensor([os.getpid()]), group)]
-    names = [dist.get_global_rank(group, peer) for peer in range(len(processes))]
+def meet(meeting: Meeting) -> SharedMemoryTransport | str:
+    """Maps one segment on all ranks of one host; if one cannot, none does, and the reason is returned."""
+    processes = [int(process) for process in meeting.gather(str(os.getpid()).encode())]
     memory, problem, descriptor = None, "", -1
     try:
-        if rank == 0:
-            memory = _core.SharedMemoryGroup(processes, names, rank)
+        if meeting.rank == 0:
+            memory = _core.SharedMemoryGroup(processes, meeting.names, 0)
             descriptor = memory.descriptor()
     except OSError as error:
         problem = str(error)
-    descriptor = int(gather(torch.tensor([descriptor]), group)[0][0])
+    descriptor = int(meeting.gather(str(descriptor).encode())[0])
     try:
-        if rank != 0 and descriptor >= 0:
-            memory = _core.SharedMemoryGroup.attach(processes, names, rank, processes[0], descriptor)
+        if meeting.rank != 0 and descriptor >= 0:
+            memory = _core.SharedMemoryGroup.attach(processes, meeting.names, meeting.rank, processes[0], descriptor)
     except OSError as error:
         problem = str(error)
-    met = all(int(flag[0]) for flag in gather(torch.tensor([int(memory is not None)]), group))
+    problems = [one.decode() for one in meeting.gather(problem.encode()) if one]
     if memory is not None:
         memory.close_descriptor()
-    if not met or memory is None:
-        return f"shared memory could not be mapped on every rank {problem}".rstrip()
-    return SharedMemoryTransport(memory, timeout_of(group))
-
-
-def gather(own: torch.Tensor, group: dist.ProcessGroup) -> list[list[int]]:
-    """Every rank's small tensor."""
-    everyone = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(everyone, own, group=group)
-    return [one.tolist() for one in everyone]
+    if problems or memory is None:
+        return f"shared memory could not be mapped on every rank: {', '.join(problems)}"
+    return SharedMemoryTransport(memory, meeting.timeout)
 
 
 def _read(path: str) -> str:

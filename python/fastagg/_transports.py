@@ -10,14 +10,14 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
-import torch
 import torch.distributed as dist
 
 from fastagg._backend_transport import BackendTransport
 from fastagg._build import TRANSPORT_VARIABLE
 from fastagg._exchange import Transport
 from fastagg._hierarchy import HierarchicalTransport
-from fastagg._shared_memory import gather, host_of_this_process, meet
+from fastagg._meeting import Meeting, PrivateGroup
+from fastagg._shared_memory import host_of_this_process, meet
 
 _log = logging.getLogger("fastagg")
 
@@ -72,16 +72,21 @@ def channel_of(group: dist.ProcessGroup) -> Channel:
 
 
 def _choose(group: dist.ProcessGroup) -> Transport:
+    meeting = Meeting.of(group)
+    met = _meet_over_memory(meeting)
+    return BackendTransport(PrivateGroup(meeting), met) if isinstance(met, str) else met
+
+
+def _meet_over_memory(meeting: Meeting) -> Transport | str:
+    """A transport that shares memory, or the reason why there is none."""
     asked = os.environ.get(TRANSPORT_VARIABLE)
     if asked not in (None, "", "backend"):
         raise ValueError(f"{TRANSPORT_VARIABLE}: expected backend, or nothing, got {asked!r}")
     if asked == "backend":
-        return BackendTransport(group, f"{TRANSPORT_VARIABLE}=backend asks for it")
-    own = torch.frombuffer(bytearray(host_of_this_process()), dtype=torch.uint8)
-    hosts = [bytes(host) for host in gather(own, group)]
-    met: Transport | str = "every rank is on a host of its own"
+        return f"{TRANSPORT_VARIABLE}=backend asks for it"
+    hosts = meeting.gather(host_of_this_process())
     if len(set(hosts)) == 1:
-        met = meet(group)
-    elif len(set(hosts)) < len(hosts):
-        met = HierarchicalTransport.meet(group, hosts)
-    return BackendTransport(group, met) if isinstance(met, str) else met
+        return meet(meeting)
+    if len(set(hosts)) < len(hosts):
+        return HierarchicalTransport.meet(meeting, hosts)
+    return "every rank is on a host of its own"

@@ -86,7 +86,7 @@ def all_reduce(
         for index, (tensor, code) in enumerate(tensors):
             words = (key[0], key[1], key[2] + index, dist.get_rank(group)) if key else None
             exchange = Exchange(tensor, code, encoding_of(wire, code, block, words), op == "mean")
-            reduce_tensor(transport, group, exchange)
+            reduce_tensor(transport, exchange)
 
     if async_op:
         return Work(line.submit(reduce_all))
@@ -100,11 +100,11 @@ def encoding_of(wire: str, code: Code, block: int | None, key: RandomKey | None)
     return Encoding(travels, block_shift(check_block(wire, block)), key is not None, key or NO_KEY)
 
 
-def reduce_tensor(transport: Transport, group: dist.ProcessGroup, exchange: Exchange) -> Outcome:
+def reduce_tensor(transport: Transport, exchange: Exchange) -> Outcome:
     """Reduces a tensor in place, by way of a contiguous copy where it is not contiguous."""
     tensor = exchange.tensor.detach()
     whole = tensor.contiguous()
-    outcome = transport.all_reduce(group, exchange._replace(tensor=whole.view(-1)))
+    outcome = transport.all_reduce(exchange._replace(tensor=whole.view(-1)))
     if whole.data_ptr() != tensor.data_ptr():
         tensor.copy_(whole)
     return outcome

@@ -47,7 +47,7 @@ def all_reduce_hook(
 
     def reduce() -> None:
         try:
-            state.end_bucket(transport.all_reduce(group, exchange), is_last=bucket.is_last())
+            state.end_bucket(transport.all_reduce(exchange), is_last=bucket.is_last())
             future.set_result(gradients)
         except Exception as error:  # the future carries it to whoever waits
             future.set_exception(error)  # type: ignore[arg-type]

@@ -1,0 +1,78 @@
+"""Where the ranks of a group agree on how to exchange: a few bytes through the group's store, whatever its backend."""
+
+from __future__ import annotations
+
+import datetime
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+
+from fastagg._errors import PeerError
+
+
+class Meeting:
+    """Ranks who all do the same here in the same order."""
+
+    def __init__(self, store: Any, names: list[int], rank: int, timeout: float) -> None:
+        self.store, self.names, self.rank, self.timeout = store, names, rank, timeout
+        self._gathered = 0
+
+    @classmethod
+    def of(cls, group: dist.ProcessGroup) -> Meeting:
+        """The ranks of a group, named as the world names them."""
+        store = PrefixStore("fastagg", dist.distributed_c10d._get_process_group_store(group))
+        return cls(store, dist.get_process_group_ranks(group), dist.get_rank(group), _timeout_of(group))
+
+    @property
+    def world(self) -> int:
+        """How many they are."""
+        return len(self.names)
+
+    def gather(self, own: bytes) -> list[bytes]:
+        """What every rank has brought.
+
+        Raises:
+            PeerError: a rank did not come within the timeout.
+        """
+        self._gathered += 1
+        keys = [f"{self._gathered}/{rank}" for rank in range(self.world)]
+        self.store.set(keys[self.rank], own.hex())
+        try:
+            self.store.wait(keys, datetime.timedelta(seconds=self.timeout))
+        except RuntimeError as error:
+            name = next((name for name, key in zip(self.names, keys, strict=True) if not self.store.check([key])), -1)
+            raise PeerError(name, f"rank {name} did not meet the others: {error}") from error
+        return [bytes.fromhex(self.store.get(key).decode()) for key in keys]
+
+    def part(self, label: str, ranks: list[int]) -> Meeting:
+        """Some of the ranks, this one among them."""
+        store = PrefixStore(label, self.store)
+        return Meeting(store, [self.names[rank] for rank in ranks], ranks.index(self.rank), self.timeout)
+
+
+class PrivateGroup:
+    """A Gloo group of our own: what DDP and users do over theirs meanwhile cannot come between its exchanges."""
+
+    def __init__(self, meeting: Meeting) -> None:
+        self.meeting, self.rank, self.world = meeting, meeting.rank, meeting.world
+        timeout = datetime.timedelta(seconds=meeting.timeout)
+        self._gloo: Any = dist.ProcessGroupGloo(PrefixStore("gloo", meeting.store), self.rank, self.world, timeout)
+
+    def all_to_all(self, received: torch.Tensor, sent: torch.Tensor) -> Any:
+        """Sends one of `world` equal parts to each rank; returns torch's Work."""
+        return self._gloo.alltoall_base(received, sent, [], [])
+
+    def all_gather(self, everyone: torch.Tensor, own: torch.Tensor) -> Any:
+        """Copies each rank's tensor to all ranks; returns torch's Work."""
+        return self._gloo._allgather_base(everyone, own)
+
+
+def _timeout_of(group: dist.ProcessGroup) -> float:
+    """Seconds that the group waits for a peer."""
+    try:
+        options = group._get_backend(torch.device("cpu")).options
+        return float(options._timeout.total_seconds())
+    except (AttributeError, RuntimeError):
+        return float(dist.constants.default_pg_timeout.total_seconds())
