@@ -52,6 +52,12 @@ def test_info_shows_versions_and_instruction_sets():
     assert fastagg.build_info()["isa"] in result.output
 
 
+def test_info_tells_how_ranks_of_this_host_would_exchange(monkeypatch):
+    assert "shared memory" in invoke("info").output
+    monkeypatch.setenv("FASTAGG_TRANSPORT", "backend")
+    assert "FASTAGG_TRANSPORT asks for it" in invoke("info").output
+
+
 def test_info_names_the_command_for_what_is_missing(monkeypatch):
     missing = _extras.Extra("flower", "Flower strategies", ("no_such_module",))
     monkeypatch.setitem(_extras.EXTRAS, "flower", missing)

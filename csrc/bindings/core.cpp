@@ -31,6 +31,14 @@ bool cast(const py::tuple& described) {
   return cpu::cast(operands);
 }
 
+std::pair<bool, double> reduce(const py::tuple& described, bool norm) {
+  const RangeReduction range(described);
+  const py::gil_scoped_release release;
+  double squares = 0;
+  const bool finite = cpu::reduce(range.get(), range.begin(), range.end(), norm ? &squares : nullptr);
+  return {finite, squares};
+}
+
 uint64_t stream_probe(const std::vector<uint64_t>& sources, int64_t source_bytes, uintptr_t out, int64_t out_bytes,
                       int64_t chunk_bytes) {
   if (source_bytes < 0 || out_bytes < 0 || chunk_bytes <= 0 || chunk_bytes % 64 != 0)
@@ -95,11 +103,14 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
 #endif
   m.attr("MINIMUM_BLOCK") = 1 << kMinimumBlockShift;
   m.attr("MAXIMUM_BLOCK") = 1 << kMaximumBlockShift;
+  m.attr("PASS") = kChunk;  // elements at whose multiples `reduce` may begin
 
   m.def("weighted_sum", &bindings::weighted_sum, py::arg("leaves"),
         "Weighted sums or maxima of leaves, in place; returns the indices of leaves with non-finite sums.");
   m.def("cast", &bindings::cast, py::arg("operands"),
         "Decodes a source and encodes it as another code; returns whether nothing became infinite or NaN.");
+  m.def("reduce", &bindings::reduce, py::arg("operands"), py::arg("norm"),
+        "Adds up encoded arrays, divides and encodes; returns whether the result is finite, and its sum of squares.");
   m.def("numpy_addresses", &bindings::numpy_addresses, py::arg("arrays"),
         "Addresses of the leading NumPy arrays that share the first one's dtype, shape and C layout.");
   m.def(

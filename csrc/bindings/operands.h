@@ -33,6 +33,54 @@ inline Cast cast_of(const py::tuple& described) {
           described[8].cast<float>()};
 }
 
+/// [(begin, place), ...]
+inline std::vector<Stretch> stretches_of(py::handle described) {
+  std::vector<Stretch> stretches;
+  for (py::handle item : py::reinterpret_borrow<py::sequence>(described)) {
+    const auto [begin, place] = item.cast<std::pair<int64_t, int64_t>>();
+    stretches.push_back({begin, place});
+  }
+  return stretches;
+}
+
+/// A reduction of the elements [begin, end) of larger arrays, with the storage that it points into. `described`:
+/// (sources, divisor, residual, residual factor, error, error factor, raise, result as for `cast_of`, begin,
+/// stretches), the addresses those of element `begin`.
+class RangeReduction {
+ public:
+  explicit RangeReduction(const py::tuple& described) : begin_(described[8].cast<int64_t>()) {
+    for (py::handle source : py::reinterpret_borrow<py::list>(described[0])) sources_.push_back(source_of(source));
+    for (Source& source : sources_) {
+      source.companion = shifted(source.companion, Code::float32, begin_ >> source.block_shift);
+      source.data = shifted(source.data, source.code, begin_);
+    }
+    const auto floats = [&](py::handle address) { return shifted(pointer<float>(address), Code::float32, begin_); };
+    Cast result = cast_of(py::reinterpret_borrow<py::tuple>(described[7]));
+    end_ = begin_ + result.count;
+    result.out = shifted(result.out, result.code, begin_);
+    result.scales = shifted(result.scales, Code::float32, begin_ >> result.block_shift);
+    stretches_ = stretches_of(described[9]);
+    result.stretches = stretches_.data();
+    result.stretch_count = static_cast<int64_t>(stretches_.size());
+    reduction_ = {sources_.data(),
+                  static_cast<int32_t>(sources_.size()),
+                  described[1].cast<float>(),
+                  {floats(described[2]), described[3].cast<float>(), floats(described[4]), described[5].cast<float>(),
+                   described[6].cast<bool>()},
+                  result};
+  }
+
+  const Reduction& get() const { return reduction_; }
+  int64_t begin() const { return begin_; }
+  int64_t end() const { return end_; }
+
+ private:
+  int64_t begin_, end_;
+  std::vector<Source> sources_;
+  std::vector<Stretch> stretches_;
+  Reduction reduction_;
+};
+
 /// Leaves with the storage that they point into.
 class Leaves {
  public:

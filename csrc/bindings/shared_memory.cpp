@@ -16,6 +16,28 @@ using comm::SharedMemory;
   throw py::error_already_set();
 }
 
+/// (data, code, count, wire, block_shift, stochastic, (seed, step, tensor, rank), mean, factor, residual,
+/// residual_factor, error, norm, stretches); the last are stored beside it.
+comm::Exchange exchange_of(const py::tuple& described, std::vector<Stretch>& stretches) {
+  stretches = stretches_of(described[13]);
+  const auto [seed, step, tensor, rank] = described[6].cast<std::tuple<uint64_t, uint32_t, uint32_t, uint32_t>>();
+  return {pointer(described[0]),
+          static_cast<Code>(described[1].cast<int>()),
+          described[2].cast<int64_t>(),
+          static_cast<Code>(described[3].cast<int>()),
+          described[4].cast<uint8_t>(),
+          described[5].cast<bool>() ? Rounding::stochastic : Rounding::nearest,
+          {seed, step, tensor, rank},
+          stretches.data(),
+          static_cast<int64_t>(stretches.size()),
+          described[7].cast<bool>(),
+          described[8].cast<float>(),
+          pointer<float>(described[9]),
+          described[10].cast<float>(),
+          pointer<float>(described[11]),
+          described[12].cast<bool>()};
+}
+
 std::shared_ptr<comm::Segment> share(comm::Segment segment) {
   return std::make_shared<comm::Segment>(std::move(segment));
 }
@@ -27,23 +49,17 @@ class SharedMemoryGroup {
                     const std::vector<int>& names, int rank)
       : transport_(std::move(segment), processes, names, rank) {}
 
-  std::pair<bool, int64_t> all_reduce(uintptr_t data, int code, int64_t count, int wire, int block_shift,
-                                      bool stochastic, const std::tuple<uint64_t, uint32_t, uint32_t, uint32_t>& key,
-                                      bool mean, double timeout) {
-    const auto [seed, step, tensor, rank] = key;
-    const comm::AllReduce operation{reinterpret_cast<void*>(data),
-                                    static_cast<Code>(code),
-                                    count,
-                                    static_cast<Code>(wire),
-                                    static_cast<uint8_t>(block_shift),
-                                    stochastic ? Rounding::stochastic : Rounding::nearest,
-                                    {seed, step, tensor, rank},
-                                    mean};
+  using Phase = comm::Outcome (SharedMemory::*)(const comm::Exchange&, std::chrono::nanoseconds);
+
+  template <Phase phase>
+  std::tuple<bool, int64_t, double> exchange(const py::tuple& described, double timeout) {
+    std::vector<Stretch> stretches;
+    const comm::Exchange exchange = exchange_of(described, stretches);
     const auto wait = std::chrono::nanoseconds(static_cast<int64_t>(timeout * 1e9));
     try {
       const py::gil_scoped_release release;
-      const comm::Outcome outcome = transport_.all_reduce(operation, wait);
-      return {outcome.finite, outcome.wire_bytes};
+      const comm::Outcome outcome = (transport_.*phase)(exchange, wait);
+      return {outcome.finite, outcome.wire_bytes, outcome.squares};
     } catch (const comm::PeerLost& lost) {
       raise_peer_error(lost);
     } catch (const comm::Mismatch& mismatch) {
@@ -79,10 +95,21 @@ void define_shared_memory(py::module_& m) {
           "Attaches to the segment that another process has created.")
       .def("descriptor", &SharedMemoryGroup::descriptor, "The segment's descriptor, or -1.")
       .def("close_descriptor", &SharedMemoryGroup::close_descriptor, "For when all have attached.")
-      .def("all_reduce", &SharedMemoryGroup::all_reduce, py::arg("data"), py::arg("code"), py::arg("count"),
-           py::arg("wire"), py::arg("block_shift"), py::arg("stochastic"), py::arg("key"), py::arg("mean"),
+      .def("all_reduce", &SharedMemoryGroup::exchange<&SharedMemory::all_reduce>, py::arg("operands"),
            py::arg("timeout"),
-           "Sums or averages in place; returns whether the result is finite, and the bytes handed to others.");
+           "Sums or averages in place; returns whether the result is finite, the bytes handed to others, and the sum "
+           "of its squares.")
+      .def("reduce_scatter", &SharedMemoryGroup::exchange<&SharedMemory::reduce_scatter>, py::arg("operands"),
+           py::arg("timeout"), "The same for this rank's slice alone.")
+      .def("all_gather", &SharedMemoryGroup::exchange<&SharedMemory::all_gather>, py::arg("operands"),
+           py::arg("timeout"), "Copies each rank's slice to all ranks.")
+      .def_static(
+          "slice_of",
+          [](int64_t count, int rank, int ranks) {
+            const comm::Slice slice = comm::slice_of(count, rank, ranks);
+            return std::pair(slice.begin, slice.end);
+          },
+          py::arg("count"), py::arg("rank"), py::arg("ranks"), "The elements that a rank owns: [begin, end).");
 }
 
 }  // namespace fastagg::bindings

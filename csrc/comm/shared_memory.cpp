@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cmath>
 #include <string>
 #include <thread>
 
@@ -15,9 +16,6 @@ namespace fastagg::comm {
 namespace {
 
 constexpr int64_t kLine = 64;
-constexpr int64_t kSlotBytes = kChunkElements * static_cast<int64_t>(sizeof(double));
-constexpr int64_t kScaleBytes = (kChunkElements >> kMinimumBlockShift) * static_cast<int64_t>(sizeof(float));
-constexpr int64_t kSlotStride = kSlotBytes + kScaleBytes;
 /// From this size on a result is stored around the caches.
 constexpr int64_t kStreamBytes = 4 << 20;
 
@@ -35,7 +33,8 @@ inline void relax() {
 /// What must be equal on all ranks.
 struct Signature {
   int64_t count;
-  int32_t code, wire, block_shift, rounding, mean;
+  int32_t code, wire, block_shift, rounding, mean, norm, phases;
+  float factor;
 
   bool operator==(const Signature& other) const { return memcmp(this, &other, sizeof other) == 0; }
   std::string describe() const {
@@ -44,43 +43,47 @@ struct Signature {
   }
 };
 
-Signature signature_of(const AllReduce& operation) {
+Signature signature_of(const Exchange& exchange, int32_t phases) {
   Signature signature;
   memset(&signature, 0, sizeof signature);  // padding is compared too
-  signature.count = operation.count;
-  signature.code = static_cast<int32_t>(operation.code);
-  signature.wire = static_cast<int32_t>(operation.wire);
-  signature.block_shift = operation.block_shift;
-  signature.rounding = static_cast<int32_t>(operation.rounding);
-  signature.mean = operation.mean ? 1 : 0;
+  signature.count = exchange.count;
+  signature.code = static_cast<int32_t>(exchange.code);
+  signature.wire = static_cast<int32_t>(exchange.wire);
+  signature.block_shift = exchange.block_shift;
+  signature.rounding = static_cast<int32_t>(exchange.rounding);
+  signature.mean = exchange.mean ? 1 : 0;
+  signature.norm = exchange.norm ? 1 : 0;
+  signature.phases = phases;
+  signature.factor = exchange.factor;
   return signature;
 }
 
 /// The power of two that keeps a mean's terms inside float16: the sum of all ranks' largest values is their size.
-float publish_factor(const AllReduce& operation, int ranks) {
-  if (operation.wire != Code::float16 || !operation.mean) return 1;
+float encoded_factor(const Exchange& exchange, int ranks) {
+  if (exchange.wire != Code::float16 || !exchange.mean) return 1;
   float factor = 1;
   while (factor * static_cast<float>(ranks) > 1) factor /= 2;
   return factor;
 }
 
-/// Where an array of codes would begin whose element `begin` lies at `data`.
-template <class T>
-T* shifted(T* data, Code code, int64_t begin) {
-  return reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(data) - static_cast<uintptr_t>(encoded_bytes(code, begin)));
+int64_t bytes_of(const Exchange& exchange, int64_t elements) {
+  const int64_t blocks = has_scales(exchange.wire) && elements > 0 ? ((elements - 1) >> exchange.block_shift) + 1 : 0;
+  return encoded_bytes(exchange.wire, elements) + 4 * blocks;
 }
 
-float* shifted_scales(float* scales, int block_shift, int64_t begin) {
-  return shifted(scales, Code::float32, begin >> block_shift);
-}
-
-/// The share of a chunk that a rank reduces: whole passes of `cast`.
-int64_t share_begin(int64_t count, int rank, int ranks) {
-  const int64_t passes = (count + kChunk - 1) / kChunk;
-  return std::min(passes * rank / ranks * kChunk, count);
+/// Elements of a slot: at least one pass of `cast` for every rank's piece.
+int64_t slot_elements(int ranks) { return std::max(kChunkElements / ranks / kChunk, int64_t{1}) * kChunk * ranks; }
+int64_t slot_codes_bytes(int ranks) { return slot_elements(ranks) * static_cast<int64_t>(sizeof(double)); }
+int64_t slot_stride(int ranks) {
+  return slot_codes_bytes(ranks) + (slot_elements(ranks) >> kMinimumBlockShift) * static_cast<int64_t>(sizeof(float));
 }
 
 }  // namespace
+
+Slice slice_of(int64_t count, int rank, int ranks) {
+  const int64_t passes = (count + kChunk - 1) / kChunk, largest = (passes + ranks - 1) / ranks * kChunk;
+  return {std::min(rank * largest, count), std::min((rank + 1) * largest, count)};
+}
 
 /// A rank's flags; nobody else writes them, but `lost`, which the first to notice sets for all.
 struct alignas(2 * kLine) SharedMemory::Member {
@@ -88,181 +91,301 @@ struct alignas(2 * kLine) SharedMemory::Member {
   std::atomic<int32_t> waits_for, lost;  // a rank + 1; 0: none
   std::atomic<uint32_t> beats;           // of a rank that waits: it lives
   Signature signatures[2];               // of even and of odd calls: a fast rank may be one call ahead
+  double squares[2];                     // of what this rank has reduced, likewise
 };
 static_assert(std::atomic<uint64_t>::is_always_lock_free, "counters are shared between processes");
 
-struct SharedMemory::Slot {
+/// What a chunk has of one slice, and where it lies encoded: element i is the i-th of `codes`.
+struct SharedMemory::Piece {
+  int64_t begin, end;
   void* codes;
   float* scales;
 };
 
 size_t SharedMemory::bytes(int ranks) {
-  return ranks * sizeof(Member) + static_cast<size_t>((2 * ranks + 2) * kSlotStride);
+  return ranks * sizeof(Member) + static_cast<size_t>((2 * ranks + 2) * slot_stride(ranks));
 }
 
 SharedMemory::SharedMemory(std::shared_ptr<Segment> segment, const std::vector<pid_t>& processes,
                            std::vector<int> names, int rank)
     : segment_(std::move(segment)),
       peers_(processes, std::move(names), rank),
-      sums_(kChunkElements),
-      ones_(processes.size(), 1.0) {}
+      piece_elements_(slot_elements(peers_.size()) / peers_.size()),
+      sources_(processes.size()) {}
 
 SharedMemory::Member& SharedMemory::member(int rank) const { return reinterpret_cast<Member*>(segment_->data())[rank]; }
 
-SharedMemory::Slot SharedMemory::slot(int rank, uint64_t chunk) const {
-  const int64_t index = 2 * static_cast<int64_t>(rank) + static_cast<int64_t>(chunk & 1);
-  char* codes = segment_->data() + peers_.size() * sizeof(Member) + index * kSlotStride;
-  return {codes, reinterpret_cast<float*>(codes + kSlotBytes)};
+SharedMemory::Piece SharedMemory::piece_of(const Exchange& exchange, int owner, int64_t chunk, int slot) const {
+  const int ranks = peers_.size();
+  const Slice slice = slice_of(exchange.count, owner, ranks);
+  const int64_t begin = std::min(slice.begin + chunk * piece_elements_, slice.end);
+  const int64_t index = 2 * int64_t{slot} + static_cast<int64_t>((exchanged_ + chunk) & 1);
+  const int64_t place = owner * piece_elements_;
+  char* codes = segment_->data() + ranks * sizeof(Member) + index * slot_stride(ranks);
+  float* scales = reinterpret_cast<float*>(codes + slot_codes_bytes(ranks));
+  return {begin, std::min(begin + piece_elements_, slice.end),
+          shifted(codes + encoded_bytes(exchange.wire, place), exchange.wire, begin),
+          shifted(scales + (place >> exchange.block_shift), Code::float32, begin >> exchange.block_shift)};
 }
 
-SharedMemory::Slot SharedMemory::means(uint64_t chunk) const { return slot(peers_.size(), chunk); }
+int64_t SharedMemory::chunks_of(const Exchange& exchange) const {
+  const int64_t largest = slice_of(exchange.count, 0, peers_.size()).end;
+  return std::max<int64_t>((largest + piece_elements_ - 1) / piece_elements_, 1);
+}
 
-Outcome SharedMemory::all_reduce(const AllReduce& operation, std::chrono::nanoseconds timeout) {
+Outcome SharedMemory::all_reduce(const Exchange& exchange, std::chrono::nanoseconds timeout) {
   const FloatEnvironment environment;
-  deadline_ = Clock::now() + timeout;
-  if (const int lost = member(peers_.rank()).lost; lost != 0) give_up(lost - 1, "was lost before");
-  const bool alone = operation.count <= kOneShotElements;
-  const auto begin_of = [&](int64_t index) { return std::min(index * kChunkElements, operation.count); };
-  const int64_t chunks = std::max<int64_t>((operation.count + kChunkElements - 1) / kChunkElements, 1);
-  announce(operation);
-  publish(operation, 0, begin_of(1), chunks_);
-  compare(operation);
-  Outcome outcome{true, 0};
-  for (int64_t index = 0; index < chunks; ++index, ++chunks_) {
-    const int64_t begin = begin_of(index), end = begin_of(index + 1);
-    if (index + 1 < chunks) publish(operation, end, begin_of(index + 2), chunks_ + 1);
-    wait_for_all(&Member::published, chunks_ + 1);
-    outcome.wire_bytes += handed_bytes(operation, end - begin, alone);
-    if (alone) {
-      outcome.finite &= reduce_alone(operation, chunks_);
-    } else {
-      reduce(operation, begin, end, chunks_);
-      wait_for_all(&Member::reduced, chunks_ + 1);
-      outcome.finite &= gather(operation, begin, end, chunks_);
-    }
+  if (exchange.count <= kOneShotElements) return one_shot(exchange, timeout);
+  begin(exchange, Phases::all_reduce, timeout);
+  bool finite = true;
+  const int64_t chunks = chunks_of(exchange);
+  publish(exchange, 0);
+  compare(exchange, Phases::all_reduce);
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    if (chunk + 1 < chunks) publish(exchange, chunk + 1);
+    reduce_to_means(exchange, chunk);
+    finite &= gather(exchange, chunk);
   }
-  stream_fence();
-  return outcome;
+  exchanged_ += chunks;
+  return end(exchange, finite, Phases::all_reduce);
 }
 
-void SharedMemory::announce(const AllReduce& operation) {
-  member(peers_.rank()).signatures[calls_++ & 1] = signature_of(operation);
+Outcome SharedMemory::one_shot(const Exchange& exchange, std::chrono::nanoseconds timeout) {
+  begin(exchange, Phases::one_shot, timeout);
+  publish(exchange, 0);
+  compare(exchange, Phases::one_shot);
+  bool finite = true;
+  for (int owner = 0; owner < peers_.size(); ++owner) finite &= reduce_in_place(exchange, 0, owner);
+  finish(0, {&Member::reduced, &Member::gathered});
+  exchanged_ += 1;
+  return end(exchange, finite, Phases::one_shot);
 }
 
-void SharedMemory::compare(const AllReduce& operation) {
-  wait_for_all(&Member::published, chunks_ + 1);
-  const Signature own = signature_of(operation);
+Outcome SharedMemory::reduce_scatter(const Exchange& exchange, std::chrono::nanoseconds timeout) {
+  const FloatEnvironment environment;
+  begin(exchange, Phases::reduce_scatter, timeout);
+  bool finite = true;
+  const int64_t chunks = chunks_of(exchange);
+  publish(exchange, 0);
+  compare(exchange, Phases::reduce_scatter);
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    if (chunk + 1 < chunks) publish(exchange, chunk + 1);
+    wait_for_all(&Member::published, chunk + 1);
+    finite &= reduce_in_place(exchange, chunk, peers_.rank());
+    finish(chunk, {&Member::reduced, &Member::gathered});
+  }
+  exchanged_ += chunks;
+  return end(exchange, finite, Phases::reduce_scatter);
+}
+
+Outcome SharedMemory::all_gather(const Exchange& exchange, std::chrono::nanoseconds timeout) {
+  const FloatEnvironment environment;
+  begin(exchange, Phases::all_gather, timeout);
+  bool finite = true;
+  const int64_t chunks = chunks_of(exchange);
+  publish_slice(exchange, 0);
+  compare(exchange, Phases::all_gather);
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    if (chunk + 1 < chunks) publish_slice(exchange, chunk + 1);
+    finite &= gather(exchange, chunk);
+  }
+  exchanged_ += chunks;
+  return end(exchange, finite, Phases::all_gather);
+}
+
+void SharedMemory::begin(const Exchange& exchange, Phases phases, std::chrono::nanoseconds timeout) {
+  deadline_ = Clock::now() + timeout;
+  Member& own = member(peers_.rank());
+  if (const int lost = own.lost; lost != 0) give_up(lost - 1, "was lost before");
+  own.signatures[calls_ & 1] = signature_of(exchange, static_cast<int32_t>(phases));
+  own.squares[calls_ & 1] = 0;
+  squares_ = exchange.norm ? &own.squares[calls_ & 1] : nullptr;
+}
+
+void SharedMemory::compare(const Exchange& exchange, Phases phases) {
+  wait_for_all(&Member::published, 1);
+  const Signature own = signature_of(exchange, static_cast<int32_t>(phases));
   for (int peer = 0; peer < peers_.size(); ++peer) {
-    const Signature other = member(peer).signatures[(calls_ - 1) & 1];
+    const Signature other = member(peer).signatures[calls_ & 1];
     if (other == own) continue;
-    ++chunks_;  // every rank sees a difference, and so ends here: the next call begins anew
-    member(peers_.rank()).reduced.store(chunks_, std::memory_order_release);
-    member(peers_.rank()).gathered.store(chunks_, std::memory_order_release);
+    finish(0, {&Member::reduced, &Member::gathered});
+    ++calls_, ++exchanged_;  // every rank sees a difference, and so ends here: the next call begins anew
     throw Mismatch("rank " + std::to_string(peers_.name(peer)) + " has " + other.describe() + ", rank " +
                    std::to_string(peers_.name(peers_.rank())) + " has " + own.describe());
   }
 }
 
-void SharedMemory::publish(const AllReduce& operation, int64_t begin, int64_t end, uint64_t chunk) {
-  Member& own = member(peers_.rank());
-  if (chunk >= 2) wait_for_all(&Member::reduced, chunk - 1);  // nobody reads the slot's last chunk any more
-  const Slot out = slot(peers_.rank(), chunk);
-  Cast cast{};
-  cast.source = {operation.data, nullptr, operation.code, 0};
-  cast.code = operation.wire;
-  cast.block_shift = operation.block_shift;
-  cast.rounding = operation.rounding;
-  cast.key = operation.key;
-  cast.count = operation.count;
-  cast.out = shifted(out.codes, operation.wire, begin);
-  cast.scales = shifted_scales(out.scales, operation.block_shift, begin);
-  cast.factor = publish_factor(operation, peers_.size());
-  kernels().cast(cast, begin, end, false);
-  own.published.store(chunk + 1, std::memory_order_release);
-}
-
-int64_t SharedMemory::handed_bytes(const AllReduce& operation, int64_t count, bool alone) const {
-  const auto bytes = [&](int64_t elements) {
-    const int64_t scales = has_scales(operation.wire) ? ((elements - 1) >> operation.block_shift) + 1 : 0;
-    return elements == 0 ? 0 : encoded_bytes(operation.wire, elements) + 4 * scales;
-  };
-  const int64_t others = peers_.size() - 1;
-  if (alone) return others * bytes(count);
-  const int64_t share =
-      share_begin(count, peers_.rank() + 1, peers_.size()) - share_begin(count, peers_.rank(), peers_.size());
-  return bytes(count) - bytes(share) + others * bytes(share);
-}
-
-bool SharedMemory::add_up(const AllReduce& operation, uint64_t chunk, int64_t count, int64_t begin, int64_t end,
-                          Code code, void* out) const {
-  std::vector<Source> sources;
-  for (int rank = 0; rank < peers_.size(); ++rank) {
-    const Slot in = slot(rank, chunk);
-    sources.push_back({in.codes, in.scales, operation.wire, operation.block_shift});
-  }
-  Leaf leaf{};
-  leaf.sources = sources.data();
-  leaf.weights = ones_.data();
-  leaf.clients = peers_.size();
-  leaf.fold = Fold::mean;
-  leaf.code = code;
-  leaf.divisor = (operation.mean ? peers_.size() : 1) * static_cast<double>(publish_factor(operation, peers_.size()));
-  leaf.count = count;
-  leaf.out = out;
-  return kernels().weighted_sum(leaf, begin, end, false);
-}
-
-void SharedMemory::reduce(const AllReduce& operation, int64_t begin, int64_t end, uint64_t chunk) {
-  const int64_t count = end - begin;
-  const int64_t first = share_begin(count, peers_.rank(), peers_.size());
-  const int64_t last = share_begin(count, peers_.rank() + 1, peers_.size());
-  if (chunk >= 2) wait_for_all(&Member::gathered, chunk - 1);
-  const Slot out = means(chunk);
-  if (!has_scales(operation.wire) && operation.rounding == Rounding::nearest) {
-    add_up(operation, chunk, count, first, last, operation.wire, out.codes);
+Outcome SharedMemory::end(const Exchange& exchange, bool finite, Phases phases) {
+  Outcome outcome{finite, wire_bytes(exchange, phases), 0};
+  if (phases == Phases::one_shot) {
+    outcome.squares = member(peers_.rank()).squares[calls_ & 1];  // of everything, and final
   } else {
-    add_up(operation, chunk, count, first, last, Code::float32, sums_.data());
-    Cast cast{};
-    cast.source = {shifted(sums_.data(), Code::float32, begin), nullptr, Code::float32, 0};
-    cast.code = operation.wire;
-    cast.block_shift = operation.block_shift;
-    cast.rounding = operation.rounding;
-    cast.key = operation.key;
-    cast.key.rank = UINT32_MAX;  // the means' own random numbers, the same whoever rounds them
-    cast.count = operation.count;
-    cast.out = shifted(out.codes, operation.wire, begin);
-    cast.scales = shifted_scales(out.scales, operation.block_shift, begin);
-    kernels().cast(cast, begin + first, begin + last, false);
+    for (int rank = 0; rank < peers_.size(); ++rank) outcome.squares += member(rank).squares[calls_ & 1];
+    outcome.squares *= double{exchange.factor} * exchange.factor;
   }
-  member(peers_.rank()).reduced.store(chunk + 1, std::memory_order_release);
+  ++calls_;
+  stream_fence();
+  return outcome;
 }
 
-bool SharedMemory::reduce_alone(const AllReduce& operation, uint64_t chunk) {
-  const bool finite = add_up(operation, chunk, operation.count, 0, operation.count, operation.code, operation.data);
-  Member& own = member(peers_.rank());
-  own.reduced.store(chunk + 1, std::memory_order_release);
-  own.gathered.store(chunk + 1, std::memory_order_release);
+void SharedMemory::finish(int64_t chunk, std::initializer_list<Counter> phases) {
+  for (const Counter phase : phases)
+    (member(peers_.rank()).*phase).store(exchanged_ + chunk + 1, std::memory_order_release);
+}
+
+/// Whether the owner of a slice can read its own values where they are: nothing is added to them, nothing lost.
+bool SharedMemory::reads_own_slice(const Exchange& exchange) const {
+  return exchange.code == exchange.wire && !has_scales(exchange.wire) && encoded_factor(exchange, peers_.size()) == 1 &&
+         exchange.residual == nullptr && exchange.count > kOneShotElements;
+}
+
+void SharedMemory::publish(const Exchange& exchange, int64_t chunk) {
+  wait_for_all(&Member::reduced, chunk - 1);  // nobody reads the slot's last chunk any more
+  for (int owner = 0; owner < peers_.size(); ++owner)
+    if (owner != peers_.rank() || !reads_own_slice(exchange))
+      publish_piece(exchange, piece_of(exchange, owner, chunk, peers_.rank()));
+  finish(chunk, {&Member::published});
+}
+
+void SharedMemory::publish_piece(const Exchange& exchange, const Piece& piece) {
+  const float factor = encoded_factor(exchange, peers_.size());
+  const Cast encoded = encoded_in(exchange, piece, factor, exchange.key.rank);
+  if (exchange.wire == Code::float64) {
+    const auto* data = static_cast<const double*>(exchange.data);
+    std::copy(data + piece.begin, data + piece.end, static_cast<double*>(piece.codes) + piece.begin);
+  } else if (exchange.residual != nullptr) {
+    const Feedback feedback{exchange.residual, exchange.residual_factor, exchange.error, 1 / factor, false};
+    kernels().reduce({&encoded.source, 1, 1 / factor, feedback, encoded}, piece.begin, piece.end, false, nullptr);
+  } else {
+    kernels().cast(encoded, piece.begin, piece.end, false);
+  }
+}
+
+void SharedMemory::publish_slice(const Exchange& exchange, int64_t chunk) {
+  wait_for_all(&Member::gathered, chunk - 1);
+  const Piece piece = piece_of(exchange, peers_.rank(), chunk, peers_.size());
+  const Cast encoded = encoded_in(exchange, piece, 1, UINT32_MAX);
+  if (exchange.wire == Code::float64) {
+    sources_.assign(1, encoded.source);
+    add_up_float64(encoded, piece, 1);
+  } else {
+    kernels().reduce({&encoded.source, 1, 1, {}, encoded}, piece.begin, piece.end, false, squares_);
+  }
+  finish(chunk, {&Member::published, &Member::reduced});
+}
+
+void SharedMemory::reduce_to_means(const Exchange& exchange, int64_t chunk) {
+  wait_for_all(&Member::published, chunk + 1);
+  wait_for_all(&Member::gathered, chunk - 1);
+  const Piece piece = piece_of(exchange, peers_.rank(), chunk, peers_.size());
+  // The means have random numbers of their own, the same whoever rounds them.
+  add_up(exchange, chunk, peers_.rank(), encoded_in(exchange, piece, 1, UINT32_MAX), 1, exchange.error);
+  finish(chunk, {&Member::reduced});
+}
+
+bool SharedMemory::reduce_in_place(const Exchange& exchange, int64_t chunk, int owner) {
+  Cast result{};
+  result.code = exchange.code;
+  result.rounding = Rounding::nearest;
+  result.count = exchange.count;
+  result.out = exchange.data;
+  return add_up(exchange, chunk, owner, result, exchange.factor, nullptr);
+}
+
+bool SharedMemory::add_up(const Exchange& exchange, int64_t chunk, int owner, const Cast& result, float factor,
+                          float* error) {
+  const int ranks = peers_.size();
+  sources_.resize(ranks);
+  for (int rank = 0; rank < ranks; ++rank) {
+    const Piece piece = piece_of(exchange, owner, chunk, rank);
+    sources_[rank] = {piece.codes, piece.scales, exchange.wire, exchange.block_shift};
+  }
+  if (reads_own_slice(exchange)) sources_[peers_.rank()] = {exchange.data, nullptr, exchange.code, 0};
+  const Piece piece = piece_of(exchange, owner, chunk, owner);
+  const auto share = static_cast<float>(exchange.mean ? ranks : 1);
+  if (exchange.wire == Code::float64) return add_up_float64(result, piece, double{share} / factor);
+  // What encoding a mean loses is the owner's alone to feed back: as its share of the next sum.
+  const Feedback feedback{nullptr, 0, error, share, true};
+  const float divisor = share * encoded_factor(exchange, ranks) / factor;
+  return kernels().reduce({sources_.data(), ranks, divisor, feedback, result}, piece.begin, piece.end, false, squares_);
+}
+
+bool SharedMemory::add_up_float64(const Cast& result, const Piece& piece, double divisor) {
+  auto* out = static_cast<double*>(result.out);
+  bool finite = true;
+  for (int64_t i = piece.begin; i < piece.end; ++i) {
+    double sum = 0;
+    for (const Source& source : sources_) sum += static_cast<const double*>(source.data)[i];
+    out[i] = sum / divisor;
+    finite &= std::isfinite(out[i]);
+    if (squares_ != nullptr) *squares_ += out[i] * out[i];
+  }
   return finite;
 }
 
-bool SharedMemory::gather(const AllReduce& operation, int64_t begin, int64_t end, uint64_t chunk) {
-  const Slot in = means(chunk);
+bool SharedMemory::gather(const Exchange& exchange, int64_t chunk) {
+  wait_for_all(&Member::reduced, chunk + 1);
+  bool finite = true;
+  for (int owner = 0; owner < peers_.size(); ++owner)
+    finite &= gather_piece(exchange, piece_of(exchange, owner, chunk, peers_.size()));
+  finish(chunk, {&Member::gathered});
+  return finite;
+}
+
+bool SharedMemory::gather_piece(const Exchange& exchange, const Piece& piece) const {
+  if (exchange.wire == Code::float64) {
+    const auto* means = static_cast<const double*>(piece.codes);
+    auto* out = static_cast<double*>(exchange.data);
+    bool finite = true;
+    for (int64_t i = piece.begin; i < piece.end; ++i) finite &= std::isfinite(out[i] = means[i] * exchange.factor);
+    return finite;
+  }
   Cast cast{};
-  cast.source = {shifted(in.codes, operation.wire, begin), shifted_scales(in.scales, operation.block_shift, begin),
-                 operation.wire, operation.block_shift};
-  cast.code = operation.code;
+  cast.source = {piece.codes, piece.scales, exchange.wire, exchange.block_shift};
+  cast.code = exchange.code;
   cast.rounding = Rounding::nearest;
-  cast.count = operation.count;
-  cast.out = operation.data;
-  const bool stream = encoded_bytes(operation.code, operation.count) >= kStreamBytes;
-  const bool finite = kernels().cast(cast, begin, end, stream);
-  member(peers_.rank()).gathered.store(chunk + 1, std::memory_order_release);
-  return finite;
+  cast.count = exchange.count;
+  cast.out = exchange.data;
+  cast.factor = exchange.factor;
+  const bool stream = encoded_bytes(exchange.code, exchange.count) >= kStreamBytes;
+  return kernels().cast(cast, piece.begin, piece.end, stream);
 }
 
-void SharedMemory::wait_for_all(Counter counter, uint64_t value) {
+Cast SharedMemory::encoded_in(const Exchange& exchange, const Piece& piece, float factor, uint32_t random_rank) const {
+  Cast cast{};
+  cast.source = {exchange.data, nullptr, exchange.code, 0};
+  cast.code = exchange.wire;
+  cast.block_shift = exchange.block_shift;
+  cast.rounding = exchange.rounding;
+  cast.key = exchange.key;
+  cast.key.rank = random_rank;
+  cast.count = exchange.count;
+  cast.out = piece.codes;
+  cast.scales = piece.scales;
+  cast.factor = factor;
+  cast.stretches = exchange.stretches;
+  cast.stretch_count = exchange.stretch_count;
+  return cast;
+}
+
+int64_t SharedMemory::wire_bytes(const Exchange& exchange, Phases phases) const {
+  int64_t scattered = 0, gathered = 0;
+  for (int rank = 0; rank < peers_.size(); ++rank) {
+    const Slice slice = slice_of(exchange.count, rank, peers_.size());
+    const int64_t bytes = bytes_of(exchange, slice.end - slice.begin);
+    if (rank != peers_.rank()) scattered += bytes;
+    if (rank == peers_.rank() || phases == Phases::one_shot) gathered += bytes * (peers_.size() - 1);
+  }
+  if (phases == Phases::reduce_scatter) return scattered;
+  if (phases == Phases::all_reduce) return scattered + gathered;
+  return gathered;
+}
+
+void SharedMemory::wait_for_all(Counter counter, int64_t chunks) {
+  const auto value = static_cast<int64_t>(exchanged_) + chunks;
   for (int peer = 0; peer < peers_.size(); ++peer)
-    if ((member(peer).*counter).load(std::memory_order_acquire) < value) wait_for(peer, counter, value);
+    if (static_cast<int64_t>((member(peer).*counter).load(std::memory_order_acquire)) < value)
+      wait_for(peer, counter, static_cast<uint64_t>(value));
 }
 
 void SharedMemory::wait_for(int peer, Counter counter, uint64_t value) {

@@ -1,14 +1,16 @@
 // The same-host transport: ranks exchange encoded chunks through a segment, in sizes that stay in the cache.
 //
-// A chunk passes three phases. *Publish*: every rank encodes its own values into its slot. *Reduce*: every rank adds up
-// one slice of all ranks' slots, in rank order, and stores its mean. *Gather*: every rank decodes all the slices. Two
-// slots take turns, so that ranks publish a chunk while others still read the one before. Counters tell who is how far.
+// Every rank owns one slice of the elements. A chunk is a piece of every slice, and passes three phases. *Publish*:
+// each rank encodes its own values into its slot. *Reduce*: each rank adds up the pieces of its slice from all slots,
+// in rank order, and encodes their mean. *Gather*: each rank decodes all the means. Two slots take turns, so that ranks
+// publish a chunk while others still read the one before. Counters tell who is how far.
 #pragma once
 #include <atomic>
 #include <chrono>
+#include <initializer_list>
 #include <memory>
 
-#include "core/cast.h"
+#include "core/reduce.h"
 #include "peers.h"
 #include "segment.h"
 
@@ -19,8 +21,8 @@ constexpr int64_t kChunkElements = 128 << 10;
 /// Up to so many elements every rank reduces all of them itself: one wait instead of two.
 constexpr int64_t kOneShotElements = 16 << 10;
 
-/// One all-reduce; every rank must name the same but for `data` and `rank`.
-struct AllReduce {
+/// One exchange; every rank must name the same but for `data`, the residual and the random key's rank.
+struct Exchange {
   void* data;  // in place
   Code code;   // of the data
   int64_t count;
@@ -28,13 +30,25 @@ struct AllReduce {
   uint8_t block_shift;
   Rounding rounding;
   RandomKey key;
+  const Stretch* stretches;  // as for `Cast`
+  int64_t stretch_count;
   bool mean;
+  float factor;           // multiplies the result once it is decoded: a loss scale's inverse
+  const float* residual;  // added to this rank's values, times residual_factor; null: none
+  float residual_factor;
+  float* error;  // with a residual: receives what encoding took from this rank's values and from its slice's means
+  bool norm;     // whether the sum of the result's squares is wanted
 };
 
 struct Outcome {
   bool finite;         // the result
   int64_t wire_bytes;  // encoded, scales included, that this rank handed to others
+  double squares;      // of the result, if wanted
 };
+
+/// The slice of `count` elements that a rank owns: the first slices are the largest.
+struct Slice { int64_t begin, end; };
+Slice slice_of(int64_t count, int rank, int ranks);
 
 class SharedMemory {
  public:
@@ -45,42 +59,59 @@ class SharedMemory {
 
   SharedMemory(std::shared_ptr<Segment> segment, const std::vector<pid_t>& processes, std::vector<int> names, int rank);
 
-  /// Sums or averages in place. Throws PeerLost (from then on at every call) or Mismatch.
-  Outcome all_reduce(const AllReduce& operation, std::chrono::nanoseconds timeout);
+  // All throw PeerLost (from then on at every call) or Mismatch.
+
+  /// Sums or averages in place.
+  Outcome all_reduce(const Exchange& exchange, std::chrono::nanoseconds timeout);
+  /// The same, but each rank's slice alone holds the result; the rest is left as it is.
+  Outcome reduce_scatter(const Exchange& exchange, std::chrono::nanoseconds timeout);
+  /// Copies each rank's slice to all ranks.
+  Outcome all_gather(const Exchange& exchange, std::chrono::nanoseconds timeout);
 
   Segment& segment() { return *segment_; }
 
  private:
   struct Member;
-  struct Slot;
+  struct Piece;
+  enum class Phases : int32_t { all_reduce, one_shot, reduce_scatter, all_gather };
+  using Counter = std::atomic<uint64_t> Member::*;
 
   Member& member(int rank) const;
-  Slot slot(int rank, uint64_t chunk) const;
-  Slot means(uint64_t chunk) const;
+  Piece piece_of(const Exchange& exchange, int owner, int64_t chunk, int slot) const;
+  int64_t chunks_of(const Exchange& exchange) const;
 
-  void publish(const AllReduce& operation, int64_t begin, int64_t end, uint64_t chunk);
-  void reduce(const AllReduce& operation, int64_t begin, int64_t end, uint64_t chunk);
-  bool reduce_alone(const AllReduce& operation, uint64_t chunk);
-  bool gather(const AllReduce& operation, int64_t begin, int64_t end, uint64_t chunk);
-  bool add_up(const AllReduce& operation, uint64_t chunk, int64_t count, int64_t begin, int64_t end, Code code,
-              void* out) const;
+  Outcome one_shot(const Exchange& exchange, std::chrono::nanoseconds timeout);
+  void begin(const Exchange& exchange, Phases phases, std::chrono::nanoseconds timeout);
+  void compare(const Exchange& exchange, Phases phases);
+  Outcome end(const Exchange& exchange, bool finite, Phases phases);
+  void finish(int64_t chunk, std::initializer_list<Counter> phases);
 
-  int64_t handed_bytes(const AllReduce& operation, int64_t count, bool alone) const;
-  void announce(const AllReduce& operation);
-  void compare(const AllReduce& operation);
+  bool reads_own_slice(const Exchange& exchange) const;
+  void publish(const Exchange& exchange, int64_t chunk);
+  void publish_piece(const Exchange& exchange, const Piece& piece);
+  void publish_slice(const Exchange& exchange, int64_t chunk);
+  void reduce_to_means(const Exchange& exchange, int64_t chunk);
+  bool reduce_in_place(const Exchange& exchange, int64_t chunk, int owner);
+  bool add_up(const Exchange& exchange, int64_t chunk, int owner, const Cast& result, float factor, float* error);
+  bool add_up_float64(const Cast& result, const Piece& piece, double divisor);
+  bool gather(const Exchange& exchange, int64_t chunk);
+  bool gather_piece(const Exchange& exchange, const Piece& piece) const;
+  Cast encoded_in(const Exchange& exchange, const Piece& piece, float factor, uint32_t random_rank) const;
+  int64_t wire_bytes(const Exchange& exchange, Phases phases) const;
 
-  using Counter = std::atomic<uint64_t> Member::*;
-  void wait_for_all(Counter counter, uint64_t value);
+  /// Waits until all ranks have passed a phase of this call's first `chunks` chunks.
+  void wait_for_all(Counter counter, int64_t chunks);
   void wait_for(int peer, Counter counter, uint64_t value);
   [[noreturn]] void give_up(int peer, const std::string& reason);
   int culprit(int peer) const;
 
   std::shared_ptr<Segment> segment_;
   Peers peers_;
-  std::vector<float> sums_;
-  std::vector<double> ones_;
+  int64_t piece_elements_;
+  std::vector<Source> sources_;  // of the piece that is being reduced
   Clock::time_point deadline_;
-  uint64_t calls_ = 0, chunks_ = 0;  // exchanged so far, the same on every rank
+  double* squares_ = nullptr;           // of what this rank has reduced in this call; null: not wanted
+  uint64_t calls_ = 0, exchanged_ = 0;  // calls, and their chunks, before this one: the same on every rank
 };
 
 }  // namespace fastagg::comm

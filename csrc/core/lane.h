@@ -45,6 +45,8 @@ struct Lane {
   }
 
   static FASTAGG_INLINE bool any(bool lane) { return lane; }
+  /// The sign bits, the first element's in bit 0.
+  static FASTAGG_INLINE uint32_t signs(F x) { return bit_cast<uint32_t>(x) >> 31; }
   static FASTAGG_INLINE F convert(I x) { return static_cast<float>(x); }
   static FASTAGG_INLINE void widen(F x, D (&wide)[halves]) { wide[0] = x; }
   static FASTAGG_INLINE F narrow(const D (&wide)[halves]) { return static_cast<float>(wide[0]); }

@@ -74,6 +74,9 @@ struct RandomKey {
   uint32_t rank;
 };
 
+/// Elements from `begin` on draw the random numbers from `place` on, up to where the next stretch begins.
+struct Stretch { int64_t begin, place; };
+
 /// One `cast`: decodes `source`, multiplies by `factor` and encodes it as `code`.
 struct Cast {
   Source source;
@@ -85,6 +88,26 @@ struct Cast {
   void* out;
   float* scales;
   float factor = 1;
+  const Stretch* stretches = nullptr;  // in order, the first from element 0 on; none: elements are their own places
+  int64_t stretch_count = 0;
+};
+
+/// What rounding takes from a rank's values, to be added to its next ones.
+struct Feedback {
+  const float* residual;  // added to the sum; null: none
+  float residual_factor;
+  float* error;  // receives (value - result) * error_factor, or is raised by it; null: not wanted
+  float error_factor;
+  bool raise;
+};
+
+/// One `reduce`: adds up encoded arrays in their order, in float32, divides, and encodes the quotient.
+struct Reduction {
+  const Source* sources;  // all of one code
+  int32_t ranks;
+  float divisor;
+  Feedback feedback;
+  Cast result;  // of a source and a factor that are not read
 };
 
 /// Elements that one pass of `cast` keeps in the first-level cache; a multiple of every block of scales.
@@ -116,6 +139,14 @@ FASTAGG_INLINE int64_t encoded_bytes(Code code, int64_t count) {
     default:
       return count;
   }
+}
+
+/// Where an array of codes would begin whose element `begin` lies at `data`.
+template <class T>
+FASTAGG_INLINE T* shifted(T* data, Code code, int64_t begin) {
+  return data == nullptr ? nullptr
+                         : reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(data) -
+                                                static_cast<uintptr_t>(encoded_bytes(code, begin)));
 }
 
 /// Whether a float32 scale belongs to each block of the code's elements.

@@ -13,11 +13,12 @@
 #include "cast.h"
 #include "kernels.h"
 #include "lanes_avx2.h"
+#include "reduce.h"
 #include "weighted_sum.h"
 
 namespace fastagg {
 namespace {
-constexpr Kernels kernels{"avx2", &weighted_sum<Lanes>, &cast<Lanes>};
+constexpr Kernels kernels{"avx2", &weighted_sum<Lanes>, &cast<Lanes>, &reduce<Lanes>};
 }  // namespace
 const Kernels* const avx2_kernels = &kernels;
 }  // namespace fastagg

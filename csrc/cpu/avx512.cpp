@@ -16,11 +16,12 @@
 #include "cast.h"
 #include "kernels.h"
 #include "lanes_avx512.h"
+#include "reduce.h"
 #include "weighted_sum.h"
 
 namespace fastagg {
 namespace {
-constexpr Kernels kernels{"avx512", &weighted_sum<Lanes>, &cast<Lanes>};
+constexpr Kernels kernels{"avx512", &weighted_sum<Lanes>, &cast<Lanes>, &reduce<Lanes>};
 }  // namespace
 const Kernels* const avx512_kernels = &kernels;
 }  // namespace fastagg

@@ -60,15 +60,16 @@ int32_t decode_chunk(const Cast& op, float* out, int64_t begin, int64_t at, int6
   return largest;
 }
 
-/// Encodes whole vectors of x[i ...] to out[begin + i ...], for codes without scales; returns where it stopped.
+/// Encodes whole vectors of factor * x[i ...] to out[begin + i ...], for codes without scales; returns where it
+/// stopped.
 template <class Lanes, Code code, Rounding rounding, bool stream>
-FASTAGG_INLINE int64_t encode_vectors(void* out, const float* x, const uint32_t* random, int64_t begin, int64_t i,
-                                      int64_t count, int32_t& largest) {
+FASTAGG_INLINE int64_t encode_vectors(void* out, const float* x, float factor, const uint32_t* random, int64_t begin,
+                                      int64_t i, int64_t count, int32_t& largest) {
   using F = typename Lanes::F;
   using I = typename Lanes::I;
   I magnitudes{};
   for (; i + Lanes::width <= count; i += Lanes::width) {
-    const F value = load_bytes<F>(x + i);
+    const F value = load_bytes<F>(x + i) * factor;
     I random_bits{};
     if constexpr (rounding == Rounding::stochastic) random_bits = load_bytes<I>(random + i);
     raise(magnitudes, value);
@@ -90,12 +91,13 @@ FASTAGG_INLINE int64_t encode_vectors(void* out, const float* x, const uint32_t*
 }
 
 template <class Lanes, Code code, Rounding rounding, bool stream>
-int32_t encode_chunk(const Cast& op, const float* x, const uint32_t* random, int64_t begin, int64_t count) {
+int32_t encode_chunk(const Cast& op, const float* x, float factor, const uint32_t* random, int64_t begin,
+                     int64_t count) {
   int32_t largest = 0;
   const int64_t head = stream ? until_aligned(op.out, begin, sizeof(Element<code>), count) : 0;
-  int64_t i = encode_vectors<Lane, code, rounding, false>(op.out, x, random, begin, 0, head, largest);
-  i = encode_vectors<Lanes, code, rounding, stream>(op.out, x, random, begin, i, count, largest);
-  encode_vectors<Lane, code, rounding, false>(op.out, x, random, begin, i, count, largest);
+  int64_t i = encode_vectors<Lane, code, rounding, false>(op.out, x, factor, random, begin, 0, head, largest);
+  i = encode_vectors<Lanes, code, rounding, stream>(op.out, x, factor, random, begin, i, count, largest);
+  encode_vectors<Lane, code, rounding, false>(op.out, x, factor, random, begin, i, count, largest);
   return largest;
 }
 
@@ -165,19 +167,34 @@ FASTAGG_INLINE void encode_block(uint8_t* codes, float* scale, const float* x, c
 }
 
 /// A block of signs, one bit an element, and its mean magnitude.
-inline void encode_signs(uint8_t* packed, float* scale, const float* x, int64_t count) {
-  double sums[kSignStrides] = {};
+template <class Lanes>
+void encode_signs(uint8_t* packed, float* scale, const float* x, int64_t count) {
+  constexpr int vectors = kSignStrides / Lanes::width, half = Lanes::width / Lanes::halves;
+  using F = typename Lanes::F;
+  using I = typename Lanes::I;
+  typename Lanes::D sums[vectors][Lanes::halves] = {};
   int64_t i = 0;
-  for (; i + kSignStrides <= count; i += kSignStrides)
-    for (int stride = 0; stride < kSignStrides; ++stride) sums[stride] += magnitude_of(x[i + stride]);
-  for (int stride = 0; i < count; ++i, ++stride) sums[stride] += magnitude_of(x[i]);
-  *scale = sign_scale(sums, count);
-  for (int64_t byte = 0; byte < (count + 7) / 8; ++byte) {
+  for (; i + kSignStrides <= count; i += kSignStrides) {
     uint32_t bits = 0;
-    for (int64_t bit = 0; bit < 8 && 8 * byte + bit < count; ++bit)
-      bits |= (bit_cast<uint32_t>(x[8 * byte + bit]) >> 31) << bit;
-    packed[byte] = static_cast<uint8_t>(bits);
+    for (int v = 0; v < vectors; ++v) {
+      const F value = load_bytes<F>(x + i + v * Lanes::width);
+      bits |= Lanes::signs(value) << (v * Lanes::width);
+      typename Lanes::D wide[Lanes::halves];
+      Lanes::widen(bit_cast<F>(bit_cast<I>(value) & 0x7fffffff), wide);
+      for (int h = 0; h < Lanes::halves; ++h) sums[v][h] = sums[v][h] + wide[h];
+    }
+    store_bytes(packed + i / 8, static_cast<uint16_t>(bits));
   }
+  double strides[kSignStrides];
+  for (int v = 0; v < vectors; ++v)
+    for (int h = 0; h < Lanes::halves; ++h) store_bytes(strides + v * Lanes::width + h * half, sums[v][h]);
+  uint32_t bits = 0;
+  for (int stride = 0; i + stride < count; ++stride) {
+    strides[stride] += magnitude_of(x[i + stride]);
+    bits |= Lane::signs(x[i + stride]) << stride;
+  }
+  for (; i < count; i += 8, bits >>= 8) packed[i / 8] = static_cast<uint8_t>(bits);
+  *scale = sign_scale(strides, count);
 }
 
 /// Two codes to a byte, the first in the lower half.
@@ -198,7 +215,7 @@ int32_t encode_blocks(const Cast& op, const float* x, const uint32_t* random, in
     const Magnitudes magnitudes = block_magnitudes<Lanes>(x + i, elements);
     largest = magnitudes.largest > largest ? magnitudes.largest : largest;
     if constexpr (code == Code::wire_sign) {
-      encode_signs(out, scale, x + i, elements);
+      encode_signs<Lanes>(out, scale, x + i, elements);
     } else {
       uint8_t* destination = code == Code::wire_int4 ? codes : out;
       encode_block<Lanes, code, rounding>(destination, scale, x + i, random + i, elements, magnitudes, op.source.code);
@@ -208,19 +225,35 @@ int32_t encode_blocks(const Cast& op, const float* x, const uint32_t* random, in
   return largest;
 }
 
-inline void fill_random(uint32_t* random, RandomKey key, int64_t begin, int64_t count) {
-  for (int64_t i = 0; i < count; i += 4) {
-    const Random4 four = philox(key, static_cast<uint32_t>((begin + i) / 4));
-    memcpy(random + i, four.words, sizeof four.words);
+/// Random numbers of the places [place, place + count).
+inline void fill_places(uint32_t* random, const RandomKey& key, int64_t place, int64_t count) {
+  for (int64_t i = 0; i < count;) {
+    const Random4 four = philox(key, static_cast<uint32_t>((place + i) / 4));
+    for (int64_t word = (place + i) % 4; word < 4 && i < count; ++word, ++i) random[i] = four.words[word];
   }
 }
 
-/// Encodes a chunk of float32 as op.code; returns the largest magnitude.
+/// Random numbers of the elements [begin, begin + count).
+inline void fill_random(uint32_t* random, const Cast& op, int64_t begin, int64_t count) {
+  if (op.stretch_count == 0) return fill_places(random, op.key, begin, count);
+  const int64_t end = begin + count;
+  for (int64_t s = 0; s < op.stretch_count; ++s) {
+    const int64_t first = op.stretches[s].begin > begin ? op.stretches[s].begin : begin;
+    const int64_t next = s + 1 < op.stretch_count ? op.stretches[s + 1].begin : end;
+    const int64_t last = next < end ? next : end;
+    if (first < last)
+      fill_places(random + (first - begin), op.key, op.stretches[s].place + first - op.stretches[s].begin,
+                  last - first);
+  }
+}
+
+/// Encodes a chunk of float32, times a factor that codes with scales do not take, as op.code; returns the largest
+/// magnitude.
 template <class Lanes>
-int32_t encode_any(const Cast& op, const float* x, int64_t begin, int64_t count, bool stream) {
+int32_t encode_any(const Cast& op, const float* x, float factor, int64_t begin, int64_t count, bool stream) {
   alignas(64) uint32_t random[kChunk];
   const bool stochastic = op.rounding == Rounding::stochastic;
-  if (stochastic) fill_random(random, op.key, begin, count);
+  if (stochastic) fill_random(random, op, begin, count);
   int32_t largest = 0;
   with_code(op.code, [&](auto constant) {
     constexpr Code code = constant.value;
@@ -229,9 +262,10 @@ int32_t encode_any(const Cast& op, const float* x, int64_t begin, int64_t count,
       largest = stochastic ? encode_blocks<Lanes, code, Rounding::stochastic>(op, x, random, begin, count)
                            : encode_blocks<Lanes, code, nearest>(op, x, random, begin, count);
     } else if constexpr (code <= Code::bfloat16) {
-      if (stochastic) largest = encode_chunk<Lanes, code, Rounding::stochastic, false>(op, x, random, begin, count);
-      else if (stream) largest = encode_chunk<Lanes, code, nearest, true>(op, x, random, begin, count);
-      else largest = encode_chunk<Lanes, code, nearest, false>(op, x, random, begin, count);
+      if (stochastic)
+        largest = encode_chunk<Lanes, code, Rounding::stochastic, false>(op, x, factor, random, begin, count);
+      else if (stream) largest = encode_chunk<Lanes, code, nearest, true>(op, x, factor, random, begin, count);
+      else largest = encode_chunk<Lanes, code, nearest, false>(op, x, factor, random, begin, count);
     }
   });
   return largest;
@@ -259,13 +293,14 @@ bool cast(const Cast& op, int64_t begin, int64_t end, bool stream) {
   for (; begin < end; begin += kChunk) {
     const int64_t count = end - begin < kChunk ? end - begin : kChunk;
     int32_t here;
-    if (op.source.code == Code::float32 && op.factor == 1) {
-      here = encode_any<Lanes>(op, static_cast<const float*>(op.source.data) + begin, begin, count, stream);
+    if (op.source.code == Code::float32 && (op.factor == 1 || !has_scales(op.code))) {
+      const float* x = static_cast<const float*>(op.source.data) + begin;
+      here = encode_any<Lanes>(op, x, op.factor, begin, count, stream);
     } else if (op.code == Code::float32) {
       here = decode_any<Lanes>(op, static_cast<float*>(op.out), begin, begin, count, stream);
     } else {
       decode_any<Lanes>(op, values, begin, 0, count, false);
-      here = encode_any<Lanes>(op, values, begin, count, stream);
+      here = encode_any<Lanes>(op, values, 1, begin, count, stream);
     }
     largest = here > largest ? here : largest;
   }

@@ -41,6 +41,7 @@ struct Avx2 {
     x[1][0] = widen(high(first)), x[1][1] = widen(high(second));
   }
   static FASTAGG_INLINE __m128 narrow(D x) { return _mm256_cvtpd_ps(x); }
+  static FASTAGG_INLINE uint32_t signs(F x) { return static_cast<uint32_t>(_mm256_movemask_ps((__m256)x)); }
   static FASTAGG_INLINE bool any(I lanes) { return !_mm256_testz_si256((__m256i)lanes, (__m256i)lanes); }
   static FASTAGG_INLINE F half_to_float(const void* data) { return _mm256_cvtph_ps(load_bytes<__m128i>(data)); }
 

@@ -48,6 +48,9 @@ struct Avx512 {
     for (int r = 0; r < 2; ++r) x[r][0] = widen(low(whole[r])), x[r][1] = widen(high(whole[r]));
   }
   static FASTAGG_INLINE __m256 narrow(D x) { return _mm512_cvtpd_ps(x); }
+  static FASTAGG_INLINE uint32_t signs(F x) {
+    return _mm512_cmplt_epi32_mask(bit_cast<__m512i>(x), _mm512_setzero_si512());
+  }
   static FASTAGG_INLINE bool any(I lanes) { return _mm512_test_epi32_mask((__m512i)lanes, (__m512i)lanes) != 0; }
   static FASTAGG_INLINE F half_to_float(const void* data) { return _mm512_cvtph_ps(load_bytes<__m256i>(data)); }
 

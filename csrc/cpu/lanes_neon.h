@@ -40,6 +40,10 @@ struct Neon {
       x[r][0] = widen(low(bit_cast<F>(whole.val[r]))), x[r][1] = widen(high(bit_cast<F>(whole.val[r])));
   }
   static FASTAGG_INLINE HalfF narrow(D x) { return bit_cast<HalfF>(vcvt_f32_f64(bit_cast<float64x2_t>(x))); }
+  static FASTAGG_INLINE uint32_t signs(F x) {
+    constexpr int32x4_t places = {0, 1, 2, 3};
+    return vaddvq_u32(vshlq_u32(vshrq_n_u32(bit_cast<uint32x4_t>(x), 31), places));
+  }
   static FASTAGG_INLINE bool any(I lanes) { return vmaxvq_u32((uint32x4_t)lanes) != 0; }
   static FASTAGG_INLINE F half_to_float(const void* data) {
     return bit_cast<F>(vcvt_f32_f16(vreinterpret_f16_u16(load_bytes<uint16x4_t>(data))));

@@ -6,11 +6,12 @@
 
 #include "cast.h"
 #include "lanes_neon.h"
+#include "reduce.h"
 #include "weighted_sum.h"
 
 namespace fastagg {
 namespace {
-constexpr Kernels kernels{"neon", &weighted_sum<Lanes>, &cast<Lanes>};
+constexpr Kernels kernels{"neon", &weighted_sum<Lanes>, &cast<Lanes>, &reduce<Lanes>};
 }  // namespace
 const Kernels* const neon_kernels = &kernels;
 }  // namespace fastagg

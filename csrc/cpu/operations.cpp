@@ -69,4 +69,21 @@ bool cast(const Cast& cast) {
   return std::all_of(task_finite.begin(), task_finite.end(), [](uint8_t finite) { return finite != 0; });
 }
 
+bool reduce(const Reduction& reduction, int64_t begin, int64_t end, double* squares) {
+  const Kernels& loops = kernels();
+  const int64_t written = encoded_bytes(reduction.result.code, end - begin);
+  const int64_t read = encoded_bytes(reduction.sources[0].code, end - begin) * reduction.ranks;
+  const int64_t tasks = (end - begin + kTask - 1) / kTask;
+  std::vector<uint8_t> task_finite(tasks);
+  std::vector<double> task_squares(tasks);
+  parallel_for(tasks, threads_for(read + written), [&](int64_t task) {
+    const int64_t first = begin + task * kTask, last = std::min(first + kTask, end);
+    double* own = squares != nullptr ? &task_squares[task] : nullptr;
+    task_finite[task] = loops.reduce(reduction, first, last, written >= kStreamBytes, own);
+  });
+  if (squares != nullptr)
+    for (const double own : task_squares) *squares += own;  // in the order of the elements, whichever thread was first
+  return std::all_of(task_finite.begin(), task_finite.end(), [](uint8_t finite) { return finite != 0; });
+}
+
 }  // namespace fastagg::cpu

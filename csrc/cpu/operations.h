@@ -10,4 +10,8 @@ void weighted_sum(const Leaf* leaves, int64_t count, bool* finite);
 /// One cast; true if nothing became infinite or NaN.
 bool cast(const Cast& cast);
 
+/// `reduce` of the elements [begin, end), `begin` a multiple of kChunk; true if the result is finite. Adds the result's
+/// sum of squares to *squares, if there is one.
+bool reduce(const Reduction& reduction, int64_t begin, int64_t end, double* squares);
+
 }  // namespace fastagg::cpu

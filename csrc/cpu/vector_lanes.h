@@ -22,6 +22,7 @@ using Vector = typename VectorOf<T, bytes>::type;
 ///   widen, narrow                              half an F to D, and back
 ///   half_to_float                              `count` float16 in memory to F
 ///   any                                        whether a lane of an I is not zero
+///   signs                                      the sign bits of an F, the first element's in bit 0
 ///   store<stream>, store_float16<stream>, store_uint16<stream>, store_uint8
 ///   load_planes, store_planes<stream>          the 32 and 16 upper bits of `count` int64
 template <int count, class Isa>
@@ -78,6 +79,7 @@ struct VectorLanes {
   /// Whether any lane of a comparison is true.
   static FASTAGG_INLINE bool any(I lanes) { return Isa::any(lanes); }
   static FASTAGG_INLINE bool any(L lanes) { return Isa::any(bit_cast<I>(lanes)); }
+  static FASTAGG_INLINE uint32_t signs(F x) { return Isa::signs(x); }
   static FASTAGG_INLINE F convert(I x) { return __builtin_convertvector(x, F); }
   static FASTAGG_INLINE void widen(F x, D (&wide)[halves]) {
     wide[0] = Isa::widen(Isa::low(x));

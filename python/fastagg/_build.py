@@ -10,6 +10,7 @@ from typing import Any
 from fastagg import _core
 
 __version__: str = _core.__version__
+TRANSPORT_VARIABLE = "FASTAGG_TRANSPORT"  # "backend": never shared memory
 
 
 def build_info() -> dict[str, Any]:

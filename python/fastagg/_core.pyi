@@ -12,6 +12,7 @@ import numpy
 __all__: list[str] = [
     "MAXIMUM_BLOCK",
     "MINIMUM_BLOCK",
+    "PASS",
     "SharedMemoryGroup",
     "advise_huge_pages",
     "available_isas",
@@ -22,6 +23,7 @@ __all__: list[str] = [
     "isa",
     "numpy_address",
     "numpy_addresses",
+    "reduce",
     "set_num_threads",
     "stream_probe",
     "weighted_sum",
@@ -42,6 +44,15 @@ class SharedMemoryGroup:
         """
         Attaches to the segment that another process has created.
         """
+    @staticmethod
+    def slice_of(
+        count: typing.SupportsInt | typing.SupportsIndex,
+        rank: typing.SupportsInt | typing.SupportsIndex,
+        ranks: typing.SupportsInt | typing.SupportsIndex,
+    ) -> tuple[int, int]:
+        """
+        The elements that a rank owns: [begin, end).
+        """
     def __init__(
         self,
         processes: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
@@ -51,25 +62,17 @@ class SharedMemoryGroup:
         """
         Creates the group's segment.
         """
-    def all_reduce(
-        self,
-        data: typing.SupportsInt | typing.SupportsIndex,
-        code: typing.SupportsInt | typing.SupportsIndex,
-        count: typing.SupportsInt | typing.SupportsIndex,
-        wire: typing.SupportsInt | typing.SupportsIndex,
-        block_shift: typing.SupportsInt | typing.SupportsIndex,
-        stochastic: bool,
-        key: tuple[
-            typing.SupportsInt | typing.SupportsIndex,
-            typing.SupportsInt | typing.SupportsIndex,
-            typing.SupportsInt | typing.SupportsIndex,
-            typing.SupportsInt | typing.SupportsIndex,
-        ],
-        mean: bool,
-        timeout: typing.SupportsFloat | typing.SupportsIndex,
-    ) -> tuple[bool, int]:
+    def all_gather(
+        self, operands: tuple[typing.Any, ...], timeout: typing.SupportsFloat | typing.SupportsIndex
+    ) -> tuple[bool, int, float]:
         """
-        Sums or averages in place; returns whether the result is finite, and the bytes handed to others.
+        Copies each rank's slice to all ranks.
+        """
+    def all_reduce(
+        self, operands: tuple[typing.Any, ...], timeout: typing.SupportsFloat | typing.SupportsIndex
+    ) -> tuple[bool, int, float]:
+        """
+        Sums or averages in place; returns whether the result is finite, the bytes handed to others, and the sum of its squares.
         """
     def close_descriptor(self) -> None:
         """
@@ -78,6 +81,12 @@ class SharedMemoryGroup:
     def descriptor(self) -> int:
         """
         The segment's descriptor, or -1.
+        """
+    def reduce_scatter(
+        self, operands: tuple[typing.Any, ...], timeout: typing.SupportsFloat | typing.SupportsIndex
+    ) -> tuple[bool, int, float]:
+        """
+        The same for this rank's slice alone.
         """
 
 def advise_huge_pages(
@@ -127,6 +136,11 @@ def numpy_addresses(arrays: list[typing.Any]) -> list[typing.Any]:
     Addresses of the leading NumPy arrays that share the first one's dtype, shape and C layout.
     """
 
+def reduce(operands: tuple[typing.Any, ...], norm: bool) -> tuple[bool, float]:
+    """
+    Adds up encoded arrays, divides and encodes; returns whether the result is finite, and its sum of squares.
+    """
+
 def set_num_threads(count: typing.SupportsInt | typing.SupportsIndex) -> None:
     """
     Sets the threads that an operation uses; 0 restores the default.
@@ -150,5 +164,6 @@ def weighted_sum(leaves: list[typing.Any]) -> list[int]:
 
 MAXIMUM_BLOCK: int = 4096
 MINIMUM_BLOCK: int = 32
+PASS: int = 4096
 __compiler__: str
 __version__: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -9,7 +10,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from fastagg._build import build_info
+from fastagg import _core
+from fastagg._build import TRANSPORT_VARIABLE, build_info
 from fastagg._extras import CUDA_COMMAND, EXTRAS
 
 _COMPANIONS = ("numpy", "torch", "cupy", "flwr", "nvflare")
@@ -22,6 +24,7 @@ def tables() -> list[Table]:
         _facts("Versions", {"fastagg": build["version"], "python": build["python"], **_installed()}),
         _facts("Processor", _processor(build)),
         _facts("CUDA", _cuda(build["cuda"])),
+        _facts("all_reduce", _transport()),
         _missing(build["cuda"]),
     ]
 
@@ -51,6 +54,17 @@ def _cuda(cuda: dict[str, int] | None) -> dict[str, str]:
     driver = _cuda_version(cuda["driver"]) if cuda["driver"] else "none installed"
     backend = f"built with CUDA {_cuda_version(cuda['runtime'])}"
     return {"backend": backend, "driver": driver, "devices": str(cuda["devices"])}
+
+
+def _transport() -> dict[str, str]:
+    """What ranks of this host would exchange through."""
+    if os.environ.get(TRANSPORT_VARIABLE):
+        return {"on one host": f"the group's backend: {TRANSPORT_VARIABLE} asks for it"}
+    try:
+        _core.SharedMemoryGroup([os.getpid()], [0], 0)
+    except OSError as error:
+        return {"on one host": f"the group's backend: no shared memory ({error})"}
+    return {"on one host": "shared memory", "between hosts": "the group's backend, one exchange for all ranks of a host"}
 
 
 def _cuda_version(number: int) -> str:

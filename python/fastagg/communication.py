@@ -11,7 +11,8 @@ import torch.distributed as dist
 
 from fastagg._backend import RandomKey, draw_seed
 from fastagg._codes import FLOATS, WIRES, Code, code_of_dtype, wire_name
-from fastagg._transports import Encoding, Outcome, Transport, executor_of, transport_of
+from fastagg._exchange import NO_KEY, Encoding, Exchange, Outcome, Transport
+from fastagg._transports import channel_of
 from fastagg.quantization import block_shift, check_block, random_key
 
 OPERATIONS = ("mean", "sum")
@@ -20,7 +21,7 @@ OPERATIONS = ("mean", "sum")
 class Work:
     """An all-reduce that is under way, as torch.distributed's."""
 
-    def __init__(self, future: Future[Outcome]) -> None:
+    def __init__(self, future: Future[None]) -> None:
         self._future = future
 
     def wait(self) -> bool:
@@ -79,36 +80,33 @@ def all_reduce(
     wire, block = wire_name(wire), check_block(wire_name(wire), block)
     seed = _agreed(group) if rounding == "stochastic" and seed is None else seed
     key = random_key(wire, rounding, seed)
-    transport = transport_of(group)
+    transport, line = channel_of(group)
 
-    def reduce_all() -> Outcome:
-        finite, wire_bytes = True, 0
+    def reduce_all() -> None:
         for index, (tensor, code) in enumerate(tensors):
             words = (key[0], key[1], key[2] + index, dist.get_rank(group)) if key else None
-            encoding = encoding_of(wire, code, block, words)
-            outcome = reduce_tensor(transport, tensor, code, encoding, mean=op == "mean")
-            finite, wire_bytes = finite and outcome.finite, wire_bytes + outcome.wire_bytes
-        return Outcome(finite, wire_bytes)
+            exchange = Exchange(tensor, code, encoding_of(wire, code, block, words), op == "mean")
+            reduce_tensor(transport, group, exchange)
 
-    work = Work(executor_of(transport).submit(reduce_all))
     if async_op:
-        return work
-    work.wait()
+        return Work(line.submit(reduce_all))
+    line.run(reduce_all)
     return None
 
 
 def encoding_of(wire: str, code: Code, block: int | None, key: RandomKey | None) -> Encoding:
     """How values of a dtype travel; stochastically rounded if there is a key."""
     travels = Code.FLOAT64 if wire == "fp32" and code == Code.FLOAT64 else WIRES[wire]
-    return Encoding(travels, block_shift(check_block(wire, block)), key is not None, key or (0, 0, 0, 0))
+    return Encoding(travels, block_shift(check_block(wire, block)), key is not None, key or NO_KEY)
 
 
-def reduce_tensor(transport: Transport, tensor: torch.Tensor, code: Code, encoding: Encoding, *, mean: bool) -> Outcome:
-    """Reduces one tensor in place, by way of a contiguous copy where it is not contiguous."""
-    whole = tensor.detach().contiguous()
-    outcome = transport.all_reduce(whole, code, encoding, mean)
+def reduce_tensor(transport: Transport, group: dist.ProcessGroup, exchange: Exchange) -> Outcome:
+    """Reduces a tensor in place, by way of a contiguous copy where it is not contiguous."""
+    tensor = exchange.tensor.detach()
+    whole = tensor.contiguous()
+    outcome = transport.all_reduce(group, exchange._replace(tensor=whole.view(-1)))
     if whole.data_ptr() != tensor.data_ptr():
-        tensor.detach().copy_(whole)
+        tensor.copy_(whole)
     return outcome
 
 

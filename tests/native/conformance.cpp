@@ -1,4 +1,4 @@
-// Runs both operations with every instruction set that the processor has, on awkward sizes and addresses, and compares
+// Runs the operations with every instruction set that the processor has, on awkward sizes and addresses, and compares
 // the bytes with the scalar loops'. Then several threads use the pool at once, and a forked child. It needs no Python:
 // the sanitizers build it, and an emulator of another processor can run it.
 #include <sys/wait.h>
@@ -175,6 +175,42 @@ void check_cast(const fastagg::Kernels& kernels, Code from, Code to, int64_t cou
   }
 }
 
+void check_reduce(const fastagg::Kernels& kernels, Code from, Code to, int64_t count, bool special) {
+  const int ranks = 1 + static_cast<int>(count % 3);
+  std::vector<Encoded> inputs;
+  inputs.reserve(ranks);
+  std::vector<fastagg::Source> sources;
+  for (int rank = 0; rank < ranks; ++rank) {
+    inputs.emplace_back(from, count, rank % 3, special);
+    sources.push_back(inputs.back().source);
+  }
+  std::vector<float> residual(count, 0.25f);
+  const auto run = [&](const fastagg::Kernels& loops, Buffer& out, Buffer& error, double& squares) {
+    std::vector<float> scales(count / 64 + 1);
+    fastagg::Cast result{};
+    result.code = to;
+    result.block_shift = 6;
+    result.count = count;
+    result.out = out.data();
+    result.scales = scales.data();
+    const fastagg::Feedback feedback{residual.data(), 0.5f, reinterpret_cast<float*>(error.data()), 2.0f, false};
+    const bool finite =
+        loops.reduce({sources.data(), ranks, static_cast<float>(ranks), feedback, result}, 0, count, false, &squares);
+    canonicalise(out, to, count);
+    canonicalise(error, Code::float32, count);
+    return finite;
+  };
+  const int64_t bytes = fastagg::encoded_bytes(to, count);
+  Buffer expected(bytes, 0), actual(bytes, 0), expected_error(4 * count, 0), actual_error(4 * count, 0);
+  double expected_squares = 0, squares = 0;
+  const bool finite = run(*fastagg::scalar_kernels, expected, expected_error, expected_squares);
+  if (run(kernels, actual, actual_error, squares) != finite) ++failures, std::printf("FAILED: finite flag\n");
+  if (squares != expected_squares && !(squares != squares && expected_squares != expected_squares))
+    ++failures, std::printf("FAILED: squares with %s, code %d\n", kernels.name, static_cast<int>(to));
+  compare(expected, actual, "reduce", kernels.name, from, to, count);
+  compare(expected_error, actual_error, "reduce (error)", kernels.name, from, to, count);
+}
+
 void check_isa(const std::string& name) {
   fastagg::force_isa(name);
   const fastagg::Kernels& kernels = fastagg::kernels();
@@ -189,6 +225,7 @@ void check_isa(const std::string& name) {
         for (const bool special : {false, true})
           for (const Rounding rounding : {Rounding::nearest, Rounding::stochastic})
             check_cast(kernels, from, to, count, rounding, special);
+        for (const bool special : {false, true}) check_reduce(kernels, from, to, count, special);
       }
   }
   std::printf("%-7s %ld comparisons with the scalar loops\n", name.c_str(), comparisons - before);

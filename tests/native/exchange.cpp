@@ -24,23 +24,61 @@ void expect(bool right, const char* what) {
 /// What every rank holds at element i: small integers, so that every wire but sign keeps their mean.
 float value_at(int64_t i, int rank) { return static_cast<float>(i % 5 - 2 + rank * 2); }
 
+/// An exchange of float32 values to nearest, without feedback.
+comm::Exchange exchange_of(std::vector<float>& x, Code wire) {
+  comm::Exchange exchange{};
+  exchange.data = x.data();
+  exchange.code = Code::float32;
+  exchange.count = static_cast<int64_t>(x.size());
+  exchange.wire = wire;
+  exchange.block_shift = 8;
+  exchange.rounding = Rounding::nearest;
+  exchange.mean = true;
+  exchange.factor = 1;
+  return exchange;
+}
+
+std::vector<float> values_of(int64_t count, int rank) {
+  std::vector<float> x(count);
+  for (int64_t i = 0; i < count; ++i) x[i] = value_at(i, rank);
+  return x;
+}
+
+/// Whether the elements [begin, end) are the mean over all ranks.
+bool is_mean(const std::vector<float>& x, int ranks, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i)
+    if (x[i] != value_at(i, 0) + static_cast<float>(ranks - 1)) return false;
+  return true;
+}
+
 void reduce_all(SharedMemory& group, int rank, int ranks) {
+  constexpr auto wait = std::chrono::seconds(60);
   for (const Code wire : {Code::float32, Code::float16, Code::bfloat16, Code::wire_int8}) {
-    for (const int64_t count : {int64_t{0}, int64_t{5}, int64_t{16384}, int64_t{16385}, int64_t{300001}}) {
-      std::vector<float> x(count);
-      for (int64_t i = 0; i < count; ++i) x[i] = value_at(i, rank);
-      const auto outcome = group.all_reduce({x.data(), Code::float32, count, wire, 8, Rounding::nearest, {}, true},
-                                            std::chrono::seconds(60));
-      bool right = outcome.finite;
-      for (int64_t i = 0; i < count; ++i) right &= x[i] == value_at(i, 0) + static_cast<float>(ranks - 1);
-      expect(right, "a mean");
+    for (const int64_t count : {0, 5, 16384, 16385, 300001}) {
+      std::vector<float> x = values_of(count, rank);
+      comm::Exchange exchange = exchange_of(x, wire);
+      exchange.norm = true;
+      const comm::Outcome outcome = group.all_reduce(exchange, wait);
+      double squares = 0;
+      for (const float mean : x) squares += mean * mean;
+      expect(outcome.finite && is_mean(x, ranks, 0, count), "a mean");
+      expect(outcome.squares == squares, "a sum of squares");
+
+      std::vector<float> y = values_of(count, rank), residual(count), error(count, 1);
+      comm::Exchange halves = exchange_of(y, wire);
+      halves.residual = residual.data();
+      halves.error = error.data();
+      group.reduce_scatter(halves, wait);
+      const comm::Slice own = comm::slice_of(count, rank, ranks);
+      expect(is_mean(y, ranks, own.begin, own.end), "a slice's mean");
+      group.all_gather(exchange_of(y, wire), wait);
+      expect(is_mean(y, ranks, 0, count), "the slices of all");
     }
   }
   bool refused = false;
   try {
-    float x[3] = {};
-    group.all_reduce({x, Code::float32, rank == 0 ? 2 : 3, Code::float32, 8, Rounding::nearest, {}, true},
-                     std::chrono::seconds(60));
+    std::vector<float> x(rank == 0 ? 2 : 3);
+    group.all_reduce(exchange_of(x, Code::float32), wait);
   } catch (const comm::Mismatch&) {
     refused = true;
   }

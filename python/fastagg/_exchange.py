@@ -1,0 +1,114 @@
+"""One all-reduce as the transports see it: what travels, and what comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+
+from fastagg import _core
+from fastagg._backend import RandomKey, SourceOperands
+from fastagg._codes import Code
+from fastagg._overlap import encoded_bytes
+
+NO_KEY: RandomKey = (0, 0, 0, 0)
+MEANS_RANK = 2**32 - 1  # the rank in the random key of what the owners of slices encode
+
+
+class Encoding(NamedTuple):
+    """How values travel."""
+
+    wire: Code
+    block_shift: int
+    stochastic: bool
+    key: RandomKey
+
+    def bytes(self, count: int) -> int:
+        """Bytes of `count` elements, scales included."""
+        return encoded_bytes(self.wire, count) + self._scales_bytes(count)
+
+    def row_bytes(self, count: int) -> int:
+        """Bytes of a row of `count` elements: codes, then scales, each padded to 8 bytes so that rows are aligned."""
+        return max(8, _padded(encoded_bytes(self.wire, count)) + _padded(self._scales_bytes(count)))
+
+    def source(self, row: torch.Tensor, count: int) -> SourceOperands:
+        """The `count` elements of a row."""
+        address = row.data_ptr()
+        return address, address + _padded(encoded_bytes(self.wire, count)), self.wire, self.block_shift
+
+    def _scales_bytes(self, count: int) -> int:
+        return -(-count >> self.block_shift) * 4 if self.wire >= Code.WIRE_FP8_E4M3 else 0
+
+
+class Feedback(NamedTuple):
+    """Error feedback: flat float32 tensors of the values' size."""
+
+    residual: torch.Tensor
+    """Added to the values, times `factor`."""
+    factor: float
+    error: torch.Tensor
+    """Receives what encoding took from this rank's values, and from the means that it encodes for all."""
+
+
+class Exchange(NamedTuple):
+    """One all-reduce of a contiguous tensor, in place."""
+
+    tensor: torch.Tensor
+    code: Code
+    encoding: Encoding
+    mean: bool
+    factor: float = 1.0
+    """Multiplies the result once it is decoded: a loss scale's inverse."""
+    feedback: Feedback | None = None
+    norm: bool = False
+    """Whether the sum of the result's squares is wanted."""
+    first: int = 0
+    """The place of the first element in a larger tensor, which the stretches refer to."""
+    stretches: Sequence[tuple[int, int]] = ()
+    """(begin, place): elements from `begin` on draw the random numbers from `place` on. None: from 0 on."""
+
+    def encoded_factor(self, world: int) -> float:
+        """The power of two that keeps a mean's terms inside float16: without it one large value would be infinite."""
+        return 2.0 ** -(world - 1).bit_length() if self.mean and self.encoding.wire == Code.FLOAT16 else 1.0
+
+    def wire_bytes(self, rank: int, world: int) -> int:
+        """Encoded bytes, scales included, that a rank hands to others: values of their slices, means of its own."""
+        slices = [_core.SharedMemoryGroup.slice_of(self.tensor.numel(), owner, world) for owner in range(world)]
+        sizes = [self.encoding.bytes(end - begin) for begin, end in slices]
+        return sum(sizes) - sizes[rank] + (world - 1) * sizes[rank]
+
+
+class Outcome(NamedTuple):
+    """What an all-reduce found and cost."""
+
+    finite: bool
+    wire_bytes: int
+    """Encoded bytes, scales included, that this rank handed to others."""
+    squares: float
+    """The sum of the result's squares, if wanted."""
+
+
+class Transport(Protocol):
+    """One way to reduce tensors over a group."""
+
+    name: str
+    reason: str
+
+    def all_reduce(self, group: dist.ProcessGroup, exchange: Exchange) -> Outcome:
+        """Reduces one tensor in place."""
+        ...
+
+
+def _padded(size: int) -> int:
+    return -(-size // 8) * 8
+
+
+def timeout_of(group: dist.ProcessGroup) -> float:
+    """Seconds that the group waits for a peer."""
+    try:
+        options = group._get_backend(torch.device("cpu")).options
+        return float(options._timeout.total_seconds())
+    except (AttributeError, RuntimeError):
+        return float(dist.constants.default_pg_timeout.total_seconds())
