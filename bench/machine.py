@@ -119,7 +119,7 @@ def use_all_processors() -> int:
 def describe() -> dict[str, Any]:
     """Processor, memory and versions, as plain values."""
     build = fastagg.build_info()
-    packages = ("numpy", "torch", "flwr", "nvflare", "pytest-benchmark")
+    packages = ("numpy", "torch", "flwr", "nvflare", "mpi4py", "pytest-benchmark")
     return {
         "processor": _processor(),
         "processors": build["processors"],

@@ -13,6 +13,7 @@ import machine
 from contenders import CONTENDERS
 from rows import QUIET_SHARE, Row
 from targets import targets
+from verdicts import Target
 
 _COLUMNS = (
     "operation",
@@ -36,7 +37,7 @@ def write(rows: list[Row], folder: Path, command: str, quick: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     rows = sorted(rows, key=lambda row: list(CONTENDERS).index(row.operation))
     described = machine.describe()
-    date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    date = today()
     path = folder / f"{stem(quick)}.json"
     path.write_text(json.dumps(_as_json(rows, described, date, command, quick), indent=1) + "\n")
     path.with_suffix(".md").write_text(_markdown(rows, described, date, command, quick))
@@ -47,12 +48,20 @@ def write(rows: list[Row], folder: Path, command: str, quick: bool) -> None:
     draw(rows, path.with_suffix(".png"), f"{described['processor']}, {described['processors']} processors, {date}")
 
 
+def today() -> str:
+    """The date, the same all over the world."""
+    return datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+
+
 def summary(rows: list[Row], quick: bool) -> str:
     """The targets in a few lines."""
-    if quick:
-        return "quick run: small arrays, so the targets do not apply"
-    lines = (f"{target.verdict:15}  {target.text}: {target.measured} ({target.needed})" for target in targets(rows))
-    return "\n".join(lines)
+    return in_lines([] if quick else targets(rows))
+
+
+def in_lines(judged: list[Target]) -> str:
+    """Targets for the terminal; a quick run has none."""
+    lines = (f"{target.verdict:15}  {target.text}: {target.measured} ({target.needed})" for target in judged)
+    return "\n".join(lines) or "quick run: small arrays, so the targets do not apply"
 
 
 def _as_json(rows: list[Row], described: dict[str, Any], date: str, command: str, quick: bool) -> dict[str, Any]:
@@ -74,28 +83,28 @@ def _as_json(rows: list[Row], described: dict[str, Any], date: str, command: str
         "command": command,
         "quick": quick,
         "targets": judged,
-        "rows": _rounded(measured),
+        "rows": rounded(measured),
     }
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     """Numbers with six significant digits: what is beyond them is noise."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    return [_rounded(item) for item in value] if isinstance(value, list) else value
+        return {key: rounded(item) for key, item in value.items()}
+    return [rounded(item) for item in value] if isinstance(value, list) else value
 
 
 def _markdown(rows: list[Row], described: dict[str, Any], date: str, command: str, quick: bool) -> str:
     parts = [
         "# fastagg on the CPU: measured",
-        _machine_lines(described, date, command),
+        machine_lines(described, date, command),
         _HOW,
         _noise(rows),
-        *([] if quick else ["## Targets", _targets_table(rows)]),
+        *([] if quick else ["## Targets", targets_table(targets(rows))]),
         "## Rows",
-        _table(_COLUMNS, [_cells(row) for row in rows]),
+        table(_COLUMNS, [_cells(row) for row in rows]),
         *_held_lines(rows),
     ]
     return "\n\n".join(parts) + "\n"
@@ -118,15 +127,16 @@ def _noise(rows: list[Row]) -> str:
     )
 
 
-def _machine_lines(described: dict[str, Any], date: str, command: str) -> str:
+def machine_lines(described: dict[str, Any], date: str, command: str) -> str:
+    """What was measured where, when and how."""
     build = described["fastagg"]
     packages = ", ".join(f"{name} {version}" for name, version in described["packages"].items())
-    processors, threads = described["processors"], build["threads"]
+    processors, threads = described["processors"], f"{build['threads']} thread{'s' * (build['threads'] > 1)}"
     return "\n".join(
         [
             f"- machine: {described['processor']}, {processors} processors, "
             f"{described['memory_gigabytes']:g} GB, {described['system']}",
-            f"- fastagg {build['version']}: {build['isa']}, {threads} threads, compiler {build['compiler']}",
+            f"- fastagg {build['version']}: {build['isa']}, {threads}, compiler {build['compiler']}",
             f"- Python {described['python']}, {packages}",
             f"- date: {date}",
             f"- command: `{command}`",
@@ -134,9 +144,10 @@ def _machine_lines(described: dict[str, Any], date: str, command: str) -> str:
     )
 
 
-def _targets_table(rows: list[Row]) -> str:
-    cells = [(target.text, target.needed, target.measured, target.verdict) for target in targets(rows)]
-    return _table(("target", "needed", "measured", "verdict"), cells)
+def targets_table(judged: list[Target]) -> str:
+    """The targets and their verdicts."""
+    cells = [(target.text, target.needed, target.measured, target.verdict) for target in judged]
+    return table(("target", "needed", "measured", "verdict"), cells)
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -146,14 +157,15 @@ def _cells(row: Row) -> tuple[str, ...]:
         row.case,
         row.contender,
         f"{milliseconds:.1f}" if milliseconds >= 1 else f"{milliseconds:.4f}",
-        _number(row.gigabytes_per_second, 1),
-        _number(row.fraction_of_limit, 2),
-        _number(row.times_fastagg, 2),
-        _number(row.extra_models, 2),
+        number(row.gigabytes_per_second, 1),
+        number(row.fraction_of_limit, 2),
+        number(row.times_fastagg, 2),
+        number(row.extra_models, 2),
     )
 
 
-def _number(value: float | None, digits: int) -> str:
+def number(value: float | None, digits: int) -> str:
+    """A number, or a dash for none."""
     return "–" if value is None else f"{value:.{digits}f}"
 
 
@@ -161,9 +173,10 @@ def _held_lines(rows: list[Row]) -> list[str]:
     """What an Accumulator holds."""
     held = [row.notes["bytes_per_element"] for row in rows if "bytes_per_element" in row.notes]
     lines = [(str(clients), f"{size:.2f}") for sizes in held for clients, size in sizes.items()]
-    return ["## Memory of an Accumulator", _table(("clients", "bytes an fp32 element"), lines)] if lines else []
+    return ["## Memory of an Accumulator", table(("clients", "bytes an fp32 element"), lines)] if lines else []
 
 
-def _table(header: tuple[str, ...], lines: Sequence[tuple[str, ...]]) -> str:
+def table(header: tuple[str, ...], lines: Sequence[tuple[str, ...]]) -> str:
+    """A table in Markdown."""
     rule = tuple("---" for _ in header)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *lines))

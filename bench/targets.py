@@ -3,36 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 from contenders import FASTAGG, FASTAGG_OUT
 from rows import Row
-
-
-class Target(NamedTuple):
-    """One target and what was measured."""
-
-    text: str
-    needed: str
-    measured: str  # "" where a row of it is missing
-    reached: bool
-    is_quiet: bool
-
-    @property
-    def verdict(self) -> str:
-        """In words."""
-        if not self.measured:
-            return "not measured"
-        if not self.is_quiet:
-            return "machine busy"
-        return "reached" if self.reached else "not reached"
-
-
-class Measured(NamedTuple):
-    """A number, and whether the machine was quiet enough for it to count."""
-
-    value: float
-    is_quiet: bool = True
+from verdicts import Measured, Target, at_least, at_most
 
 
 class Results:
@@ -67,17 +41,17 @@ def _fedavg(results: Results) -> list[Target]:
     state_dict = results.value("fedavg", "state_dict", FASTAGG_OUT, lambda row: row.times_twin)
     small = results.value("fedavg", "small", FASTAGG, lambda row: row.median * 1e6)
     return [
-        _at_least(f"{one}, out=: of the limit", 0.85, results.fraction("fedavg", "array")),
-        _at_least(f"{one}, out=: times torch's add_ loop", 2, results.speedup("fedavg", "array", "torch add_, out=")),
-        _at_least(f"{one}: times torch's add_ loop", 2, results.speedup("fedavg", "array", "torch add_")),
-        _at_least(f"{one}: times Flower's ServerApp", 7, results.speedup("fedavg", "array", "Flower ServerApp")),
-        _at_most("the same as a state_dict of 214 leaves: times the one array's time", 1.2, state_dict),
-        _at_least("fedavg K=100, N=2.5M, out=: of the limit", 0.75, results.fraction("fedavg", "hundred clients")),
+        at_least(f"{one}, out=: of the limit", 0.85, results.fraction("fedavg", "array")),
+        at_least(f"{one}, out=: times torch's add_ loop", 2, results.speedup("fedavg", "array", "torch add_, out=")),
+        at_least(f"{one}: times torch's add_ loop", 2, results.speedup("fedavg", "array", "torch add_")),
+        at_least(f"{one}: times Flower's ServerApp", 7, results.speedup("fedavg", "array", "Flower ServerApp")),
+        at_most("the same as a state_dict of 214 leaves: times the one array's time", 1.2, state_dict),
+        at_least("fedavg K=100, N=2.5M, out=: of the limit", 0.75, results.fraction("fedavg", "hundred clients")),
         *(
-            _at_least(f"{key} uploads, out=: of the limit of their own bytes", 0.75, results.fraction("fedavg", key))
+            at_least(f"{key} uploads, out=: of the limit of their own bytes", 0.75, results.fraction("fedavg", key))
             for key in ("fp16", "bf16", "int8")
         ),
-        _at_most("fedavg K=10, N=1000: microseconds a call", 15, small),
+        at_most("fedavg K=10, N=1000: microseconds a call", 15, small),
     ]
 
 
@@ -87,9 +61,9 @@ def _casts(results: Results) -> list[Target]:
         text = f"{operation} {arrow}, 64M"
         copy, to = (results.speedup(operation, "fp16", name) for name in ("torch copy_, out=", "torch .to()"))
         found += [
-            _at_least(f"{text}, out=: of the limit", 0.85, results.fraction(operation, "fp16")),
-            _at_least(f"{text}, out=: times torch's copy_", 1.15, copy),
-            _at_least(f"{text}: times torch's .to()", 2, to),
+            at_least(f"{text}, out=: of the limit", 0.85, results.fraction(operation, "fp16")),
+            at_least(f"{text}, out=: times torch's copy_", 1.15, copy),
+            at_least(f"{text}: times torch's .to()", 2, to),
         ]
     return found
 
@@ -98,8 +72,8 @@ def _memory(results: Results) -> list[Target]:
     models = results.value("fedavg", "array", FASTAGG, lambda row: row.extra_models)
     held = results.value("accumulator", "batch=1", FASTAGG, lambda row: row.most_bytes_per_element)
     return [
-        _at_most("fedavg: peak extra memory in models", 1, _always(models)),
-        _at_most("Accumulator: bytes an fp32 element, whatever K", 12, _always(held), digits=1),
+        at_most("fedavg: peak extra memory in models", 1, _always(models)),
+        at_most("Accumulator: bytes an fp32 element, whatever K", 12, _always(held), digits=1),
     ]
 
 
@@ -108,29 +82,11 @@ def _accumulator(results: Results) -> list[Target]:
     batched = results.speedup("accumulator", "batch=8", "torch add_")
     inverse = None if single is None else Measured(1 / single.value, single.is_quiet)
     return [
-        _at_most("Accumulator batch=1: times the time of torch's add_", 1.7, inverse),
-        _at_least("Accumulator batch=8: times torch's add_ loop", 1.5, batched),
+        at_most("Accumulator batch=1: times the time of torch's add_", 1.7, inverse),
+        at_least("Accumulator batch=8: times torch's add_ loop", 1.5, batched),
     ]
 
 
 def _always(measured: Measured | None) -> Measured | None:
     """Memory is what it is, however busy the machine."""
     return None if measured is None else Measured(measured.value)
-
-
-def _at_least(text: str, bound: float, measured: Measured | None) -> Target:
-    return _judged(text, f"at least {bound:g}", measured, lambda value: value >= bound)
-
-
-def _at_most(text: str, bound: float, measured: Measured | None, digits: int = 2) -> Target:
-    return _judged(text, f"at most {bound:g}", measured, lambda value: value <= bound, digits)
-
-
-def _judged(
-    text: str, needed: str, measured: Measured | None, reaches: Callable[[float], bool], digits: int = 2
-) -> Target:
-    """A target by the number that is shown."""
-    if measured is None:
-        return Target(text, needed, "", False, True)
-    shown = f"{measured.value:.{digits}f}"
-    return Target(text, needed, shown, reaches(float(shown)), measured.is_quiet)

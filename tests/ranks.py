@@ -1,4 +1,4 @@
-"""Runs a program as the ranks of a torch.distributed group: real processes on this host."""
+"""Runs a program as the ranks of a torch.distributed group: real processes on this host, or on several."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+
+from namespaces import Host
 
 PROLOGUE = """
 import datetime, os, signal, sys, time
@@ -16,32 +19,40 @@ import fastagg
 rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 torch.set_num_threads(1)
 fastagg.set_num_threads(1)
-store = dist.FileStore(os.environ["STORE"], world)
 timeout = datetime.timedelta(seconds=float(os.environ.get("TIMEOUT", "60")))
-dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timeout)
+dist.init_process_group("gloo", init_method=os.environ["MEET"], rank=rank, world_size=world, timeout=timeout)
 def gathered(x):
     everyone = [torch.empty_like(x) for _ in range(world)]
     dist.all_gather(everyone, x)
     return everyone
 """
 
+EPILOGUE = """
+# Torch's threads must be gone before the interpreter is: one that lets go of a tensor after it ends the process.
+if dist.is_initialized():
+    dist.destroy_process_group()
+"""
+
 
 class Ranks:
     """The processes, and what they printed."""
 
-    def __init__(self, program: str, world: int, **environment: str) -> None:
+    def __init__(self, program: str, world: int, hosts: Sequence[Host] = (), **environment: str) -> None:
         self.folder = tempfile.TemporaryDirectory()
-        common = {**os.environ, "WORLD_SIZE": str(world), "STORE": str(Path(self.folder.name) / "store"), **environment}
-        self.processes = [
-            subprocess.Popen(
-                [sys.executable, "-c", PROLOGUE + program],
-                env={**common, "RANK": str(rank)},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
+        meet = f"tcp://{hosts[0].address}:29500" if hosts else f"file://{Path(self.folder.name) / 'store'}"
+        common = {**os.environ, "WORLD_SIZE": str(world), "MEET": meet, **environment}
+        self.processes = []
+        for rank in range(world):
+            host = hosts[rank * len(hosts) // world] if hosts else None
+            self.processes.append(
+                subprocess.Popen(
+                    [*(host.command if host else ()), sys.executable, "-c", PROLOGUE + program + EPILOGUE],
+                    env={**common, **(host.environment if host else {}), "RANK": str(rank)},
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
             )
-            for rank in range(world)
-        ]
 
     def outputs(self, timeout: float = 120) -> list[tuple[int, str, str]]:
         """Exit status, standard output and errors of every rank, which are ended if they do not end."""
@@ -62,9 +73,9 @@ class Ranks:
         self.processes[rank].send_signal(number)
 
 
-def run_ranks(program: str, world: int, **environment: str) -> list[str]:
+def run_ranks(program: str, world: int, hosts: Sequence[Host] = (), **environment: str) -> list[str]:
     """What every rank printed; fails if one fails."""
-    outputs = Ranks(program, world, **environment).outputs()
+    outputs = Ranks(program, world, hosts, **environment).outputs()
     for rank, (status, out, err) in enumerate(outputs):
         assert status == 0, f"rank {rank} of {world}: status {status}\n{out}\n{err}"
     return [out for _, out, _ in outputs]

@@ -231,8 +231,8 @@ try:
 except fastagg.PeerError as error:
     print(error.rank, flush=True)
     dist.destroy_process_group()
-    store = dist.FileStore(os.environ["STORE"] + "-survivors", 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timeout)
+    survivors = os.environ["MEET"] + "-survivors"
+    dist.init_process_group("gloo", init_method=survivors, rank=rank, world_size=2, timeout=timeout)
     x = torch.full((70000,), float(rank))
     fastagg.all_reduce(x)
     assert torch.all(x == 0.5)
@@ -281,9 +281,10 @@ print(descriptors() - before, len(os.listdir("/proc/self/task")) - threads, maps
 """
 
 
-def test_groups_leave_nothing_behind() -> None:
+@by_transport
+def test_groups_leave_nothing_behind(transport: str) -> None:
     before = set(Path("/dev/shm").iterdir())
-    for out in run_ranks(LEAKS, 2):
+    for out in run_ranks(LEAKS, 2, **on(transport)):
         descriptors, threads, maps = map(int, out.split())
         assert descriptors <= 0
         assert threads <= 0

@@ -116,6 +116,12 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     Path("ran").write_text(config.getoption("--results"))
 """
+BENCH_RANKS = """
+import sys
+from pathlib import Path
+Path("ran-ranks").write_text(" ".join(sys.argv[1:]))
+sys.exit(3)
+"""
 RUN_BENCH = """
 import sys
 from pathlib import Path
@@ -133,8 +139,10 @@ def test_bench_runs_the_benchmarks_wherever_the_results_go(tmp_path):
     installed.mkdir()
     for folder in (installed, checkout / "bench"):
         (folder / "conftest.py").write_text(BENCH_CONFTEST)
+        (folder / "all_reduce.py").write_text(BENCH_RANKS)
     (installed / "test_nothing.py").write_text("def test_nothing(): pass")
     command = [sys.executable, "-c", RUN_BENCH, str(installed), "bench/results"]
     done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, env={**os.environ, **NO_PLUGINS})
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == 3, done.stdout + done.stderr  # as the ranks' part ended
     assert (checkout / "ran").read_text() == "bench/results"
+    assert (checkout / "ran-ranks").read_text() == "--results=bench/results --quick"

@@ -1,5 +1,6 @@
 """fastagg: weighted FedAvg and FP16 quantisation as a small native library."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from fastagg._backend import get_num_threads, set_num_threads
@@ -10,16 +11,21 @@ from fastagg.averaging import fedavg
 from fastagg.quantization import Quantized, dequantize, quantize
 
 if TYPE_CHECKING:
+    from fastagg.broadcasting import broadcast_optimizer_state, broadcast_parameters
     from fastagg.communication import all_reduce
+    from fastagg.distributed_optimizer import DistributedOptimizer
 
 __all__ = [
     "Accumulator",
     "CudaError",
+    "DistributedOptimizer",
     "DroppedUpdateWarning",
     "PeerError",
     "Quantized",
     "__version__",
     "all_reduce",
+    "broadcast_optimizer_state",
+    "broadcast_parameters",
     "build_info",
     "dequantize",
     "fedavg",
@@ -29,12 +35,20 @@ __all__ = [
 ]
 
 
+_NEED_TORCH = {
+    "DistributedOptimizer": "distributed_optimizer",
+    "all_reduce": "communication",
+    "broadcast_optimizer_state": "broadcasting",
+    "broadcast_parameters": "broadcasting",
+}
+
+
 def __getattr__(name: str) -> Any:
-    """`all_reduce` is fetched at first use: it needs torch."""
-    if name != "all_reduce":
+    """What needs torch is fetched at first use."""
+    if name not in _NEED_TORCH:
         raise AttributeError(f"module 'fastagg' has no attribute {name!r}")
     try:
-        from fastagg.communication import all_reduce
+        module = import_module(f"fastagg.{_NEED_TORCH[name]}")
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("fastagg.all_reduce needs PyTorch: pip install 'fastagg[torch]'") from error
-    return all_reduce
+        raise ModuleNotFoundError(f"fastagg.{name} needs PyTorch: pip install 'fastagg[torch]'") from error
+    return getattr(module, name)

@@ -41,7 +41,7 @@ class BackendTransport:
             if index < len(rounds):
                 rounds[index].encode(self._buffer("sent", index, rounds[index].bytes * world))
                 if index == 0:
-                    signatures.compare()
+                    signatures.compare(group)
                 rounds[index].scatter(self._buffer("received", index, rounds[index].bytes * world))
             if 0 <= index - 1 < len(rounds):
                 own = self._buffer("own", index - 1, rounds[index - 1].bytes)
@@ -156,18 +156,19 @@ class _Signatures:
     _NAMES = "(elements, dtype code, wire code, log2 of the block, stochastic, mean)"
 
     def __init__(self, group: dist.ProcessGroup, exchange: Exchange) -> None:
-        self._group, (wire, shift, stochastic, _) = group, exchange.encoding
+        # The group is not kept: what its transport holds would keep it, and its threads, from ending.
+        wire, shift, stochastic, _ = exchange.encoding
         self._own = torch.tensor([exchange.tensor.numel(), exchange.code, wire, shift, stochastic, exchange.mean])
         self._everyone = torch.empty(dist.get_world_size(group) * len(self._own), dtype=self._own.dtype)
         self._work = _all_gather_single(self._everyone, self._own, group=group, async_op=True)
 
-    def compare(self) -> None:
+    def compare(self, group: dist.ProcessGroup) -> None:
         """Raises ValueError on every rank if one was called with something else."""
         self._work.wait()
         own = tuple(self._own.tolist())
         for rank, other in enumerate(self._everyone.view(-1, len(own)).tolist()):
             if tuple(other) != own:
-                who = dist.get_global_rank(self._group, rank)
+                who = dist.get_global_rank(group, rank)
                 raise ValueError(f"rank {who} has {tuple(other)}, rank {dist.get_rank()} has {own}: {self._NAMES}")
 
 

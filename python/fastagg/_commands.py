@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -64,10 +65,13 @@ def bench(
     _require("bench")
     import pytest
 
+    folder = _bench_folder()
     # One word: as two, pytest would take the folder for one of tests.
-    options = ["--benchmark-only", f"--results={output}", *(["--quick"] if quick else [])]
+    options = [f"--results={output}", *(["--quick"] if quick else [])]
     # Nothing is written beside the installed benchmarks, which may be read-only.
-    sys.exit(pytest.main([str(_bench_folder()), "-p", "no:cacheprovider", *options]))
+    status = pytest.main([str(folder), "-p", "no:cacheprovider", "--benchmark-only", *options])
+    ranks = subprocess.run([sys.executable, str(folder / "all_reduce.py"), *options], check=False)
+    sys.exit(status or ranks.returncode)
 
 
 def _bench_folder() -> Path:

@@ -64,10 +64,7 @@ def _transport() -> dict[str, str]:
         _core.SharedMemoryGroup([os.getpid()], [0], 0)
     except OSError as error:
         return {"on one host": f"the group's backend: no shared memory ({error})"}
-    return {
-        "on one host": "shared memory",
-        "between hosts": "the group's backend, one exchange for all ranks of a host",
-    }
+    return {"on one host": "shared memory", "between hosts": "the group's backend, once for all ranks of a host"}
 
 
 def _cuda_version(number: int) -> str:

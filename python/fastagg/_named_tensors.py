@@ -1,0 +1,93 @@
+"""Named tensors that are the same on all ranks: their names, their agreement, and how they are fused into batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import zip_longest
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+FUSION_BYTES = 25 * 2**20
+
+
+def group_of(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """The group that was given, or the default one.
+
+    Raises:
+        ValueError: there is none yet.
+    """
+    group = group if group is not None else dist.group.WORLD
+    if group is None:
+        raise ValueError("group: torch.distributed is not initialised; call torch.distributed.init_process_group first")
+    return group
+
+
+def named_tensors(
+    argument: str, given: Mapping[str, Any] | Iterable[torch.Tensor | tuple[str, Any]]
+) -> list[tuple[str, torch.Tensor]]:
+    """The pairs of name and tensor of a state_dict or an iterable; a tensor without a name is named by its place.
+
+    Raises:
+        TypeError, ValueError: something else; a name that occurs twice; no dense CPU tensor.
+    """
+    items = given.items() if isinstance(given, Mapping) else given
+    named: dict[str, torch.Tensor] = {}
+    for place, item in enumerate(items):
+        pair = (str(place), item) if isinstance(item, torch.Tensor) else item
+        if not isinstance(pair, tuple) or len(pair) != 2:
+            raise TypeError(f"{argument}: expected pairs of name and tensor, got {type(pair).__name__}")
+        name, tensor = pair
+        if name in named:
+            raise ValueError(f"{argument}: the name {name!r} occurs twice")
+        check_tensor(f"{argument}: {name!r}", tensor)
+        named[name] = tensor
+    return list(named.items())
+
+
+def check_tensor(name: str, tensor: Any) -> None:
+    """Raises TypeError or ValueError for what is no dense CPU tensor."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.layout is not torch.strided or tensor.device.type != "cpu":
+        raise ValueError(f"{name}: expected a dense CPU tensor, got {tensor.layout} on {tensor.device}")
+
+
+def description(name: str, tensor: torch.Tensor) -> str:
+    """What must be the same on all ranks."""
+    return f"{name!r}, {tensor.dtype} of shape {tuple(tensor.shape)}"
+
+
+def check_alike(own: Sequence[str], group: dist.ProcessGroup) -> None:
+    """Raises ValueError on every rank if one has another list than the first, with the first line that differs."""
+    everyone: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, list(own), group=group)
+    for rank, lines in enumerate(everyone):
+        for expected, line in zip_longest(everyone[0], lines, fillvalue="nothing more"):
+            if line != expected:
+                first, other = dist.get_global_rank(group, 0), dist.get_global_rank(group, rank)
+                raise ValueError(f"ranks differ: rank {first} has {expected}, rank {other} has {line}")
+
+
+def batches(tensors: Sequence[torch.Tensor], limit: int) -> Iterator[list[int]]:
+    """Places of tensors of one dtype that together have at most `limit` bytes, or of one larger tensor.
+
+    The batches come in the order in which they are full.
+    """
+    filling: dict[torch.dtype, list[int]] = {}
+    room: dict[torch.dtype, int] = {}
+    for place, tensor in enumerate(tensors):
+        dtype = tensor.dtype
+        if dtype in filling and tensor.nbytes > room[dtype]:
+            yield filling.pop(dtype)
+        if dtype not in filling:
+            filling[dtype], room[dtype] = [], limit
+        filling[dtype].append(place)
+        room[dtype] -= tensor.nbytes
+    yield from sorted(filling.values(), key=lambda places: places[-1])
+
+
+def dense_strides(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The strides of a dense tensor that is laid out in memory like this one."""
+    return torch.empty_like(tensor, device="meta").stride()

@@ -1,0 +1,148 @@
+"""Parameters and optimizer states of one rank, copied to all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from fastagg._named_tensors import (
+    FUSION_BYTES,
+    batches,
+    check_alike,
+    check_tensor,
+    dense_strides,
+    description,
+    group_of,
+    named_tensors,
+)
+
+
+def broadcast_parameters(
+    parameters: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor] | torch.Tensor],
+    root_rank: int = 0,
+    *,
+    group: dist.ProcessGroup | None = None,
+) -> None:
+    """Gives the tensors of all ranks the values of one rank's, in place and bit for bit.
+
+    Args:
+        parameters: `model.state_dict()`, `model.named_parameters()`, or pairs of name and CPU tensor of any dtype.
+        root_rank: the global rank whose values they are.
+        group: the process group; None for the default one.
+
+    Raises:
+        TypeError: something else among them.
+        ValueError: a name that occurs twice; or ranks that differ in names, shapes or dtypes, on every rank.
+    """
+    named, group = named_tensors("parameters", parameters), _group_with(root_rank, group)
+    check_alike([description(name, tensor) for name, tensor in named], group)
+    _broadcast([tensor.detach() for _, tensor in named], root_rank, group)
+
+
+def broadcast_optimizer_state(
+    optimizer: torch.optim.Optimizer, root_rank: int = 0, *, group: dist.ProcessGroup | None = None
+) -> None:
+    """Gives the optimizers of all ranks the state and the options, the learning rate for one, of one rank's.
+
+    The other ranks need no state yet: after the root alone has loaded a checkpoint, this is what follows.
+
+    Args:
+        optimizer: over CPU parameters, `DistributedOptimizer` or not.
+        root_rank: the global rank whose state it is.
+        group: the process group; None for the default one.
+
+    Raises:
+        ValueError: ranks that differ in the optimizer's class or parameters, on every rank.
+    """
+    group = _group_with(root_rank, group)
+    check_alike(_outline(optimizer), group)
+    is_root, tensors = dist.get_rank() == root_rank, []
+
+    def taken_out(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        tensors.append(leaf.detach())
+        return _Place(tuple(leaf.shape), dense_strides(leaf), leaf.dtype)
+
+    def put_in(leaf: Any) -> Any:
+        if not isinstance(leaf, _Place):
+            return leaf
+        tensors.append(torch.empty_strided(leaf.shape, leaf.strides, dtype=leaf.dtype))
+        return tensors[-1]
+
+    structure = [_mapped(optimizer.state_dict(), taken_out) if is_root else None]
+    dist.broadcast_object_list(structure, src=root_rank, group=group)
+    state = None if is_root else _mapped(structure[0], put_in)
+    _broadcast(tensors, root_rank, group)
+    if state is not None:
+        _adopt(optimizer, state)
+
+
+class _Place(NamedTuple):
+    """Where a tensor belongs in a structure that travels without its tensors."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def _group_with(root_rank: int, group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """The group.
+
+    Raises:
+        ValueError: the root is none of its ranks.
+    """
+    group = group_of(group)
+    members = dist.get_process_group_ranks(group)
+    if root_rank not in members:
+        raise ValueError(f"root_rank: expected a global rank of the group, one of {members}, got {root_rank!r}")
+    return group
+
+
+def _broadcast(tensors: Sequence[torch.Tensor], root_rank: int, group: dist.ProcessGroup) -> None:
+    """Broadcasts tensors, fused by dtype, as bytes: backends do not know every dtype."""
+    for batch in batches(tensors, FUSION_BYTES):
+        members = [tensors[place] for place in batch]
+        flat = torch.cat([tensor.reshape(-1) for tensor in members])
+        dist.broadcast(flat.view(torch.uint8), src=root_rank, group=group)
+        begin = 0
+        for tensor in members:
+            tensor.copy_(flat[begin : begin + tensor.numel()].view(tensor.shape))
+            begin += tensor.numel()
+
+
+def _outline(optimizer: torch.optim.Optimizer) -> list[str]:
+    """What optimizers must have in common to exchange their states.
+
+    Raises:
+        ValueError: a parameter is no dense CPU tensor.
+    """
+    lines = [type(optimizer).__name__]
+    for number, group in enumerate(optimizer.param_groups):
+        for place, parameter in enumerate(group["params"]):
+            name = f"parameter {place} of group {number}"
+            check_tensor(name, parameter)
+            lines.append(description(name, parameter))
+    return lines
+
+
+def _mapped(value: Any, function: Callable[[Any], Any]) -> Any:
+    """A structure of dicts, lists and tuples with every leaf replaced."""
+    if isinstance(value, dict):
+        return {key: _mapped(entry, function) for key, entry in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_mapped(entry, function) for entry in value)
+    return function(value)
+
+
+def _adopt(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Loads a state_dict as it is, where `load_state_dict` would cast it to the parameters' dtypes."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for group, options in zip(optimizer.param_groups, state["param_groups"], strict=True):
+        group.update(options, params=group["params"])
+    optimizer.state.clear()
+    for key, entry in state["state"].items():
+        optimizer.state[parameters[key] if isinstance(key, int) else key] = entry
