@@ -38,8 +38,8 @@ def main() -> None:
 
     start = newest(options.folder)
     if start:
-        # DDP rearranges its buckets after the first step, and low-bit wires share scales within a bucket: with that
-        # step behind it, overwritten by the checkpoint, training has the buckets that it had before.
+        # DDP rearranges its buckets after the first step, and scales and the owners of slices follow the buckets: with
+        # that step behind it, overwritten by the checkpoint, training has the buckets that it had before.
         cross_entropy(model(images[:BATCH]), labels[:BATCH]).backward()
         load(options.folder, start, model.module, optimizer, state)
     report(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)} from step {start}")
