@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 
 pytest.importorskip("torch")
 
-from ranks import run_ranks
+from ranks import Ranks, run_ranks
 
 TRAINING = """
 import copy, pickle
@@ -70,3 +72,27 @@ def test_training_is_the_same_within_the_wires_error(world: int) -> None:
 
 def test_found_inf_agrees_on_all_ranks() -> None:
     run_ranks(FOUND_INF, 2)
+
+
+LOST = """
+from torch.nn.parallel import DistributedDataParallel
+from fastagg.ddp import AllReduceState, all_reduce_hook
+
+model = DistributedDataParallel(torch.nn.Linear(400, 300), bucket_cap_mb=0.1)
+model.register_comm_hook(AllReduceState(), all_reduce_hook)
+try:
+    for step in range(100):
+        if step == 3 and rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        model(torch.ones(2, 400)).sum().backward()
+except fastagg.PeerError as error:
+    print(error.rank, flush=True)
+    os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("transport", ["", "backend"], ids=["shared memory", "backend"])
+def test_a_lost_rank_is_a_peer_error_in_backward(transport: str) -> None:
+    outputs = Ranks(LOST, 3, TIMEOUT="15", FASTAGG_TRANSPORT=transport).outputs()
+    assert [status for status, _, _ in outputs] == [0, -signal.SIGKILL, 0], outputs
+    assert outputs[0][1] == outputs[2][1] == "1\n"

@@ -116,7 +116,7 @@ def test_a_step_that_found_inf_leaves_the_residuals_alone() -> None:
 RESUMED = """
 def make():
     model = model_of(0.005)
-    # A wire without blocks: theirs depend on the buckets, which DDP makes up anew after a process's first step.
+    # One slice, and a wire without blocks: those depend on the buckets, which DDP makes up anew after the first step.
     state = AllReduceState(wire="fp16", rounding="stochastic", error_feedback=True)
     model.register_comm_hook(state, all_reduce_hook)
     return model, state

@@ -8,6 +8,8 @@ anything.
 """
 
 # No annotations from the future: torch compares the hook's with its own class.
+import contextlib
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,10 +34,12 @@ def all_reduce_hook(
     ``gradient = decode(encode(sum_r(decode(encode(gradient_r + residual_r))) / world))``
 
     Raises:
-        TypeError: the bucket's dtype has no wire.
+        TypeError: the bucket's dtype has no wire; or torch.compile with optimize_ddp="python_reducer" hands over none.
         ValueError: the state belongs to another model.
-        PeerError: in backward, if a rank has died or hung (torch may pass it on as a RuntimeError that quotes it).
+        PeerError: in backward, if a rank has died or hung.
     """
+    if not isinstance(bucket, dist.GradBucket):  # type: ignore[attr-defined]
+        raise TypeError(f"expected a bucket of DDP's C++ reducer, got {type(bucket).__name__}: set optimize_ddp=True")
     group = state.process_group if state.process_group is not None else dist.group.WORLD
     gradients = bucket.buffer()
     code = code_of_dtype(gradients.dtype)
@@ -49,11 +53,18 @@ def all_reduce_hook(
         try:
             state.end_bucket(transport.all_reduce(exchange), is_last=bucket.is_last())
             future.set_result(gradients)
-        except Exception as error:  # the future carries it to whoever waits
+        except Exception as error:
             future.set_exception(error)  # type: ignore[arg-type]
+            raise
 
-    line.submit(reduce)
+    _raise_from_backward(line.submit(reduce))
     return future
+
+
+def _raise_from_backward(work: Future[None]) -> None:
+    """Raises what went wrong as it is, at the end of backward: through torch's future it would be a RuntimeError."""
+    with contextlib.suppress(RuntimeError):  # there is no backward: a rank that has joined early takes part with zeros
+        torch.autograd.Variable._execution_engine.queue_callback(work.result)
 
 
 class GradScaler(torch.amp.GradScaler):
