@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 pytest.importorskip("torch")
 
+from fastagg import _core
 from ranks import Ranks, run_ranks
 
 WORLDS = [1, 2, 3, 4]
@@ -192,6 +194,8 @@ def test_uneven_hosts_use_the_backend_and_say_why() -> None:
 
 
 WRONG = """
+if "TWO_HOSTS" in os.environ:
+    os.environ["FASTAGG_HOST"] = str(rank // 2)
 def error_of(function):
     try:
         function()
@@ -203,6 +207,10 @@ assert "rank 0" in message or "rank 1" in message or "rank 2" in message
 error_of(lambda: fastagg.all_reduce(torch.zeros(5, dtype=torch.float32 if rank else torch.float64)))
 error_of(lambda: fastagg.all_reduce(torch.zeros(5), wire="int8" if rank == 1 else "fp16"))
 error_of(lambda: fastagg.all_reduce(torch.zeros(5), op="sum" if rank == 1 else "mean"))
+error_of(lambda: fastagg.all_reduce(torch.zeros((2, 3) if rank else (3, 2))))
+error_of(lambda: fastagg.all_reduce([torch.zeros(5)] * (1 + rank)))
+error_of(lambda: fastagg.all_reduce([] if rank else [torch.zeros(5)]))
+error_of(lambda: fastagg.all_reduce(torch.zeros(5), wire="fp16", rounding="stochastic" if rank else "nearest"))
 x = torch.full((50000,), float(rank))
 fastagg.all_reduce(x, op="sum")  # and the group still works
 assert torch.all(x == sum(range(world)))
@@ -216,6 +224,40 @@ assert "wire" in error_of(lambda: fastagg.all_reduce(torch.zeros(5), wire="fp7")
 @by_transport
 def test_ranks_that_differ_are_an_error_on_every_rank(transport: str) -> None:
     run_ranks(WRONG, 3, **on(transport))
+
+
+def test_ranks_of_two_hosts_that_differ_are_an_error_on_every_rank() -> None:
+    run_ranks(WRONG, 4, TWO_HOSTS="1")
+
+
+CHOICES = """
+if rank == 1:
+    os.environ["FASTAGG_TRANSPORT"] = "pigeon"
+try:
+    fastagg.all_reduce(torch.zeros(5))
+except ValueError as error:
+    assert "rank 1" in str(error) and "pigeon" in str(error)
+else:
+    raise AssertionError("no error")
+os.environ["FASTAGG_TRANSPORT"] = "backend" if rank else ""
+x = torch.full((5,), float(rank))
+fastagg.all_reduce(x)
+assert torch.all(x == 0.5)
+from fastagg._transports import channel_of
+assert "asks for it" in channel_of(dist.group.WORLD).transport.reason
+"""
+
+
+def test_a_rank_chooses_the_transport_for_all() -> None:
+    run_ranks(CHOICES, 2)
+
+
+def test_memory_that_cannot_be_mapped_is_an_os_error() -> None:
+    no_such_descriptor = 1 << 20
+    with pytest.raises(OSError, match="opening /proc"):
+        _core.SharedMemoryGroup.attach([os.getpid()], [0], 0, os.getpid(), no_such_descriptor)
+    with pytest.raises(OSError, match="not this user's segment"):
+        _core.SharedMemoryGroup.attach([os.getpid()], [0], 0, os.getpid(), 0)
 
 
 LOST = """
@@ -270,14 +312,23 @@ def descriptors():
 def cycle():
     group = dist.new_group(list(range(world)))
     fastagg.all_reduce(torch.ones(20000), group=group)
+    try:
+        fastagg.all_reduce(torch.ones(5 + rank), group=group, async_op=True).wait()
+    except ValueError:
+        pass  # a group that has failed ends like any other
     dist.destroy_process_group(group)
 for _ in range(3):
     cycle()
 before, threads = descriptors(), len(os.listdir("/proc/self/task"))
 for _ in range(12):
     cycle()
+left = descriptors() - before
+for _ in range(50):  # a thread whose work has gone takes a moment to end
+    if len(os.listdir("/proc/self/task")) <= threads:
+        break
+    time.sleep(0.1)
 maps = open("/proc/self/maps").read().count("memfd:fastagg")
-print(descriptors() - before, len(os.listdir("/proc/self/task")) - threads, maps)
+print(left, len(os.listdir("/proc/self/task")) - threads, maps)
 """
 
 

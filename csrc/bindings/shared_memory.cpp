@@ -1,6 +1,8 @@
 // The same-host transport for Python.
 #include "comm/shared_memory.h"
 
+#include <system_error>
+
 #include "operands.h"
 #include "shared_memory_group.h"
 
@@ -17,7 +19,7 @@ using comm::SharedMemory;
 }
 
 /// (data, code, count, wire, block_shift, stochastic, (seed, step, tensor, rank), mean, factor, residual,
-/// residual_factor, error, norm, stretches); the last are stored beside it.
+/// residual_factor, error, norm, stretches, tag); the stretches are stored beside it.
 comm::Exchange exchange_of(const py::tuple& described, std::vector<Stretch>& stretches) {
   stretches = stretches_of(described[13]);
   const auto [seed, step, tensor, rank] = described[6].cast<std::tuple<uint64_t, uint32_t, uint32_t, uint32_t>>();
@@ -35,7 +37,8 @@ comm::Exchange exchange_of(const py::tuple& described, std::vector<Stretch>& str
           pointer<float>(described[9]),
           described[10].cast<float>(),
           pointer<float>(described[11]),
-          described[12].cast<bool>()};
+          described[12].cast<bool>(),
+          described[14].cast<uint64_t>()};
 }
 
 std::shared_ptr<comm::Segment> share(comm::Segment segment) {
@@ -77,6 +80,13 @@ class SharedMemoryGroup {
 }  // namespace
 
 void define_shared_memory(py::module_& m) {
+  py::register_exception_translator([](std::exception_ptr pointer) {
+    try {
+      if (pointer) std::rethrow_exception(pointer);
+    } catch (const std::system_error& error) {
+      PyErr_SetObject(PyExc_OSError, py::make_tuple(error.code().value(), error.what()).ptr());
+    }
+  });
   using Names = std::vector<int>;
   py::class_<SharedMemoryGroup>(m, "SharedMemoryGroup", "One rank's end of a group of processes on one host.")
       .def(py::init([](const Names& processes, const Names& names, int rank) {

@@ -33,13 +33,16 @@ inline void relax() {
 /// What must be equal on all ranks.
 struct Signature {
   int64_t count;
+  uint64_t tag;
   int32_t code, wire, block_shift, rounding, mean, norm, phases;
   float factor;
 
   bool operator==(const Signature& other) const { return memcmp(this, &other, sizeof other) == 0; }
   std::string describe() const {
     return std::to_string(count) + " elements of dtype code " + std::to_string(code) + ", wire code " +
-           std::to_string(wire) + (mean != 0 ? ", mean" : ", sum");
+           std::to_string(wire) + ", blocks of " + std::to_string(1 << block_shift) +
+           (rounding != 0 ? ", stochastic" : ", nearest") + (mean != 0 ? ", mean" : ", sum") + ", factor " +
+           std::to_string(factor) + ", shape and list " + std::to_string(tag % 1000000);
   }
 };
 
@@ -47,6 +50,7 @@ Signature signature_of(const Exchange& exchange, int32_t phases) {
   Signature signature;
   memset(&signature, 0, sizeof signature);  // padding is compared too
   signature.count = exchange.count;
+  signature.tag = exchange.tag;
   signature.code = static_cast<int32_t>(exchange.code);
   signature.wire = static_cast<int32_t>(exchange.wire);
   signature.block_shift = exchange.block_shift;

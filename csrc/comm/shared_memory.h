@@ -38,6 +38,7 @@ struct Exchange {
   float residual_factor;
   float* error;  // with a residual: receives what encoding took from this rank's values and from its slice's means
   bool norm;     // whether the sum of the result's squares is wanted
+  uint64_t tag;  // of whatever else must be equal on all ranks
 };
 
 struct Outcome {

@@ -7,13 +7,15 @@
 namespace fastagg {
 namespace {  // the loops of another instruction set must never be linked in these ones' place
 
-/// The elements from index i on as float32.
+/// A rank's elements from index i on as float32; for a rank alone as `cast` does it, so that they are rounded once.
 template <class Lanes, Code code>
-FASTAGG_INLINE typename Lanes::F load_narrow(const Source& source, int64_t i) {
+FASTAGG_INLINE typename Lanes::F load_narrow(const Reduction& op, int rank, int64_t i) {
+  const Source& source = op.sources[rank];
   if constexpr (code == Code::float64) {
     typename Lanes::D wide[Lanes::halves];
     load_wide<Lanes, code>(source, i, wide);
-    return Lanes::narrow(wide);
+    const bool alone = op.ranks == 1 && op.feedback.residual == nullptr;
+    return alone ? narrow_for<Lanes>(op.result.code, wide) : Lanes::narrow(wide);
   } else {
     typename Lanes::F x = load<Lanes, code>(source.data, i);
     if constexpr (has_scales(code)) x = x * scale_at<code>(source, i);
@@ -31,7 +33,7 @@ FASTAGG_INLINE int64_t add_vectors(const Reduction& op, float inverse, float* va
     const int64_t at = begin + i;
     F sum = -F{};
     for (int rank = 0; rank < op.ranks; ++rank) {
-      sum = sum + load_narrow<Lanes, code>(op.sources[rank], at);
+      sum = sum + load_narrow<Lanes, code>(op, rank, at);
     }
     if (op.feedback.residual != nullptr)
       sum = sum + Lanes::load_float32(op.feedback.residual, at) * op.feedback.residual_factor;

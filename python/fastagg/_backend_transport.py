@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -10,8 +11,7 @@ from fastagg import _core
 from fastagg._backend import RandomKey
 from fastagg._codes import ELEMENT_BYTES, Code
 from fastagg._exchange import MEANS_RANK, NO_KEY, Exchange, Outcome
-from fastagg._meeting import PrivateGroup
-from fastagg._roll_call import raise_peer_error
+from fastagg._private_group import PrivateGroup
 
 _ROUNDS = 8
 _SMALLEST_ROUND, _LARGEST_ROUND = 1 << 19, 1 << 22  # elements: small ones spend their time on latency
@@ -27,14 +27,18 @@ class BackendTransport:
         self._buffers: dict[tuple[str, int], torch.Tensor] = {}
         self._signatures: _Signatures | None = None
 
+    def refuse(self) -> None:
+        """Takes part in an exchange that cannot be: every rank raises ValueError."""
+        self._signatures = _Signatures(self._group, None)
+        with contextlib.suppress(ValueError):
+            self._signatures.compare()
+
+    def tell_lost(self, name: int) -> None:
+        """Tells the others, once their exchange fails, which rank was lost."""
+        self._group.meeting.store.set("lost", str(name))
+
     def all_reduce(self, exchange: Exchange) -> Outcome:
         """See `Transport`."""
-        try:
-            return self._all_reduce(exchange)
-        except RuntimeError as error:  # what torch raises for a broken connection and for its timeout
-            raise_peer_error(self._group.meeting, error)
-
-    def _all_reduce(self, exchange: Exchange) -> Outcome:
         rank, world = self._group.rank, self._group.world
         signatures = self._signatures = _Signatures(self._group, exchange)
         rounds = [_Round(self._group, exchange, pieces) for pieces in _pieces_of_rounds(exchange, world)]
@@ -92,7 +96,7 @@ class _Round:
 
     def reduce(self, own: torch.Tensor, means: torch.Tensor) -> None:
         """Adds up what all ranks sent for this rank's piece, and sends its mean to all."""
-        self._work.wait()
+        self._group.wait(self._work)
         self._means = means
         exchange, (begin, end) = self._exchange, self._pieces[self._rank]
         rows = self._received.view(self._world, -1)
@@ -110,7 +114,7 @@ class _Round:
 
     def decode(self, outcome: Outcome) -> Outcome:
         """Decodes everybody's means into the tensor."""
-        self._work.wait()
+        self._group.wait(self._work)
         finite = outcome.finite
         for (begin, end), row in zip(self._pieces, self._means.view(self._world, -1), strict=True):
             finite &= self._decode(row, begin, end)
@@ -155,22 +159,26 @@ class _Round:
 class _Signatures:
     """What must be equal on all ranks; compared while the first values are encoded."""
 
-    _NAMES = "(elements, dtype code, wire code, log2 of the block, stochastic, mean)"
+    _NAMES = "(elements, dtype code, wire code, log2 of the block, stochastic, mean, shape and list)"
 
-    def __init__(self, group: PrivateGroup, exchange: Exchange) -> None:
-        self._meeting = group.meeting
-        wire, shift, stochastic, _ = exchange.encoding
-        self._own = torch.tensor([exchange.tensor.numel(), exchange.code, wire, shift, stochastic, exchange.mean])
+    def __init__(self, group: PrivateGroup, exchange: Exchange | None) -> None:
+        """`exchange`: None refuses."""
+        self._group = group
+        facts = [-1] * 7
+        if exchange is not None:
+            wire, shift, stochastic, _ = exchange.encoding
+            facts = [exchange.tensor.numel(), exchange.code, wire, shift, stochastic, exchange.mean, exchange.tag]
+        self._own = torch.tensor(facts, dtype=torch.int64)
         self._everyone = torch.empty(group.world * len(self._own), dtype=self._own.dtype)
         self._work = group.all_gather(self._everyone, self._own)
 
     def compare(self) -> None:
         """Raises ValueError on every rank if one was called with something else."""
-        self._work.wait()
+        self._group.wait(self._work)
         own = tuple(self._own.tolist())
         for rank, other in enumerate(self._everyone.view(-1, len(own)).tolist()):
             if tuple(other) != own:
-                who, here = self._meeting.names[rank], self._meeting.names[self._meeting.rank]
+                who, here = self._group.meeting.names[rank], self._group.meeting.names[self._group.rank]
                 raise ValueError(f"rank {who} has {tuple(other)}, rank {here} has {own}: {self._NAMES}")
 
 
@@ -191,7 +199,7 @@ def _with_all_squares(group: PrivateGroup, outcome: Outcome) -> Outcome:
     """The sum over all slices, added up in the order of the ranks on every rank."""
     own = torch.tensor([outcome.squares], dtype=torch.float64)
     everyone = torch.empty(group.world, dtype=torch.float64)
-    group.all_gather(everyone, own).wait()
+    group.wait(group.all_gather(everyone, own))
     return outcome._replace(squares=sum(everyone.tolist()))
 
 

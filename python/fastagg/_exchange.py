@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -67,6 +68,15 @@ class Exchange(NamedTuple):
     """The place of the first element in a larger tensor, which the stretches refer to."""
     stretches: Sequence[tuple[int, int]] = ()
     """(begin, place): elements from `begin` on draw the random numbers from `place` on. None: from 0 on."""
+    call: tuple[int, ...] = ()
+    """What else must be equal on all ranks: the tensor's shape, its place in a list and the list's length."""
+
+    @property
+    def tag(self) -> int:
+        """All that must be equal on all ranks but is not in an exchange's numbers, in 63 bits."""
+        wire, shift, stochastic, _ = self.encoding
+        facts = (self.call, self.code, wire, shift, stochastic, self.mean, self.norm, self.factor)
+        return int.from_bytes(hashlib.sha256(repr(facts).encode()).digest()[:8], "little") >> 1
 
     def encoded_factor(self, world: int) -> float:
         """The power of two that keeps a mean's terms inside float16: without it one large value would be infinite."""

@@ -6,13 +6,17 @@ the ranks of a host share what came back.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from fastagg import _core
 from fastagg._backend_transport import BackendTransport
 from fastagg._codes import Code
+from fastagg._errors import PeerError
 from fastagg._exchange import NO_KEY, Encoding, Exchange, Feedback, Outcome
-from fastagg._meeting import Meeting, PrivateGroup
+from fastagg._meeting import Meeting
+from fastagg._private_group import PrivateGroup
 from fastagg._shared_memory import SharedMemoryTransport, meet
 
 
@@ -27,7 +31,7 @@ class HierarchicalTransport:
         self.reason = f"{outside.world} hosts have {inside.world} ranks each"
 
     @classmethod
-    def meet(cls, meeting: Meeting, hosts: list[bytes]) -> HierarchicalTransport | str:
+    def meet(cls, meeting: Meeting, hosts: Sequence[str]) -> HierarchicalTransport | str:
         """Connects each host and each slice; if one rank cannot, none does, and the reason comes back."""
         by_host = [[rank for rank, host in enumerate(hosts) if host == one] for one in dict.fromkeys(hosts)]
         if len({len(members) for members in by_host}) > 1:
@@ -46,7 +50,14 @@ class HierarchicalTransport:
         """See `Transport`."""
         whole, lossless = _widened(exchange)
         inside = Exchange(whole, lossless.wire, lossless, exchange.mean)
-        bytes_added_up = self._inner.reduce_scatter(inside).wire_bytes
+        try:
+            bytes_added_up = self._inner.reduce_scatter(inside, exchange.tag).wire_bytes
+        except ValueError:
+            self._outer.refuse()  # the other hosts' ranks must not go on either
+            raise
+        except PeerError as error:
+            self._outer.tell_lost(error.rank)
+            raise
         between = self._outer.all_reduce(self._slice_of(exchange, whole, lossless.wire))
         shared = self._inner.all_gather(inside._replace(factor=exchange.factor, norm=exchange.norm))
         if whole is not exchange.tensor:
@@ -61,7 +72,7 @@ class HierarchicalTransport:
             feedback.error.zero_()  # the other slices' errors are others'
             feedback = Feedback(feedback.residual[begin:end], feedback.factor, feedback.error[begin:end])
         own = Exchange(whole[begin:end], code, exchange.encoding, exchange.mean, feedback=feedback)
-        return own._replace(first=begin, stretches=exchange.stretches)
+        return own._replace(first=begin, stretches=exchange.stretches, call=(exchange.tag,))
 
 
 def _widened(exchange: Exchange) -> tuple[torch.Tensor, Encoding]:

@@ -23,7 +23,10 @@ class Meeting:
     def of(cls, group: dist.ProcessGroup) -> Meeting:
         """The ranks of a group, named as the world names them."""
         store = PrefixStore("fastagg", dist.distributed_c10d._get_process_group_store(group))
-        return cls(store, dist.get_process_group_ranks(group), dist.get_rank(group), _timeout_of(group))
+        rank = dist.get_rank(group)
+        # A store can outlive its groups: those of a name that comes again must not read what the first have left.
+        store = PrefixStore(str(store.add(f"meetings of {rank}", 1)), store)
+        return cls(store, dist.get_process_group_ranks(group), rank, _timeout_of(group))
 
     @property
     def world(self) -> int:
@@ -50,23 +53,6 @@ class Meeting:
         """Some of the ranks, this one among them."""
         store = PrefixStore(label, self.store)
         return Meeting(store, [self.names[rank] for rank in ranks], ranks.index(self.rank), self.timeout)
-
-
-class PrivateGroup:
-    """A Gloo group of our own: what DDP and users do over theirs meanwhile cannot come between its exchanges."""
-
-    def __init__(self, meeting: Meeting) -> None:
-        self.meeting, self.rank, self.world = meeting, meeting.rank, meeting.world
-        timeout = datetime.timedelta(seconds=meeting.timeout)
-        self._gloo: Any = dist.ProcessGroupGloo(PrefixStore("gloo", meeting.store), self.rank, self.world, timeout)
-
-    def all_to_all(self, received: torch.Tensor, sent: torch.Tensor) -> Any:
-        """Sends one of `world` equal parts to each rank; returns torch's Work."""
-        return self._gloo.alltoall_base(received, sent, [], [])
-
-    def all_gather(self, everyone: torch.Tensor, own: torch.Tensor) -> Any:
-        """Copies each rank's tensor to all ranks; returns torch's Work."""
-        return self._gloo._allgather_base(everyone, own)
 
 
 def _timeout_of(group: dist.ProcessGroup) -> float:

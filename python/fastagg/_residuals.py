@@ -66,6 +66,10 @@ class Residuals:
         self._is_complete |= is_last
         return self._layouts[key]
 
+    def knows(self, parameter: torch.Tensor) -> bool:
+        """Whether a parameter is the model's."""
+        return id(parameter) in self._known
+
     def feedback_of(self, layout: Layout, world: int, scale: float) -> Feedback:
         """A layout's residuals, and where the next ones go.
 

@@ -15,8 +15,7 @@ def raise_peer_error(meeting: Meeting, error: Exception) -> NoReturn:
     """Raises PeerError for the first rank that does not answer; the error itself if all do."""
     missing = _missing(meeting)
     if missing is None:
-        name = meeting.names[0]
-        raise PeerError(name, f"rank {name} is gone, and the group's store with it: {error}") from error
+        raise PeerError(0, f"rank 0 is gone, and the store with it: {error}") from error
     if not missing:
         raise error
     raise PeerError(missing[0], f"rank {', '.join(map(str, missing))} did not answer: {error}") from error
@@ -26,6 +25,8 @@ def _missing(meeting: Meeting) -> list[int] | None:
     """The ranks that have not failed here too within a while; None if the store does not answer."""
     try:
         meeting.store.set(f"failed/{meeting.rank}", "")
+        if meeting.store.check(["lost"]):  # a host knows which of its ranks
+            return [int(meeting.store.get("lost"))]
         missing, deadline = list(range(meeting.world)), time.monotonic() + _GRACE
         while missing and time.monotonic() < deadline:
             missing = [rank for rank in missing if not meeting.store.check([f"failed/{rank}"])]

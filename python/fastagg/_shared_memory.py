@@ -11,7 +11,7 @@ from fastagg import _core
 from fastagg._exchange import Exchange, Outcome
 from fastagg._meeting import Meeting
 
-Slice = tuple[int, int]
+Phase = Callable[..., tuple[bool, int, float]]
 
 
 class SharedMemoryTransport:
@@ -27,34 +27,34 @@ class SharedMemoryTransport:
         """See `Transport`."""
         return self._run(self._memory.all_reduce, exchange)
 
-    def reduce_scatter(self, exchange: Exchange) -> Outcome:
-        """The same for this rank's slice alone."""
-        return self._run(self._memory.reduce_scatter, exchange)
+    def reduce_scatter(self, exchange: Exchange, tag: int) -> Outcome:
+        """The same for this rank's slice alone, of an exchange with that tag."""
+        return self._run(self._memory.reduce_scatter, exchange, tag)
 
     def all_gather(self, exchange: Exchange) -> Outcome:
         """Copies each rank's slice to all ranks."""
         return self._run(self._memory.all_gather, exchange)
 
-    def _run(self, phase: Callable[..., tuple[bool, int, float]], exchange: Exchange) -> Outcome:
+    def _run(self, phase: Phase, exchange: Exchange, tag: int | None = None) -> Outcome:
         wire, shift, stochastic, key = exchange.encoding
         feedback = exchange.feedback
         operands = (
             *(exchange.tensor.data_ptr(), exchange.code, exchange.tensor.numel()),
             *(wire, shift, stochastic, key, exchange.mean, exchange.factor),
             *((feedback.residual.data_ptr(), feedback.factor, feedback.error.data_ptr()) if feedback else (0, 0.0, 0)),
-            *(exchange.norm, exchange.stretches),
+            *(exchange.norm, exchange.stretches, exchange.tag if tag is None else tag),
         )
         return Outcome(*phase(operands, self._timeout))
 
 
-def host_of_this_process() -> bytes:
+def host_of_this_process() -> str:
     """A digest of what processes that can share memory have in common: the boot, the namespaces, the user.
 
     FASTAGG_HOST, where it is set, tells apart what looks like one host.
     """
     facts = [_read("/proc/sys/kernel/random/boot_id"), str(os.geteuid()), os.environ.get("FASTAGG_HOST", "")]
     facts += [_link(f"/proc/self/ns/{namespace}") for namespace in ("ipc", "pid", "user")]
-    return hashlib.sha256("\n".join(facts).encode()).digest()
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()
 
 
 def meet(meeting: Meeting) -> SharedMemoryTransport | str:

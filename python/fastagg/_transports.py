@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import logging
 import os
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch.distributed as dist
 
+from fastagg._backend import draw_seed
 from fastagg._backend_transport import BackendTransport
 from fastagg._build import TRANSPORT_VARIABLE
 from fastagg._exchange import Transport
 from fastagg._hierarchy import HierarchicalTransport
-from fastagg._meeting import Meeting, PrivateGroup
+from fastagg._meeting import Meeting
+from fastagg._private_group import PrivateGroup
 from fastagg._shared_memory import host_of_this_process, meet
 
 _log = logging.getLogger("fastagg")
@@ -29,62 +33,88 @@ class Line:
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="fastagg-all-reduce")
-        self._busy = threading.Lock()
-        self._last: Future[Any] | None = None
+        self._busy, self._counting = threading.Lock(), threading.Lock()
+        self._waiting = 0
 
     def submit(self, work: Callable[[], Result]) -> Future[Result]:
         """Does the work in the line's own thread."""
-        future = self._thread.submit(self._do, work)
-        self._last = future
-        return future
+        with self._counting:
+            self._waiting += 1
+        return self._thread.submit(self._do_waiting, work)
 
     def run(self, work: Callable[[], Result]) -> Result:
         """Does the work here and now if nothing waits: a thread takes longer to wake than a small message takes."""
-        if self._last is None or self._last.done():
-            return self._do(work)
-        return self.submit(work).result()
-
-    def _do(self, work: Callable[[], Result]) -> Result:
+        if self._waiting:
+            return self.submit(work).result()
         with self._busy:
             return work()
 
+    def _do_waiting(self, work: Callable[[], Result]) -> Result:
+        try:
+            with self._busy:
+                return work()
+        finally:
+            with self._counting:
+                self._waiting -= 1
 
-class Channel(NamedTuple):
-    """How a group's ranks exchange, and in which order."""
 
-    transport: Transport
-    line: Line
+class Channel:
+    """How a group's ranks exchange, in which order, and the seeds that they share."""
+
+    def __init__(self, transport: Transport, seed: int) -> None:
+        self.transport, self.line, self._seed = transport, Line(), seed
+        self._calls = itertools.count()
+
+    def next_seed(self) -> tuple[int, int, int]:
+        """A seed that all ranks draw alike."""
+        return self._seed, next(self._calls) % 2**32, 0
 
 
-_channels: weakref.WeakKeyDictionary[dist.ProcessGroup, Channel] = weakref.WeakKeyDictionary()
+class _Door:
+    """Where a group's channel is opened: other groups' ranks need not wait for it."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.channel: Channel | None = None
+
+
+_doors: weakref.WeakKeyDictionary[dist.ProcessGroup, _Door] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
+os.register_at_fork(after_in_child=_doors.clear)  # a child is no rank: it must not write its parent's flags
 
 
 def channel_of(group: dist.ProcessGroup) -> Channel:
-    """The group's channel, opened at first use by all its ranks together."""
+    """The group's channel, opened at first use by all its ranks together.
+
+    Raises:
+        PeerError: a rank did not come.
+        ValueError: FASTAGG_TRANSPORT names no transport, on any rank.
+    """
     with _lock:
-        found = _channels.get(group)
-        if found is None:
-            found = _channels[group] = Channel(_choose(group), Line())
-            name, reason = found.transport.name, found.transport.reason
+        door = _doors.setdefault(group, _Door())
+    with door.lock:
+        if door.channel is None:
+            door.channel = _open(Meeting.of(group))
+            name, reason = door.channel.transport.name, door.channel.transport.reason
             _log.debug("group of %d ranks: %s, because %s", dist.get_world_size(group), name, reason)
-        return found
+        return door.channel
 
 
-def _choose(group: dist.ProcessGroup) -> Transport:
-    meeting = Meeting.of(group)
-    met = _meet_over_memory(meeting)
-    return BackendTransport(PrivateGroup(meeting), met) if isinstance(met, str) else met
+def _open(meeting: Meeting) -> Channel:
+    own = [host_of_this_process(), os.environ.get(TRANSPORT_VARIABLE, ""), draw_seed()]
+    found = [json.loads(one) for one in meeting.gather(json.dumps(own).encode())]
+    hosts, asked, seeds = zip(*found, strict=True)
+    met = _meet_over_memory(meeting, hosts, asked)
+    return Channel(BackendTransport(PrivateGroup(meeting), met) if isinstance(met, str) else met, seeds[0])
 
 
-def _meet_over_memory(meeting: Meeting) -> Transport | str:
-    """A transport that shares memory, or the reason why there is none."""
-    asked = os.environ.get(TRANSPORT_VARIABLE)
-    if asked not in (None, "", "backend"):
-        raise ValueError(f"{TRANSPORT_VARIABLE}: expected backend, or nothing, got {asked!r}")
-    if asked == "backend":
+def _meet_over_memory(meeting: Meeting, hosts: Sequence[str], asked: Sequence[str]) -> Transport | str:
+    """A transport that shares memory, or the reason why there is none: the same on all ranks."""
+    for name, one in zip(meeting.names, asked, strict=True):
+        if one not in ("", "backend"):
+            raise ValueError(f"{TRANSPORT_VARIABLE} on rank {name}: expected backend, or nothing, got {one!r}")
+    if any(asked):
         return f"{TRANSPORT_VARIABLE}=backend asks for it"
-    hosts = meeting.gather(host_of_this_process())
     if len(set(hosts)) == 1:
         return meet(meeting)
     if len(set(hosts)) < len(hosts):

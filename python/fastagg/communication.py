@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fastagg._backend import RandomKey, draw_seed
+from fastagg._backend import RandomKey
 from fastagg._codes import FLOATS, WIRES, Code, code_of_dtype, wire_name
 from fastagg._exchange import NO_KEY, Encoding, Exchange, Outcome, Transport
 from fastagg._transports import channel_of
@@ -19,7 +19,7 @@ OPERATIONS = ("mean", "sum")
 
 
 class Work:
-    """An all-reduce that is under way, as torch.distributed's."""
+    """An all-reduce that is under way."""
 
     def __init__(self, future: Future[None]) -> None:
         self._future = future
@@ -51,14 +51,14 @@ def all_reduce(
 
     Every rank encodes its values, each slice is added up in rank order by one rank in float32 or wider, and what that
     rank has encoded is decoded by all: all ranks end with the same bits. Ranks of one host exchange through shared
-    memory, others through the group's backend.
+    memory, others through Gloo.
 
     Args:
         tensor_or_tensors: a CPU tensor of fp32, fp16, bf16 or fp64, or a sequence of them.
         op: "mean" or "sum".
         wire: how values travel, as in `quantize`. "fp32" keeps every bit of fp32, and of fp64 tensors too.
         rounding: "nearest" or "stochastic", as in `quantize`; ranks round with random numbers of their own.
-        seed: of stochastic rounding; the same on every rank. None: drawn by rank 0.
+        seed: of stochastic rounding; the same on every rank. None: another one at every call, alike on all ranks.
         block: elements that share a scale, as in `quantize`.
         group: the process group; None for the default one.
         async_op: return at once; the tensors must be left alone until `wait`.
@@ -78,19 +78,20 @@ def all_reduce(
     if group is None:
         raise ValueError("group: torch.distributed is not initialised")
     wire, block = wire_name(wire), check_block(wire_name(wire), block)
-    seed = _agreed(group) if rounding == "stochastic" and seed is None else seed
-    key = random_key(wire, rounding, seed)
-    transport, line = channel_of(group)
+    random_key(wire, rounding, seed)  # wrong arguments are errors before ranks wait for each other
+    channel = channel_of(group)
+    key = random_key(wire, rounding, channel.next_seed() if seed is None else seed)
 
     def reduce_all() -> None:
-        for index, (tensor, code) in enumerate(tensors):
+        for index, (tensor, code) in enumerate(tensors or [(torch.empty(0), Code.FLOAT32)]):
             words = (key[0], key[1], key[2] + index, dist.get_rank(group)) if key else None
             exchange = Exchange(tensor, code, encoding_of(wire, code, block, words), op == "mean")
-            reduce_tensor(transport, exchange)
+            call = (index, len(tensors), *tensor.shape)
+            reduce_tensor(channel.transport, exchange._replace(call=call))
 
     if async_op:
-        return Work(line.submit(reduce_all))
-    line.run(reduce_all)
+        return Work(channel.line.submit(reduce_all))
+    channel.line.run(reduce_all)
     return None
 
 
@@ -108,13 +109,6 @@ def reduce_tensor(transport: Transport, exchange: Exchange) -> Outcome:
     if whole.data_ptr() != tensor.data_ptr():
         tensor.copy_(whole)
     return outcome
-
-
-def _agreed(group: dist.ProcessGroup) -> int:
-    """One seed for all ranks."""
-    drawn = torch.tensor([draw_seed() >> 1])
-    dist.broadcast(drawn, dist.get_global_rank(group, 0), group=group)
-    return int(drawn)
 
 
 def _tensors(given: Any) -> list[tuple[torch.Tensor, Code]]:

@@ -45,19 +45,20 @@ def all_reduce_hook(
     code = code_of_dtype(gradients.dtype)
     if group is None or code not in FLOATS or gradients.device.type != "cpu":
         raise TypeError(f"expected floating gradients on the CPU, got {gradients.dtype} on {gradients.device}")
-    transport, line = channel_of(group)
-    exchange = state.begin_bucket(group, transport.name, bucket, Code(code))
+    channel = channel_of(group)
+    exchange = state.begin_bucket(group, channel.transport.name, bucket, Code(code))
     future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
 
     def reduce() -> None:
         try:
-            state.end_bucket(transport.all_reduce(exchange), is_last=bucket.is_last())
+            state.end_bucket(channel.transport.all_reduce(exchange), is_last=bucket.is_last())
             future.set_result(gradients)
         except Exception as error:
+            state.gradients_are_used()  # they are lost: the next step begins anew
             future.set_exception(error)  # type: ignore[arg-type]
             raise
 
-    _raise_from_backward(line.submit(reduce))
+    _raise_from_backward(channel.line.submit(reduce))
     return future
 
 
@@ -90,13 +91,19 @@ class GradScaler(torch.amp.GradScaler):
 
     def update(self, new_scale: Any = None) -> None:
         """As torch's; the next backward may come."""
-        super().update(new_scale)
         self._state.gradients_are_used()
+        super().update(new_scale)
 
     def _unscale_grads_(
         self, optimizer: torch.optim.Optimizer, inv_scale: torch.Tensor, found_inf: torch.Tensor, allow_fp16: bool
     ) -> dict[torch.device, torch.Tensor]:
-        """Instead of torch's pass: the gradients are unscaled already, and the same on every rank."""
+        """Instead of torch's pass: the gradients are unscaled already, and the same on every rank.
+
+        Raises:
+            ValueError: the optimizer has gradients that the hook has not unscaled.
+        """
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self._state.check_unscaled([parameter for parameter in parameters if parameter.grad is not None])
         return {found_inf.device: found_inf.fill_(float(self._state.found_inf))}
 
 

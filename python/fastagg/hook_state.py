@@ -1,7 +1,7 @@
 """What the DDP hook keeps from step to step, and tells about the last one."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -96,6 +96,14 @@ class AllReduceState:
         """After the optimizer's step: gradients that the hook has unscaled are not wanted any more."""
         self._unscaled = False
 
+    def check_unscaled(self, parameters: Sequence[torch.Tensor]) -> None:
+        """Raises ValueError if the last backward's hook has not unscaled these parameters' gradients."""
+        if not self._unscaled:
+            raise ValueError("no gradients are unscaled: run backward on the scaled loss outside no_sync() first")
+        strangers = sum(not self._residuals.knows(parameter) for parameter in parameters)
+        if strangers:
+            raise ValueError(f"{strangers} parameters are not those of the hook's model: use torch's GradScaler")
+
     def state_dict(self) -> dict[str, Any]:
         """This rank's residuals by parameter, and the count of steps: tensors (copies) and numbers."""
         return {"steps": self.steps, **self._residuals.state_dict()}
@@ -111,6 +119,7 @@ class AllReduceState:
         """
         self._residuals.load_state_dict(state)
         self.steps = int(state["steps"])
+        self._unscaled = False
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {name: value for name, value in self.__dict__.items() if name not in ("_residuals", "_step")}
