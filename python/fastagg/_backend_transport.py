@@ -1,4 +1,4 @@
-"""The transport of any group, over its own backend: encoded pieces go to their owners, encoded means come back."""
+"""The transport of any group, over Gloo: encoded pieces go to their owners, encoded means come back."""
 
 from __future__ import annotations
 

@@ -59,12 +59,12 @@ def _cuda(cuda: dict[str, int] | None) -> dict[str, str]:
 def _transport() -> dict[str, str]:
     """What ranks of this host would exchange through."""
     if os.environ.get(TRANSPORT_VARIABLE):
-        return {"on one host": f"the group's backend: {TRANSPORT_VARIABLE} asks for it"}
+        return {"on one host": f"Gloo: {TRANSPORT_VARIABLE} asks for it"}
     try:
         _core.SharedMemoryGroup([os.getpid()], [0], 0)
     except OSError as error:
-        return {"on one host": f"the group's backend: no shared memory ({error})"}
-    return {"on one host": "shared memory", "between hosts": "the group's backend, once for all ranks of a host"}
+        return {"on one host": f"Gloo: no shared memory ({error})"}
+    return {"on one host": "shared memory", "between hosts": "Gloo, once for all ranks of a host"}
 
 
 def _cuda_version(number: int) -> str:
