@@ -260,6 +260,23 @@ def test_memory_that_cannot_be_mapped_is_an_os_error() -> None:
         _core.SharedMemoryGroup.attach([os.getpid()], [0], 0, os.getpid(), 0)
 
 
+FORKED = """
+fastagg.all_reduce(torch.ones(70000))
+child = os.fork()
+if child == 0:
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+x = torch.full((70000,), float(rank))
+fastagg.all_reduce(x)
+assert torch.all(x == 0.5)
+"""
+
+
+@by_transport
+def test_a_rank_may_fork(transport: str) -> None:
+    run_ranks(FORKED, 2, **on(transport))
+
+
 LOST = """
 x = torch.ones(1_000_000)
 fastagg.all_reduce(x)

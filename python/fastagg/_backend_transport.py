@@ -25,7 +25,7 @@ class BackendTransport:
     def __init__(self, group: PrivateGroup, reason: str) -> None:
         self._group, self.reason = group, reason
         self._buffers: dict[tuple[str, int], torch.Tensor] = {}
-        self._signatures: _Signatures | None = None
+        self._signatures: _Signatures | None = None  # kept for the same reason as the buffers
 
     def refuse(self) -> None:
         """Takes part in an exchange that cannot be: every rank raises ValueError."""

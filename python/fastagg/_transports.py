@@ -80,7 +80,18 @@ class _Door:
 
 _doors: weakref.WeakKeyDictionary[dist.ProcessGroup, _Door] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
-os.register_at_fork(after_in_child=_doors.clear)  # a child is no rank: it must not write its parent's flags
+_of_the_parent: list[_Door] = []
+
+
+def _forget_the_parents_channels() -> None:
+    """A forked child is no rank: it must not write its parent's flags, nor wait for threads that it does not have."""
+    global _lock
+    _lock = threading.Lock()
+    _of_the_parent.extend(_doors.values())
+    _doors.clear()
+
+
+os.register_at_fork(after_in_child=_forget_the_parents_channels)
 
 
 def channel_of(group: dist.ProcessGroup) -> Channel:
