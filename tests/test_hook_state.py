@@ -218,6 +218,26 @@ def test_our_scaler_unscales_in_the_hook_and_agrees_with_torchs() -> None:
     run_ranks(SETTING + SCALED, 2)
 
 
+WIDE = """
+# A loss scale that is no power of two must not cost gradients of float64 their digits.
+model = DistributedDataParallel(torch.nn.Linear(100, 400, bias=False, dtype=torch.float64))
+state = AllReduceState(wire="fp32")
+model.register_comm_hook(state, all_reduce_hook)
+scaler = GradScaler(state, "cpu", init_scale=3.0)
+torch.manual_seed(rank)
+x = torch.randn(5, 100, dtype=torch.float64)
+scaler.scale(model(x).sum()).backward()
+expected = sum(gathered(x.sum(0))) / world
+assert (model.module.weight.grad - expected).abs().max() < 1e-14
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_gradients_of_float64_are_unscaled_in_float64(world: int) -> None:
+    run_ranks(SETTING + WIDE, world)
+
+
 SHARED = """
 state = AllReduceState()
 one, other = model_of(), model_of()

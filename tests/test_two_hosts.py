@@ -88,12 +88,14 @@ except fastagg.PeerError as error:
 """
 
 
-def test_a_rank_killed_on_the_other_host_is_named_by_all_others(hosts: Hosts) -> None:
-    ranks = Ranks(LOST, 3, hosts, TIMEOUT="20")
+@pytest.mark.parametrize("world", [3, 4])
+def test_a_rank_killed_on_the_other_host_is_named_by_all_others(hosts: Hosts, world: int) -> None:
+    last = world - 1
+    ranks = Ranks(LOST, world, hosts, TIMEOUT="20")
     for process in ranks.processes:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
-    ranks.send(2, signal.SIGKILL)
+    ranks.send(last, signal.SIGKILL)
     outputs = ranks.outputs(timeout=20)
-    assert [status for status, _, _ in outputs] == [0, 0, -signal.SIGKILL], outputs
-    assert [out for _, out, _ in outputs[:2]] == ["2\n"] * 2
+    assert [status for status, _, _ in outputs] == [0] * last + [-signal.SIGKILL], outputs
+    assert [out for _, out, _ in outputs[:last]] == [f"{last}\n"] * last

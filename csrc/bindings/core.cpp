@@ -103,6 +103,7 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
 #endif
   m.attr("MINIMUM_BLOCK") = 1 << kMinimumBlockShift;
   m.attr("MAXIMUM_BLOCK") = 1 << kMaximumBlockShift;
+  m.attr("MEANS_RANK") = kMeansRank;
   m.attr("PASS") = kChunk;  // elements at whose multiples `reduce` may begin
 
   m.def("weighted_sum", &bindings::weighted_sum, py::arg("leaves"),

@@ -18,10 +18,10 @@ using comm::SharedMemory;
   throw py::error_already_set();
 }
 
-/// (data, code, count, wire, block_shift, stochastic, (seed, step, tensor, rank), mean, factor, residual,
-/// residual_factor, error, norm, stretches, tag); the stretches are stored beside it.
+/// (data, code, count, wire, block_shift, stochastic, (seed, step, tensor, rank), mean, encoded_factor, factor,
+/// residual, residual_factor, error, norm, stretches, description); the stretches are stored beside it.
 comm::Exchange exchange_of(const py::tuple& described, std::vector<Stretch>& stretches) {
-  stretches = stretches_of(described[13]);
+  stretches = stretches_of(described[14]);
   const auto [seed, step, tensor, rank] = described[6].cast<std::tuple<uint64_t, uint32_t, uint32_t, uint32_t>>();
   return {pointer(described[0]),
           static_cast<Code>(described[1].cast<int>()),
@@ -34,11 +34,12 @@ comm::Exchange exchange_of(const py::tuple& described, std::vector<Stretch>& str
           static_cast<int64_t>(stretches.size()),
           described[7].cast<bool>(),
           described[8].cast<float>(),
-          pointer<float>(described[9]),
-          described[10].cast<float>(),
-          pointer<float>(described[11]),
-          described[12].cast<bool>(),
-          described[14].cast<uint64_t>()};
+          described[9].cast<double>(),
+          pointer<float>(described[10]),
+          described[11].cast<float>(),
+          pointer<float>(described[12]),
+          described[13].cast<bool>(),
+          described[15].cast<std::string>()};
 }
 
 std::shared_ptr<comm::Segment> share(comm::Segment segment) {
@@ -71,6 +72,7 @@ class SharedMemoryGroup {
   }
 
   int descriptor() const { return transport_.segment().descriptor(); }
+  int tell_lost(int name) { return transport_.tell_lost(name); }
   void close_descriptor() { transport_.segment().close_descriptor(); }
 
  private:
@@ -87,6 +89,7 @@ void define_shared_memory(py::module_& m) {
       PyErr_SetObject(PyExc_OSError, py::make_tuple(error.code().value(), error.what()).ptr());
     }
   });
+  m.attr("DESCRIPTION_BYTES") = comm::kDescriptionBytes;
   using Names = std::vector<int>;
   py::class_<SharedMemoryGroup>(m, "SharedMemoryGroup", "One rank's end of a group of processes on one host.")
       .def(py::init([](const Names& processes, const Names& names, int rank) {
@@ -113,13 +116,17 @@ void define_shared_memory(py::module_& m) {
            py::arg("timeout"), "The same for this rank's slice alone.")
       .def("all_gather", &SharedMemoryGroup::exchange<&SharedMemory::all_gather>, py::arg("operands"),
            py::arg("timeout"), "Copies each rank's slice to all ranks.")
+      .def("tell_lost", &SharedMemoryGroup::tell_lost, py::arg("name"),
+           "All ranks will raise PeerError for this one, or for the returned one, of which they were told before.")
       .def_static(
           "slice_of",
           [](int64_t count, int rank, int ranks) {
             const comm::Slice slice = comm::slice_of(count, rank, ranks);
             return std::pair(slice.begin, slice.end);
           },
-          py::arg("count"), py::arg("rank"), py::arg("ranks"), "The elements that a rank owns: [begin, end).");
+          py::arg("count"), py::arg("rank"), py::arg("ranks"), "The elements that a rank owns: [begin, end).")
+      .def_static("in_one_shot", &comm::in_one_shot, py::arg("count"), py::arg("ranks"),
+                  "Whether every rank reduces everything itself.");
 }
 
 }  // namespace fastagg::bindings

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
 #include <string>
 #include <thread>
 
@@ -19,6 +20,9 @@ constexpr int64_t kLine = 64;
 /// From this size on a result is stored around the caches.
 constexpr int64_t kStreamBytes = 4 << 20;
 
+/// Elements of few ranks that are cheaper to reduce everywhere than to wait for twice.
+constexpr int64_t kOneShotElements = 64 << 10;
+
 /// Looks at a counter before the processor is handed on, and handing it on before sleeping.
 constexpr int kSpins = 256, kYields = 2000;
 constexpr auto kNap = std::chrono::microseconds(50);
@@ -30,44 +34,8 @@ inline void relax() {
 #endif
 }
 
-/// What must be equal on all ranks.
-struct Signature {
-  int64_t count;
-  uint64_t tag;
-  int32_t code, wire, block_shift, rounding, mean, norm, phases;
-  float factor;
-
-  bool operator==(const Signature& other) const { return memcmp(this, &other, sizeof other) == 0; }
-  std::string describe() const {
-    return std::to_string(count) + " elements of dtype code " + std::to_string(code) + ", wire code " +
-           std::to_string(wire) + ", blocks of " + std::to_string(1 << block_shift) +
-           (rounding != 0 ? ", stochastic" : ", nearest") + (mean != 0 ? ", mean" : ", sum") + ", factor " +
-           std::to_string(factor) + ", shape and list " + std::to_string(tag % 1000000);
-  }
-};
-
-Signature signature_of(const Exchange& exchange, int32_t phases) {
-  Signature signature;
-  memset(&signature, 0, sizeof signature);  // padding is compared too
-  signature.count = exchange.count;
-  signature.tag = exchange.tag;
-  signature.code = static_cast<int32_t>(exchange.code);
-  signature.wire = static_cast<int32_t>(exchange.wire);
-  signature.block_shift = exchange.block_shift;
-  signature.rounding = static_cast<int32_t>(exchange.rounding);
-  signature.mean = exchange.mean ? 1 : 0;
-  signature.norm = exchange.norm ? 1 : 0;
-  signature.phases = phases;
-  signature.factor = exchange.factor;
-  return signature;
-}
-
-/// The power of two that keeps a mean's terms inside float16: the sum of all ranks' largest values is their size.
-float encoded_factor(const Exchange& exchange, int ranks) {
-  if (exchange.wire != Code::float16 || !exchange.mean) return 1;
-  float factor = 1;
-  while (factor * static_cast<float>(ranks) > 1) factor /= 2;
-  return factor;
+[[noreturn]] void throw_lost(int name, const std::string& reason) {
+  throw PeerLost(name, "rank " + std::to_string(name) + " " + reason);
 }
 
 int64_t bytes_of(const Exchange& exchange, int64_t elements) {
@@ -85,17 +53,23 @@ int64_t slot_stride(int ranks) {
 }  // namespace
 
 Slice slice_of(int64_t count, int rank, int ranks) {
-  const int64_t passes = (count + kChunk - 1) / kChunk, largest = (passes + ranks - 1) / ranks * kChunk;
-  return {std::min(rank * largest, count), std::min((rank + 1) * largest, count)};
+  const int64_t passes = (count + kChunk - 1) / kChunk, fewest = passes / ranks, larger = passes % ranks;
+  const auto begin = [&](int64_t owner) {
+    return std::min((owner * fewest + std::min(owner, larger)) * kChunk, count);
+  };
+  return {begin(rank), begin(rank + 1)};
 }
+
+bool in_one_shot(int64_t count, int ranks) { return ranks <= 2 || count * ranks <= kOneShotElements; }
 
 /// A rank's flags; nobody else writes them, but `lost`, which the first to notice sets for all.
 struct alignas(2 * kLine) SharedMemory::Member {
   std::atomic<uint64_t> published, reduced, gathered;
-  std::atomic<int32_t> waits_for, lost;  // a rank + 1; 0: none
+  std::atomic<int32_t> waits_for, lost;  // a rank + 1, and the name of one + 1; 0: none
   std::atomic<uint32_t> beats;           // of a rank that waits: it lives
-  Signature signatures[2];               // of even and of odd calls: a fast rank may be one call ahead
-  double squares[2];                     // of what this rank has reduced, likewise
+  double squares[2];                     // of what this rank has reduced in even and in odd calls: a fast rank may be
+                                         // one call ahead
+  char descriptions[2][kDescriptionBytes];  // likewise
 };
 static_assert(std::atomic<uint64_t>::is_always_lock_free, "counters are shared between processes");
 
@@ -107,7 +81,7 @@ struct SharedMemory::Piece {
 };
 
 size_t SharedMemory::bytes(int ranks) {
-  return ranks * sizeof(Member) + static_cast<size_t>((2 * ranks + 2) * slot_stride(ranks));
+  return ranks * sizeof(Member) + static_cast<size_t>(kSlots * (ranks + 1) * slot_stride(ranks));
 }
 
 SharedMemory::SharedMemory(std::shared_ptr<Segment> segment, const std::vector<pid_t>& processes,
@@ -123,7 +97,7 @@ SharedMemory::Piece SharedMemory::piece_of(const Exchange& exchange, int owner, 
   const int ranks = peers_.size();
   const Slice slice = slice_of(exchange.count, owner, ranks);
   const int64_t begin = std::min(slice.begin + chunk * piece_elements_, slice.end);
-  const int64_t index = 2 * int64_t{slot} + static_cast<int64_t>((exchanged_ + chunk) & 1);
+  const int64_t index = kSlots * slot + static_cast<int64_t>(exchanged_ + chunk) % kSlots;
   const int64_t place = owner * piece_elements_;
   char* codes = segment_->data() + ranks * sizeof(Member) + index * slot_stride(ranks);
   float* scales = reinterpret_cast<float*>(codes + slot_codes_bytes(ranks));
@@ -139,30 +113,36 @@ int64_t SharedMemory::chunks_of(const Exchange& exchange) const {
 
 Outcome SharedMemory::all_reduce(const Exchange& exchange, std::chrono::nanoseconds timeout) {
   const FloatEnvironment environment;
-  if (exchange.count <= kOneShotElements) return one_shot(exchange, timeout);
-  begin(exchange, Phases::all_reduce, timeout);
+  const bool one_shot = in_one_shot(exchange.count, peers_.size());
+  begin(exchange, one_shot ? Phases::one_shot : Phases::all_reduce, timeout);
+  return end(exchange, one_shot ? reduce_everything(exchange) : reduce_slices(exchange));
+}
+
+bool SharedMemory::reduce_slices(const Exchange& exchange) {
   bool finite = true;
   const int64_t chunks = chunks_of(exchange);
   publish(exchange, 0);
-  compare(exchange, Phases::all_reduce);
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+  compare(exchange);
+  for (int64_t chunk = 0; chunk <= chunks; ++chunk) {
     if (chunk + 1 < chunks) publish(exchange, chunk + 1);
-    reduce_to_means(exchange, chunk);
-    finite &= gather(exchange, chunk);
+    if (chunk < chunks) reduce_to_means(exchange, chunk);
+    if (chunk > 0) finite &= gather(exchange, chunk - 1);
   }
-  exchanged_ += chunks;
-  return end(exchange, finite, Phases::all_reduce);
+  return finite;
 }
 
-Outcome SharedMemory::one_shot(const Exchange& exchange, std::chrono::nanoseconds timeout) {
-  begin(exchange, Phases::one_shot, timeout);
-  publish(exchange, 0);
-  compare(exchange, Phases::one_shot);
+bool SharedMemory::reduce_everything(const Exchange& exchange) {
   bool finite = true;
-  for (int owner = 0; owner < peers_.size(); ++owner) finite &= reduce_in_place(exchange, 0, owner);
-  finish(0, {&Member::reduced, &Member::gathered});
-  exchanged_ += 1;
-  return end(exchange, finite, Phases::one_shot);
+  const int64_t chunks = chunks_of(exchange);
+  publish(exchange, 0);
+  compare(exchange);
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    if (chunk + 1 < chunks) publish(exchange, chunk + 1);
+    wait_for_all(&Member::published, chunk + 1);
+    for (int owner = 0; owner < peers_.size(); ++owner) finite &= reduce_in_place(exchange, chunk, owner);
+    finish(chunk, {&Member::reduced, &Member::gathered});
+  }
+  return finite;
 }
 
 Outcome SharedMemory::reduce_scatter(const Exchange& exchange, std::chrono::nanoseconds timeout) {
@@ -171,15 +151,14 @@ Outcome SharedMemory::reduce_scatter(const Exchange& exchange, std::chrono::nano
   bool finite = true;
   const int64_t chunks = chunks_of(exchange);
   publish(exchange, 0);
-  compare(exchange, Phases::reduce_scatter);
+  compare(exchange);
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     if (chunk + 1 < chunks) publish(exchange, chunk + 1);
     wait_for_all(&Member::published, chunk + 1);
     finite &= reduce_in_place(exchange, chunk, peers_.rank());
     finish(chunk, {&Member::reduced, &Member::gathered});
   }
-  exchanged_ += chunks;
-  return end(exchange, finite, Phases::reduce_scatter);
+  return end(exchange, finite);
 }
 
 Outcome SharedMemory::all_gather(const Exchange& exchange, std::chrono::nanoseconds timeout) {
@@ -188,45 +167,45 @@ Outcome SharedMemory::all_gather(const Exchange& exchange, std::chrono::nanoseco
   bool finite = true;
   const int64_t chunks = chunks_of(exchange);
   publish_slice(exchange, 0);
-  compare(exchange, Phases::all_gather);
+  compare(exchange);
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     if (chunk + 1 < chunks) publish_slice(exchange, chunk + 1);
     finite &= gather(exchange, chunk);
   }
-  exchanged_ += chunks;
-  return end(exchange, finite, Phases::all_gather);
+  return end(exchange, finite);
 }
 
 void SharedMemory::begin(const Exchange& exchange, Phases phases, std::chrono::nanoseconds timeout) {
   deadline_ = Clock::now() + timeout;
+  phases_ = phases;
   Member& own = member(peers_.rank());
-  if (const int lost = own.lost; lost != 0) give_up(lost - 1, "was lost before");
-  own.signatures[calls_ & 1] = signature_of(exchange, static_cast<int32_t>(phases));
+  if (const int lost = own.lost; lost != 0) throw_lost(lost - 1, "was lost before");
+  snprintf(own.descriptions[calls_ & 1], kDescriptionBytes, "%s", exchange.description.c_str());
   own.squares[calls_ & 1] = 0;
   squares_ = exchange.norm ? &own.squares[calls_ & 1] : nullptr;
 }
 
-void SharedMemory::compare(const Exchange& exchange, Phases phases) {
+void SharedMemory::compare(const Exchange& exchange) {
   wait_for_all(&Member::published, 1);
-  const Signature own = signature_of(exchange, static_cast<int32_t>(phases));
   for (int peer = 0; peer < peers_.size(); ++peer) {
-    const Signature other = member(peer).signatures[calls_ & 1];
-    if (other == own) continue;
+    const std::string other = member(peer).descriptions[calls_ & 1];
+    if (other == exchange.description) continue;
     finish(0, {&Member::reduced, &Member::gathered});
     ++calls_, ++exchanged_;  // every rank sees a difference, and so ends here: the next call begins anew
-    throw Mismatch("rank " + std::to_string(peers_.name(peer)) + " has " + other.describe() + ", rank " +
-                   std::to_string(peers_.name(peers_.rank())) + " has " + own.describe());
+    throw Mismatch("rank " + std::to_string(peers_.name(peer)) + " has " + other + "; rank " +
+                   std::to_string(peers_.name(peers_.rank())) + " has " + exchange.description);
   }
 }
 
-Outcome SharedMemory::end(const Exchange& exchange, bool finite, Phases phases) {
-  Outcome outcome{finite, wire_bytes(exchange, phases), 0};
-  if (phases == Phases::one_shot) {
+Outcome SharedMemory::end(const Exchange& exchange, bool finite) {
+  Outcome outcome{finite, wire_bytes(exchange), 0};
+  if (phases_ == Phases::one_shot) {
     outcome.squares = member(peers_.rank()).squares[calls_ & 1];  // of everything, and final
   } else {
     for (int rank = 0; rank < peers_.size(); ++rank) outcome.squares += member(rank).squares[calls_ & 1];
-    outcome.squares *= double{exchange.factor} * exchange.factor;
+    outcome.squares *= exchange.factor * exchange.factor;
   }
+  exchanged_ += chunks_of(exchange);
   ++calls_;
   stream_fence();
   return outcome;
@@ -237,53 +216,54 @@ void SharedMemory::finish(int64_t chunk, std::initializer_list<Counter> phases) 
     (member(peers_.rank()).*phase).store(exchanged_ + chunk + 1, std::memory_order_release);
 }
 
-/// Whether the owner of a slice can read its own values where they are: nothing is added to them, nothing lost.
-bool SharedMemory::reads_own_slice(const Exchange& exchange) const {
-  return exchange.code == exchange.wire && !has_scales(exchange.wire) && encoded_factor(exchange, peers_.size()) == 1 &&
-         exchange.residual == nullptr && exchange.count > kOneShotElements;
+/// Whether a rank can read its own values where they are: nothing is added to them, nothing lost.
+bool SharedMemory::reads_own_values(const Exchange& exchange) const {
+  return exchange.code == exchange.wire && !has_scales(exchange.wire) && exchange.encoded_factor == 1 &&
+         exchange.residual == nullptr;
 }
 
 void SharedMemory::publish(const Exchange& exchange, int64_t chunk) {
-  wait_for_all(&Member::reduced, chunk - 1);  // nobody reads the slot's last chunk any more
+  wait_for_all(&Member::reduced, chunk + 1 - kSlots);  // nobody reads the slot's last chunk any more
+  const bool leaves_out_own = phases_ != Phases::one_shot && reads_own_values(exchange);
   for (int owner = 0; owner < peers_.size(); ++owner)
-    if (owner != peers_.rank() || !reads_own_slice(exchange))
+    if (owner != peers_.rank() || !leaves_out_own)
       publish_piece(exchange, piece_of(exchange, owner, chunk, peers_.rank()));
   finish(chunk, {&Member::published});
 }
 
 void SharedMemory::publish_piece(const Exchange& exchange, const Piece& piece) {
-  const float factor = encoded_factor(exchange, peers_.size());
+  const float factor = exchange.encoded_factor;
   const Cast encoded = encoded_in(exchange, piece, factor, exchange.key.rank);
   if (exchange.wire == Code::float64) {
     const auto* data = static_cast<const double*>(exchange.data);
     std::copy(data + piece.begin, data + piece.end, static_cast<double*>(piece.codes) + piece.begin);
   } else if (exchange.residual != nullptr) {
     const Feedback feedback{exchange.residual, exchange.residual_factor, exchange.error, 1 / factor, false};
-    kernels().reduce({&encoded.source, 1, 1 / factor, feedback, encoded}, piece.begin, piece.end, false, nullptr);
+    kernels().reduce({&encoded.source, 1, 1 / factor, feedback, encoded}, piece.begin, piece.end, nullptr);
   } else {
     kernels().cast(encoded, piece.begin, piece.end, false);
   }
 }
 
 void SharedMemory::publish_slice(const Exchange& exchange, int64_t chunk) {
-  wait_for_all(&Member::gathered, chunk - 1);
+  wait_for_all(&Member::gathered, chunk + 1 - kSlots);
   const Piece piece = piece_of(exchange, peers_.rank(), chunk, peers_.size());
-  const Cast encoded = encoded_in(exchange, piece, 1, UINT32_MAX);
+  const Cast encoded = encoded_in(exchange, piece, 1, kMeansRank);
   if (exchange.wire == Code::float64) {
     sources_.assign(1, encoded.source);
     add_up_float64(encoded, piece, 1);
   } else {
-    kernels().reduce({&encoded.source, 1, 1, {}, encoded}, piece.begin, piece.end, false, squares_);
+    kernels().reduce({&encoded.source, 1, 1, {}, encoded}, piece.begin, piece.end, squares_);
   }
   finish(chunk, {&Member::published, &Member::reduced});
 }
 
 void SharedMemory::reduce_to_means(const Exchange& exchange, int64_t chunk) {
   wait_for_all(&Member::published, chunk + 1);
-  wait_for_all(&Member::gathered, chunk - 1);
+  wait_for_all(&Member::gathered, chunk + 1 - kSlots);
   const Piece piece = piece_of(exchange, peers_.rank(), chunk, peers_.size());
   // The means have random numbers of their own, the same whoever rounds them.
-  add_up(exchange, chunk, peers_.rank(), encoded_in(exchange, piece, 1, UINT32_MAX), 1, exchange.error);
+  add_up(exchange, chunk, peers_.rank(), encoded_in(exchange, piece, 1, kMeansRank), 1, exchange.error);
   finish(chunk, {&Member::reduced});
 }
 
@@ -296,7 +276,7 @@ bool SharedMemory::reduce_in_place(const Exchange& exchange, int64_t chunk, int 
   return add_up(exchange, chunk, owner, result, exchange.factor, nullptr);
 }
 
-bool SharedMemory::add_up(const Exchange& exchange, int64_t chunk, int owner, const Cast& result, float factor,
+bool SharedMemory::add_up(const Exchange& exchange, int64_t chunk, int owner, const Cast& result, double factor,
                           float* error) {
   const int ranks = peers_.size();
   sources_.resize(ranks);
@@ -304,14 +284,14 @@ bool SharedMemory::add_up(const Exchange& exchange, int64_t chunk, int owner, co
     const Piece piece = piece_of(exchange, owner, chunk, rank);
     sources_[rank] = {piece.codes, piece.scales, exchange.wire, exchange.block_shift};
   }
-  if (reads_own_slice(exchange)) sources_[peers_.rank()] = {exchange.data, nullptr, exchange.code, 0};
+  if (reads_own_values(exchange)) sources_[peers_.rank()] = {exchange.data, nullptr, exchange.code, 0};
   const Piece piece = piece_of(exchange, owner, chunk, owner);
   const auto share = static_cast<float>(exchange.mean ? ranks : 1);
-  if (exchange.wire == Code::float64) return add_up_float64(result, piece, double{share} / factor);
+  if (exchange.wire == Code::float64) return add_up_float64(result, piece, share / factor);
   // What encoding a mean loses is the owner's alone to feed back: as its share of the next sum.
   const Feedback feedback{nullptr, 0, error, share, true};
-  const float divisor = share * encoded_factor(exchange, ranks) / factor;
-  return kernels().reduce({sources_.data(), ranks, divisor, feedback, result}, piece.begin, piece.end, false, squares_);
+  const auto divisor = static_cast<float>(share * exchange.encoded_factor / factor);
+  return kernels().reduce({sources_.data(), ranks, divisor, feedback, result}, piece.begin, piece.end, squares_);
 }
 
 bool SharedMemory::add_up_float64(const Cast& result, const Piece& piece, double divisor) {
@@ -350,7 +330,7 @@ bool SharedMemory::gather_piece(const Exchange& exchange, const Piece& piece) co
   cast.rounding = Rounding::nearest;
   cast.count = exchange.count;
   cast.out = exchange.data;
-  cast.factor = exchange.factor;
+  cast.factor = static_cast<float>(exchange.factor);
   const bool stream = encoded_bytes(exchange.code, exchange.count) >= kStreamBytes;
   return kernels().cast(cast, piece.begin, piece.end, stream);
 }
@@ -372,16 +352,16 @@ Cast SharedMemory::encoded_in(const Exchange& exchange, const Piece& piece, floa
   return cast;
 }
 
-int64_t SharedMemory::wire_bytes(const Exchange& exchange, Phases phases) const {
+int64_t SharedMemory::wire_bytes(const Exchange& exchange) const {
   int64_t scattered = 0, gathered = 0;
   for (int rank = 0; rank < peers_.size(); ++rank) {
     const Slice slice = slice_of(exchange.count, rank, peers_.size());
     const int64_t bytes = bytes_of(exchange, slice.end - slice.begin);
     if (rank != peers_.rank()) scattered += bytes;
-    if (rank == peers_.rank() || phases == Phases::one_shot) gathered += bytes * (peers_.size() - 1);
+    if (rank == peers_.rank() || phases_ == Phases::one_shot) gathered += bytes * (peers_.size() - 1);
   }
-  if (phases == Phases::reduce_scatter) return scattered;
-  if (phases == Phases::all_reduce) return scattered + gathered;
+  if (phases_ == Phases::reduce_scatter) return scattered;
+  if (phases_ == Phases::all_reduce) return scattered + gathered;
   return gathered;
 }
 
@@ -406,19 +386,24 @@ void SharedMemory::wait_for(int peer, Counter counter, uint64_t value) {
     if (Clock::now() < next_check) continue;
     next_check = Clock::now() + kCheckEvery;
     ++own.beats;
-    if (own.lost != 0) give_up(own.lost - 1, "was lost");
+    if (const int lost = own.lost; lost != 0) throw_lost(lost - 1, "was lost");
     if (const int ended = peers_.ended(); ended >= 0 && !has_come()) give_up(ended, "has ended");
     if (Clock::now() > deadline_) give_up(culprit(peer), "did not come within the timeout");
   }
   own.waits_for = 0;
 }
 
-void SharedMemory::give_up(int peer, const std::string& reason) {
+int SharedMemory::tell_lost(int name) {
   for (int rank = 0; rank < peers_.size(); ++rank) {
     int32_t none = 0;
-    member(rank).lost.compare_exchange_strong(none, peer + 1);
+    member(rank).lost.compare_exchange_strong(none, name + 1);
   }
-  throw PeerLost(peers_.name(peer), "rank " + std::to_string(peers_.name(peer)) + " " + reason);
+  return member(peers_.rank()).lost - 1;
+}
+
+void SharedMemory::give_up(int peer, const std::string& reason) {
+  tell_lost(peers_.name(peer));
+  throw_lost(peers_.name(peer), reason);
 }
 
 int SharedMemory::culprit(int peer) const {

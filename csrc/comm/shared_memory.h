@@ -2,13 +2,15 @@
 //
 // Every rank owns one slice of the elements. A chunk is a piece of every slice, and passes three phases. *Publish*:
 // each rank encodes its own values into its slot. *Reduce*: each rank adds up the pieces of its slice from all slots,
-// in rank order, and encodes their mean. *Gather*: each rank decodes all the means. Two slots take turns, so that ranks
-// publish a chunk while others still read the one before. Counters tell who is how far.
+// in rank order, and encodes their mean. *Gather*: each rank decodes all the means. Phases of neighbouring chunks
+// alternate, and three slots take turns, so that a rank which is a phase behind keeps nobody waiting. Counters tell who
+// is how far. Two ranks, and few elements, are served in *one shot*: each rank reduces all that has been published.
 #pragma once
 #include <atomic>
 #include <chrono>
 #include <initializer_list>
 #include <memory>
+#include <string>
 
 #include "core/reduce.h"
 #include "peers.h"
@@ -16,10 +18,11 @@
 
 namespace fastagg::comm {
 
-/// Elements of a chunk: two slots a rank, and the means, fit the last-level cache.
+/// Elements of a chunk: the slots of a few ranks, and of the means, fit the last-level cache.
 constexpr int64_t kChunkElements = 128 << 10;
-/// Up to so many elements every rank reduces all of them itself: one wait instead of two.
-constexpr int64_t kOneShotElements = 16 << 10;
+constexpr int64_t kSlots = 3;
+/// Bytes of a call's description, the last one zero.
+constexpr size_t kDescriptionBytes = 256;
 
 /// One exchange; every rank must name the same but for `data`, the residual and the random key's rank.
 struct Exchange {
@@ -33,12 +36,13 @@ struct Exchange {
   const Stretch* stretches;  // as for `Cast`
   int64_t stretch_count;
   bool mean;
-  float factor;           // multiplies the result once it is decoded: a loss scale's inverse
+  float encoded_factor;   // a power of two that multiplies the values as they are encoded, and is divided out of sums
+  double factor;          // multiplies the result once it is decoded: a loss scale's inverse
   const float* residual;  // added to this rank's values, times residual_factor; null: none
   float residual_factor;
   float* error;  // with a residual: receives what encoding took from this rank's values and from its slice's means
   bool norm;     // whether the sum of the result's squares is wanted
-  uint64_t tag;  // of whatever else must be equal on all ranks
+  std::string description;  // of all that must be equal on all ranks: they compare it, and errors show it
 };
 
 struct Outcome {
@@ -47,9 +51,12 @@ struct Outcome {
   double squares;      // of the result, if wanted
 };
 
-/// The slice of `count` elements that a rank owns: the first slices are the largest.
+/// The slice of `count` elements that a rank owns: whole passes, of which the first slices may have one more.
 struct Slice { int64_t begin, end; };
 Slice slice_of(int64_t count, int rank, int ranks);
+
+/// Whether every rank reduces everything itself: with two it is no more work, with few elements waiting costs more.
+bool in_one_shot(int64_t count, int ranks);
 
 class SharedMemory {
  public:
@@ -69,6 +76,10 @@ class SharedMemory {
   /// Copies each rank's slice to all ranks.
   Outcome all_gather(const Exchange& exchange, std::chrono::nanoseconds timeout);
 
+  /// All ranks will throw PeerLost that names this one, which may be on another host; or the one that is returned, of
+  /// which they were told before.
+  int tell_lost(int name);
+
   Segment& segment() { return *segment_; }
 
  private:
@@ -81,24 +92,25 @@ class SharedMemory {
   Piece piece_of(const Exchange& exchange, int owner, int64_t chunk, int slot) const;
   int64_t chunks_of(const Exchange& exchange) const;
 
-  Outcome one_shot(const Exchange& exchange, std::chrono::nanoseconds timeout);
+  bool reduce_slices(const Exchange& exchange);
+  bool reduce_everything(const Exchange& exchange);
   void begin(const Exchange& exchange, Phases phases, std::chrono::nanoseconds timeout);
-  void compare(const Exchange& exchange, Phases phases);
-  Outcome end(const Exchange& exchange, bool finite, Phases phases);
+  void compare(const Exchange& exchange);
+  Outcome end(const Exchange& exchange, bool finite);
   void finish(int64_t chunk, std::initializer_list<Counter> phases);
 
-  bool reads_own_slice(const Exchange& exchange) const;
+  bool reads_own_values(const Exchange& exchange) const;
   void publish(const Exchange& exchange, int64_t chunk);
   void publish_piece(const Exchange& exchange, const Piece& piece);
   void publish_slice(const Exchange& exchange, int64_t chunk);
   void reduce_to_means(const Exchange& exchange, int64_t chunk);
   bool reduce_in_place(const Exchange& exchange, int64_t chunk, int owner);
-  bool add_up(const Exchange& exchange, int64_t chunk, int owner, const Cast& result, float factor, float* error);
+  bool add_up(const Exchange& exchange, int64_t chunk, int owner, const Cast& result, double factor, float* error);
   bool add_up_float64(const Cast& result, const Piece& piece, double divisor);
   bool gather(const Exchange& exchange, int64_t chunk);
   bool gather_piece(const Exchange& exchange, const Piece& piece) const;
   Cast encoded_in(const Exchange& exchange, const Piece& piece, float factor, uint32_t random_rank) const;
-  int64_t wire_bytes(const Exchange& exchange, Phases phases) const;
+  int64_t wire_bytes(const Exchange& exchange) const;
 
   /// Waits until all ranks have passed a phase of this call's first `chunks` chunks.
   void wait_for_all(Counter counter, int64_t chunks);
@@ -110,7 +122,8 @@ class SharedMemory {
   Peers peers_;
   int64_t piece_elements_;
   std::vector<Source> sources_;  // of the piece that is being reduced
-  Clock::time_point deadline_;
+  Clock::time_point deadline_;   // of this call
+  Phases phases_;
   double* squares_ = nullptr;           // of what this rank has reduced in this call; null: not wanted
   uint64_t calls_ = 0, exchanged_ = 0;  // calls, and their chunks, before this one: the same on every rank
 };

@@ -74,6 +74,9 @@ struct RandomKey {
   uint32_t rank;
 };
 
+/// Stands for a rank in the key of what the owner of a slice rounds for all: the same whoever owns it.
+constexpr uint32_t kMeansRank = UINT32_MAX;
+
 /// Elements from `begin` on draw the random numbers from `place` on, up to where the next stretch begins.
 struct Stretch { int64_t begin, place; };
 

@@ -35,8 +35,7 @@ FASTAGG_INLINE int64_t decode_vectors(const Cast& op, float* out, int64_t begin,
       load_wide<Lanes, from>(op.source, begin + i, wide);
       x = narrow_for<Lanes>(op.code, wide);
     } else {
-      x = load<Lanes, from>(op.source.data, begin + i);
-      if constexpr (has_scales(from)) x = x * scale_at<from>(op.source, begin + i);
+      x = load_scaled<Lanes, from>(op.source, begin + i);
     }
     x = x * op.factor;
     raise(magnitudes, x);

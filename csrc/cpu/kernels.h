@@ -8,7 +8,7 @@ struct Kernels {
   const char* name;
   bool (*weighted_sum)(const Leaf& leaf, int64_t begin, int64_t end, bool stream);
   bool (*cast)(const Cast& cast, int64_t begin, int64_t end, bool stream);
-  bool (*reduce)(const Reduction& reduction, int64_t begin, int64_t end, bool stream, double* squares);
+  bool (*reduce)(const Reduction& reduction, int64_t begin, int64_t end, double* squares);
 };
 
 // Null where the build's architecture lacks them.

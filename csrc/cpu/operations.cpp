@@ -79,7 +79,7 @@ bool reduce(const Reduction& reduction, int64_t begin, int64_t end, double* squa
   parallel_for(tasks, threads_for(read + written), [&](int64_t task) {
     const int64_t first = begin + task * kTask, last = std::min(first + kTask, end);
     double* own = squares != nullptr ? &task_squares[task] : nullptr;
-    task_finite[task] = loops.reduce(reduction, first, last, written >= kStreamBytes, own);
+    task_finite[task] = loops.reduce(reduction, first, last, own);
   });
   if (squares != nullptr)
     for (const double own : task_squares) *squares += own;  // in the order of the elements, whichever thread was first

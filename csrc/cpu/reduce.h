@@ -9,49 +9,59 @@ namespace {  // the loops of another instruction set must never be linked in the
 
 /// A rank's elements from index i on as float32; for a rank alone as `cast` does it, so that they are rounded once.
 template <class Lanes, Code code>
-FASTAGG_INLINE typename Lanes::F load_narrow(const Reduction& op, int rank, int64_t i) {
-  const Source& source = op.sources[rank];
+FASTAGG_INLINE typename Lanes::F load_narrow(const Source& source, int64_t i, bool alone, Code result) {
   if constexpr (code == Code::float64) {
     typename Lanes::D wide[Lanes::halves];
     load_wide<Lanes, code>(source, i, wide);
-    const bool alone = op.ranks == 1 && op.feedback.residual == nullptr;
-    return alone ? narrow_for<Lanes>(op.result.code, wide) : Lanes::narrow(wide);
+    return alone ? narrow_for<Lanes>(result, wide) : Lanes::narrow(wide);
   } else {
-    typename Lanes::F x = load<Lanes, code>(source.data, i);
-    if constexpr (has_scales(code)) x = x * scale_at<code>(source, i);
-    return x;
+    return load_scaled<Lanes, code>(source, i);
   }
 }
 
-/// values[i ...] = the quotients of op's elements begin + i ..., in whole vectors up to count; returns where it
+/// out[i ...] = the quotients of op's elements begin + i ..., `vectors` at a time up to count; returns where it
 /// stopped.
-template <class Lanes, Code code>
-FASTAGG_INLINE int64_t add_vectors(const Reduction& op, float inverse, float* values, int64_t begin, int64_t i,
-                                   int64_t count) {
+template <class Lanes, Code code, int vectors>
+FASTAGG_INLINE int64_t add_vectors(const Reduction& op, float* out, int64_t begin, int64_t i, int64_t count,
+                                   int32_t& largest) {
   using F = typename Lanes::F;
-  for (; i + Lanes::width <= count; i += Lanes::width) {
-    const int64_t at = begin + i;
-    F sum = -F{};
-    for (int rank = 0; rank < op.ranks; ++rank) {
-      sum = sum + load_narrow<Lanes, code>(op, rank, at);
+  const Feedback feedback = op.feedback;
+  const bool alone = op.ranks == 1 && feedback.residual == nullptr;
+  const float divisor = op.divisor, inverse = exact_inverse(divisor);
+  typename Lanes::I magnitudes{};
+  for (; i + vectors * Lanes::width <= count; i += vectors * Lanes::width) {
+    F sums[vectors];
+    for (F& sum : sums) sum = -F{};
+    for (const Source *source = op.sources, *end = source + op.ranks; source != end; ++source)
+      for (int v = 0; v < vectors; ++v)
+        sums[v] = sums[v] + load_narrow<Lanes, code>(*source, begin + i + v * Lanes::width, alone, op.result.code);
+    if (feedback.residual != nullptr)
+      for (int v = 0; v < vectors; ++v)
+        sums[v] =
+            sums[v] + Lanes::load_float32(feedback.residual, begin + i + v * Lanes::width) * feedback.residual_factor;
+    for (int v = 0; v < vectors; ++v) {
+      sums[v] = inverse != 0 ? sums[v] * inverse : sums[v] / divisor;
+      raise(magnitudes, sums[v]);
+      store_bytes(out + i + v * Lanes::width, sums[v]);
     }
-    if (op.feedback.residual != nullptr)
-      sum = sum + Lanes::load_float32(op.feedback.residual, at) * op.feedback.residual_factor;
-    store_bytes(values + i, inverse != 0 ? sum * inverse : sum / op.divisor);
   }
+  const int32_t here = maximum<Lanes>(magnitudes);
+  largest = here > largest ? here : largest;
   return i;
 }
 
+/// The quotients of op's elements [begin, begin + count) to out; returns the largest magnitude.
 template <class Lanes>
-void add_up(const Reduction& op, float* values, int64_t begin, int64_t count) {
-  const float inverse = exact_inverse(op.divisor);
+int32_t add_up(const Reduction& op, float* out, int64_t begin, int64_t count) {
+  int32_t largest = 0;
   with_code(op.sources[0].code, [&](auto constant) {
     constexpr Code code = constant.value;
     if constexpr (code != Code::state48 && !is_integer(code)) {
-      const int64_t done = add_vectors<Lanes, code>(op, inverse, values, begin, 0, count);
-      add_vectors<Lane, code>(op, inverse, values, begin, done, count);
+      const int64_t done = add_vectors<Lanes, code, 4>(op, out, begin, 0, count, largest);
+      add_vectors<Lane, code, 1>(op, out, begin, done, count, largest);
     }
   });
+  return largest;
 }
 
 /// Adds the squares of x to their strides.
@@ -85,25 +95,35 @@ inline void keep_error(const Feedback& feedback, const float* values, const floa
   }
 }
 
+/// Whether the quotients are the first rank's values.
+inline bool is_its_own_sum(const Reduction& op) {
+  return op.ranks == 1 && op.sources[0].code == Code::float32 && op.feedback.residual == nullptr && op.divisor == 1;
+}
+
 /// `reduce` of the elements [begin, end), `begin` a multiple of kChunk; true if the result is finite. Adds the result's
 /// sum of squares to *squares, if there is one.
 template <class Lanes>
-bool reduce(const Reduction& op, int64_t begin, int64_t end, bool stream, double* squares) {
+bool reduce(const Reduction& op, int64_t begin, int64_t end, double* squares) {
   alignas(64) float values[kChunk], decoded[kChunk];
   double strides[kSquareStrides] = {};
   int32_t largest = 0;
   Cast back{};
   back.source = {op.result.out, op.result.scales, op.result.code, op.result.block_shift};
   back.code = Code::float32;
+  const bool is_encoded = op.result.code != Code::float32, passes_through = is_encoded && is_its_own_sum(op);
   for (; begin < end; begin += kChunk) {
     const int64_t count = end - begin < kChunk ? end - begin : kChunk;
-    add_up<Lanes>(op, values, begin, count);
-    const int32_t here = encode_any<Lanes>(op.result, values, 1, begin, count, stream);
+    float* out = is_encoded ? values : static_cast<float*>(op.result.out) + begin;
+    const float* sums = passes_through ? static_cast<const float*>(op.sources[0].data) + begin : out;
+    const float* result = is_encoded ? decoded : sums;
+    int32_t here = 0;
+    if (!passes_through) here = add_up<Lanes>(op, out, begin, count);
+    if (is_encoded) here = encode_any<Lanes>(op.result, sums, 1, begin, count, false);
     largest = here > largest ? here : largest;
     if (squares == nullptr && op.feedback.error == nullptr) continue;
-    decode_any<Lanes>(back, decoded, begin, 0, count, false);
-    if (squares != nullptr) add_squares<Lanes>(decoded, count, strides);
-    if (op.feedback.error != nullptr) keep_error(op.feedback, values, decoded, begin, count);
+    if (is_encoded) decode_any<Lanes>(back, decoded, begin, 0, count, false);
+    if (squares != nullptr) add_squares<Lanes>(result, count, strides);
+    if (op.feedback.error != nullptr) keep_error(op.feedback, sums, result, begin, count);
   }
   if (squares != nullptr) *squares += sum_of_strides(strides);
   return largest < overflow_from(op.result.code);

@@ -46,15 +46,15 @@ struct VectorLanes {
   static FASTAGG_INLINE I load_int8(const void* data, int64_t i) { return Isa::extend_int8(at<int8_t>(data, i)); }
   static FASTAGG_INLINE I load_int4(const void* data, int64_t i) {
     uint64_t packed = 0;
-    memcpy(&packed, at<uint8_t>(data, i / 2), count / 2);
+    memcpy(&packed, at<uint8_t>(data, i >> 1), count / 2);
     const I lane = indices();
     const I word = lane < 8 ? I{} + static_cast<int32_t>(packed) : I{} + static_cast<int32_t>(packed >> 32);
     return word << (28 - 4 * (lane & 7)) >> 28;
   }
   static FASTAGG_INLINE I load_sign(const void* data, int64_t i) {
     uint32_t packed = 0;
-    memcpy(&packed, at<uint8_t>(data, i / 8), count < 8 ? 1 : count / 8);
-    packed >>= i % 8;
+    memcpy(&packed, at<uint8_t>(data, i >> 3), count < 8 ? 1 : count / 8);
+    packed >>= i & 7;
     return (I{} + static_cast<int32_t>(packed)) << (31 - indices()) & INT32_MIN;
   }
   template <class T>

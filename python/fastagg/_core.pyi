@@ -10,7 +10,9 @@ import typing
 import numpy
 
 __all__: list[str] = [
+    "DESCRIPTION_BYTES",
     "MAXIMUM_BLOCK",
+    "MEANS_RANK",
     "MINIMUM_BLOCK",
     "PASS",
     "SharedMemoryGroup",
@@ -43,6 +45,13 @@ class SharedMemoryGroup:
     ) -> SharedMemoryGroup:
         """
         Attaches to the segment that another process has created.
+        """
+    @staticmethod
+    def in_one_shot(
+        count: typing.SupportsInt | typing.SupportsIndex, ranks: typing.SupportsInt | typing.SupportsIndex
+    ) -> bool:
+        """
+        Whether every rank reduces everything itself.
         """
     @staticmethod
     def slice_of(
@@ -87,6 +96,10 @@ class SharedMemoryGroup:
     ) -> tuple[bool, int, float]:
         """
         The same for this rank's slice alone.
+        """
+    def tell_lost(self, name: typing.SupportsInt | typing.SupportsIndex) -> int:
+        """
+        All ranks will raise PeerError for this one, or for the returned one, of which they were told before.
         """
 
 def advise_huge_pages(
@@ -162,7 +175,9 @@ def weighted_sum(leaves: list[typing.Any]) -> list[int]:
     Weighted sums or maxima of leaves, in place; returns the indices of leaves with non-finite sums.
     """
 
+DESCRIPTION_BYTES: int = 256
 MAXIMUM_BLOCK: int = 4096
+MEANS_RANK: int = 4294967295
 MINIMUM_BLOCK: int = 32
 PASS: int = 4096
 __compiler__: str

@@ -14,7 +14,6 @@ from fastagg._codes import Code
 from fastagg._overlap import encoded_bytes
 
 NO_KEY: RandomKey = (0, 0, 0, 0)
-MEANS_RANK = 2**32 - 1  # the rank in the random key of what the owners of slices encode
 
 
 class Encoding(NamedTuple):
@@ -25,13 +24,9 @@ class Encoding(NamedTuple):
     stochastic: bool
     key: RandomKey
 
-    def bytes(self, count: int) -> int:
-        """Bytes of `count` elements, scales included."""
-        return encoded_bytes(self.wire, count) + self._scales_bytes(count)
-
     def row_bytes(self, count: int) -> int:
         """Bytes of a row of `count` elements: codes, then scales, each padded to 8 bytes so that rows are aligned."""
-        return max(8, _padded(encoded_bytes(self.wire, count)) + _padded(self._scales_bytes(count)))
+        return _padded(encoded_bytes(self.wire, count)) + _padded(self._scales_bytes(count))
 
     def source(self, row: torch.Tensor, count: int) -> SourceOperands:
         """The `count` elements of a row."""
@@ -68,25 +63,24 @@ class Exchange(NamedTuple):
     """The place of the first element in a larger tensor, which the stretches refer to."""
     stretches: Sequence[tuple[int, int]] = ()
     """(begin, place): elements from `begin` on draw the random numbers from `place` on. None: from 0 on."""
-    call: tuple[int, ...] = ()
-    """What else must be equal on all ranks: the tensor's shape, its place in a list and the list's length."""
+    description: str = ""
+    """What must be equal on all ranks: they compare it, and errors show it."""
 
-    @property
-    def tag(self) -> int:
-        """All that must be equal on all ranks but is not in an exchange's numbers, in 63 bits."""
+    def described(self, subject: str) -> Exchange:
+        """The same with a description: what is reduced, and how."""
         wire, shift, stochastic, _ = self.encoding
-        facts = (self.call, self.code, wire, shift, stochastic, self.mean, self.norm, self.factor)
-        return int.from_bytes(hashlib.sha256(repr(facts).encode()).digest()[:8], "little") >> 1
+        text = (
+            f"{subject}: {self.tensor.numel()} elements of {_name_of(self.code)}, {'mean' if self.mean else 'sum'}, "
+            f"wire {_name_of(wire)}, {'stochastic' if stochastic else 'nearest'}, blocks of {1 << shift}, "
+            f"factor {self.factor}{', norm' if self.norm else ''}"
+        )
+        if len(text) >= _core.DESCRIPTION_BYTES:
+            text = f"{text[: _core.DESCRIPTION_BYTES - 20]} {hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        return self._replace(description=text)
 
     def encoded_factor(self, world: int) -> float:
         """The power of two that keeps a mean's terms inside float16: without it one large value would be infinite."""
         return 2.0 ** -(world - 1).bit_length() if self.mean and self.encoding.wire == Code.FLOAT16 else 1.0
-
-    def wire_bytes(self, rank: int, world: int) -> int:
-        """Encoded bytes, scales included, that a rank hands to others: values of their slices, means of its own."""
-        slices = [_core.SharedMemoryGroup.slice_of(self.tensor.numel(), owner, world) for owner in range(world)]
-        sizes = [self.encoding.bytes(end - begin) for begin, end in slices]
-        return sum(sizes) - sizes[rank] + (world - 1) * sizes[rank]
 
 
 class Outcome(NamedTuple):
@@ -108,6 +102,10 @@ class Transport(Protocol):
     def all_reduce(self, exchange: Exchange) -> Outcome:
         """Reduces one tensor in place."""
         ...
+
+
+def _name_of(code: Code) -> str:
+    return code.name.lower().removeprefix("wire_")
 
 
 def _padded(size: int) -> int:

@@ -49,20 +49,30 @@ class HierarchicalTransport:
     def all_reduce(self, exchange: Exchange) -> Outcome:
         """See `Transport`."""
         whole, lossless = _widened(exchange)
-        inside = Exchange(whole, lossless.wire, lossless, exchange.mean)
+        inside = Exchange(whole, lossless.wire, lossless, exchange.mean, description=exchange.description)
         try:
-            bytes_added_up = self._inner.reduce_scatter(inside, exchange.tag).wire_bytes
+            outcomes = [
+                self._add_up(inside),
+                self._outer.all_reduce(self._slice_of(exchange, whole, lossless.wire)),
+                self._inner.all_gather(inside._replace(factor=exchange.factor, norm=exchange.norm)),
+            ]
+        except PeerError as error:
+            first = self._inner.tell_lost(error.rank)  # later ones are those who gave up because of it
+            self._outer.tell_lost(first)
+            if first != error.rank:
+                raise PeerError(first, f"rank {first} was lost") from error
+            raise
+        if whole is not exchange.tensor:
+            exchange.tensor.copy_(whole)
+        return outcomes[-1]._replace(wire_bytes=sum(outcome.wire_bytes for outcome in outcomes))
+
+    def _add_up(self, inside: Exchange) -> Outcome:
+        """This rank's slice of the host's sum."""
+        try:
+            return self._inner.reduce_scatter(inside)
         except ValueError:
             self._outer.refuse()  # the other hosts' ranks must not go on either
             raise
-        except PeerError as error:
-            self._outer.tell_lost(error.rank)
-            raise
-        between = self._outer.all_reduce(self._slice_of(exchange, whole, lossless.wire))
-        shared = self._inner.all_gather(inside._replace(factor=exchange.factor, norm=exchange.norm))
-        if whole is not exchange.tensor:
-            exchange.tensor.copy_(whole)
-        return shared._replace(wire_bytes=bytes_added_up + between.wire_bytes + shared.wire_bytes)
 
     def _slice_of(self, exchange: Exchange, whole: torch.Tensor, code: Code) -> Exchange:
         """The exchange of this rank's slice with the other hosts' ranks."""
@@ -72,7 +82,7 @@ class HierarchicalTransport:
             feedback.error.zero_()  # the other slices' errors are others'
             feedback = Feedback(feedback.residual[begin:end], feedback.factor, feedback.error[begin:end])
         own = Exchange(whole[begin:end], code, exchange.encoding, exchange.mean, feedback=feedback)
-        return own._replace(first=begin, stretches=exchange.stretches, call=(exchange.tag,))
+        return own._replace(first=begin, stretches=exchange.stretches, description=exchange.description)
 
 
 def _widened(exchange: Exchange) -> tuple[torch.Tensor, Encoding]:

@@ -3,43 +3,76 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 
+from fastagg._errors import PeerError
 from fastagg._meeting import Meeting
-from fastagg._roll_call import raise_peer_error
+from fastagg._roll_call import peer_error
 
 
 class PrivateGroup:
-    """The ranks of a meeting, connected by Gloo."""
+    """The ranks of a meeting, connected by Gloo.
+
+    Attributes:
+        sent_bytes: how many `send_all` has sent to others since the group began.
+    """
 
     def __init__(self, meeting: Meeting) -> None:
-        self.meeting, self.rank, self.world = meeting, meeting.rank, meeting.world
+        self.meeting, self.rank, self.world, self.sent_bytes = meeting, meeting.rank, meeting.world, 0
+        self._lost: Exception | None = None  # from then on nothing can be exchanged
         timeout = datetime.timedelta(seconds=meeting.timeout)
         store = PrefixStore("gloo", meeting.store)
         try:
             self._gloo: Any = dist.ProcessGroupGloo(store, self.rank, self.world, timeout)
         except RuntimeError as error:
-            raise_peer_error(meeting, error)
+            raise peer_error(meeting, error) from error
 
-    def all_to_all(self, received: torch.Tensor, sent: torch.Tensor) -> Any:
-        """Sends one of `world` equal parts to each rank; returns torch's Work."""
-        return self._gloo.alltoall_base(received, sent, [], [])
+    # Gloo's all_to_all sends in one direction at a time; sends and receives by themselves fill a link in both.
+
+    def send_all(self, rows: Sequence[torch.Tensor], tag: int) -> list[Any]:
+        """Sends each rank its row; returns what to wait for, once."""
+        others = [peer for peer, row in enumerate(rows) if peer != self.rank and row.numel()]
+        self.sent_bytes += sum(rows[peer].numel() for peer in others)
+        return [self._gloo.send([rows[peer]], peer, tag) for peer in others]
+
+    def receive_all(self, rows: Sequence[torch.Tensor], tag: int) -> list[Any]:
+        """Receives a row from each rank; returns what to wait for, once."""
+        others = [peer for peer, row in enumerate(rows) if peer != self.rank and row.numel()]
+        return [self._gloo.recv([rows[peer]], peer, tag) for peer in others]
 
     def all_gather(self, everyone: torch.Tensor, own: torch.Tensor) -> Any:
-        """Copies each rank's tensor to all ranks; returns torch's Work."""
+        """Copies each rank's tensor to all ranks; returns what to wait for."""
         return self._gloo._allgather_base(everyone, own)
 
-    def wait(self, work: Any) -> None:
-        """Waits for what the two above have started.
+    def gather(self, own: float) -> list[float]:
+        """Every rank's number, on all ranks."""
+        everyone = torch.empty(self.world, dtype=torch.float64)
+        self.wait([self.all_gather(everyone, torch.tensor([own], dtype=torch.float64))])
+        return everyone.tolist()
+
+    def tell_lost(self, name: int) -> None:
+        """Ends the group: the others, who find it broken, learn who was lost."""
+        if self._lost is None:
+            self.meeting.store.set("lost", str(name))
+            self._lost = PeerError(name, f"rank {name} was lost before")
+        self._gloo = None
+
+    def wait(self, works: Sequence[Any]) -> None:
+        """Waits for what the others have started.
 
         Raises:
-            PeerError: a rank has died or hung.
+            PeerError: a rank has died or hung, now or before.
         """
+        if self._lost is not None:
+            raise self._lost
         try:
-            work.wait()
+            for work in works:
+                work.wait()
         except RuntimeError as error:  # torch's for a broken connection and for its timeout
-            raise_peer_error(self.meeting, error)
+            self._lost = peer_error(self.meeting, error)
+            raise self._lost from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from typing import NoReturn
 
 from fastagg._errors import PeerError
 from fastagg._meeting import Meeting
@@ -11,14 +10,14 @@ from fastagg._meeting import Meeting
 _GRACE = 5.0  # seconds: all who live have failed as well by then, or are told by their connections
 
 
-def raise_peer_error(meeting: Meeting, error: Exception) -> NoReturn:
-    """Raises PeerError for the first rank that does not answer; the error itself if all do."""
+def peer_error(meeting: Meeting, error: Exception) -> Exception:
+    """PeerError for the first rank that does not answer; another error if all do."""
     missing = _missing(meeting)
     if missing is None:
-        raise PeerError(0, f"rank 0 is gone, and the store with it: {error}") from error
+        return PeerError(0, f"rank 0 is gone, and the store with it: {error}")
     if not missing:
-        raise error
-    raise PeerError(missing[0], f"rank {', '.join(map(str, missing))} did not answer: {error}") from error
+        return RuntimeError(f"the connection is broken, and every rank answers: {error}")
+    return PeerError(missing[0], f"rank {', '.join(map(str, missing))} did not answer: {error}")
 
 
 def _missing(meeting: Meeting) -> list[int] | None:

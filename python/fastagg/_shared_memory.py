@@ -20,29 +20,33 @@ class SharedMemoryTransport:
     name = "shared memory"
     reason = "all ranks are processes of one user on one host"
 
-    def __init__(self, memory: _core.SharedMemoryGroup, timeout: float) -> None:
-        self._memory, self._timeout = memory, timeout
+    def __init__(self, memory: _core.SharedMemoryGroup, world: int, timeout: float) -> None:
+        self._memory, self._world, self._timeout = memory, world, timeout
 
     def all_reduce(self, exchange: Exchange) -> Outcome:
         """See `Transport`."""
         return self._run(self._memory.all_reduce, exchange)
 
-    def reduce_scatter(self, exchange: Exchange, tag: int) -> Outcome:
-        """The same for this rank's slice alone, of an exchange with that tag."""
-        return self._run(self._memory.reduce_scatter, exchange, tag)
+    def reduce_scatter(self, exchange: Exchange) -> Outcome:
+        """The same for this rank's slice alone."""
+        return self._run(self._memory.reduce_scatter, exchange)
 
     def all_gather(self, exchange: Exchange) -> Outcome:
         """Copies each rank's slice to all ranks."""
         return self._run(self._memory.all_gather, exchange)
 
-    def _run(self, phase: Phase, exchange: Exchange, tag: int | None = None) -> Outcome:
+    def tell_lost(self, name: int) -> int:
+        """Lets all ranks of this host raise PeerError for a rank, or for the returned one, which was told before."""
+        return self._memory.tell_lost(name)
+
+    def _run(self, phase: Phase, exchange: Exchange) -> Outcome:
         wire, shift, stochastic, key = exchange.encoding
         feedback = exchange.feedback
         operands = (
             *(exchange.tensor.data_ptr(), exchange.code, exchange.tensor.numel()),
-            *(wire, shift, stochastic, key, exchange.mean, exchange.factor),
+            *(wire, shift, stochastic, key, exchange.mean, exchange.encoded_factor(self._world), exchange.factor),
             *((feedback.residual.data_ptr(), feedback.factor, feedback.error.data_ptr()) if feedback else (0, 0.0, 0)),
-            *(exchange.norm, exchange.stretches, exchange.tag if tag is None else tag),
+            *(exchange.norm, exchange.stretches, exchange.description),
         )
         return Outcome(*phase(operands, self._timeout))
 
@@ -78,7 +82,7 @@ def meet(meeting: Meeting) -> SharedMemoryTransport | str:
         memory.close_descriptor()
     if problems or memory is None:
         return f"shared memory could not be mapped on every rank: {', '.join(problems)}"
-    return SharedMemoryTransport(memory, meeting.timeout)
+    return SharedMemoryTransport(memory, meeting.world, meeting.timeout)
 
 
 def _read(path: str) -> str:

@@ -86,8 +86,8 @@ def all_reduce(
         for index, (tensor, code) in enumerate(tensors or [(torch.empty(0), Code.FLOAT32)]):
             words = (key[0], key[1], key[2] + index, dist.get_rank(group)) if key else None
             exchange = Exchange(tensor, code, encoding_of(wire, code, block, words), op == "mean")
-            call = (index, len(tensors), *tensor.shape)
-            reduce_tensor(channel.transport, exchange._replace(call=call))
+            subject = f"tensor {index} of {len(tensors)}, shape {tuple(tensor.shape)}"
+            reduce_tensor(channel.transport, exchange.described(subject))
 
     if async_op:
         return Work(channel.line.submit(reduce_all))

@@ -69,7 +69,7 @@ class AllReduceState:
         if bucket.index() == 0:
             self._begin_step(group, transport)
         layout = self._residuals.layout_of(bucket.parameters(), bucket.is_last())
-        return Exchange(
+        exchange = Exchange(
             bucket.buffer(),
             code,
             self._encoding(code, dist.get_rank(group)),
@@ -79,6 +79,7 @@ class AllReduceState:
             norm=True,
             stretches=layout.stretches if self.rounding == "stochastic" else (),
         )
+        return exchange.described(f"bucket {bucket.index()}")
 
     def end_bucket(self, outcome: Outcome, *, is_last: bool) -> None:
         """Notes what the exchange of a bucket has found."""

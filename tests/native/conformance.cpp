@@ -195,7 +195,7 @@ void check_reduce(const fastagg::Kernels& kernels, Code from, Code to, int64_t c
     result.scales = scales.data();
     const fastagg::Feedback feedback{residual.data(), 0.5f, reinterpret_cast<float*>(error.data()), 2.0f, false};
     const bool finite =
-        loops.reduce({sources.data(), ranks, static_cast<float>(ranks), feedback, result}, 0, count, false, &squares);
+        loops.reduce({sources.data(), ranks, static_cast<float>(ranks), feedback, result}, 0, count, &squares);
     canonicalise(out, to, count);
     canonicalise(error, Code::float32, count);
     return finite;

@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <cstdio>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -34,7 +35,9 @@ comm::Exchange exchange_of(std::vector<float>& x, Code wire) {
   exchange.block_shift = 8;
   exchange.rounding = Rounding::nearest;
   exchange.mean = true;
+  exchange.encoded_factor = 1;
   exchange.factor = 1;
+  exchange.description = std::to_string(x.size()) + " elements";
   return exchange;
 }
 
