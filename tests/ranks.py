@@ -28,9 +28,12 @@ def gathered(x):
 """
 
 EPILOGUE = """
-# Torch's threads must be gone before the interpreter is: one that lets go of a tensor after it ends the process.
+# A model or an optimizer keeps its group, and so torch's threads, until the interpreter ends; one that lets go of a tensor
+# after that would abort the process. So it ends without the interpreter's leave-taking.
 if dist.is_initialized():
     dist.destroy_process_group()
+sys.stdout.flush()
+os._exit(0)
 """
 
 

@@ -88,7 +88,7 @@ fastagg.all_reduce(strided)
 assert torch.equal(strided, expected)
 several = [torch.full((n,), float(rank)) for n in (3, 70000, 1)]
 work = fastagg.all_reduce(several, op="sum", async_op=True)
-assert work.wait() and work.is_completed()
+assert work.wait(timeout) and work.is_completed() and work.get_future().wait() is None
 assert all(torch.all(x == sum(range(world))) for x in several)
 half = dist.new_group([0, 1])
 if rank < 2:

@@ -275,6 +275,7 @@ with optimizer.skip_synchronize():
 assert "'weight'" in error_of(lambda: p["weight"].sum().backward()) and "backward_passes_per_step=1" in error_of(
     lambda: p["weight"].sum().backward())
 optimizer.step()
+assert torch.all(p["weight"] == 1 - 1.5)  # one pass too many has added nothing to what was under way
 assert "add_param_group" in error_of(lambda: optimizer.add_param_group({"params": []}))
 assert "already" in error_of(lambda: DistributedOptimizer(optimizer), ValueError)
 
@@ -282,6 +283,10 @@ p, optimizer = new()
 backward(p)
 p["bias"].grad = None
 assert "'bias'" in error_of(optimizer.step)
+optimizer.zero_grad()
+backward(p)
+optimizer.step()  # nothing is left of it
+assert torch.all(p["bias"] == 1 - 1.5)
 
 p, optimizer = new()
 assert "'weight'" in error_of(lambda: (p["weight"] ** 2).sum().backward(create_graph=True), TypeError)

@@ -97,6 +97,13 @@ for options in ({"find_unused_parameters": True}, {"static_graph": True},
     assert [row.gradient_error for row in rows[1:]] == [0, 0], (options, rows)
 assert len(report(torch.nn.Linear(4, 3), step, wires=[], steps=1, warmup=1).rows) == 2
 
+try:
+    report(torch.nn.Linear(4, 3), step, steps=1 + rank)
+except ValueError as error:
+    assert "steps=1" in str(error) and "steps=2" in str(error)
+else:
+    raise AssertionError("no error")
+
 groups = [dist.new_group([one]) for one in range(world)]
 found = report(torch.nn.Linear(4, 3), step, process_group=groups[rank], steps=1, warmup=1)
 assert found.world == 1 and found.rows[0].gradient_error == 0
@@ -152,7 +159,7 @@ def test_unfit_steps_and_models_are_refused() -> None:
         ({"wires": ["fp16", "fp12"]}, "wire: .* got 'fp12'"),
         ({"steps": 0}, "steps: expected an integer of 1 or more, got 0"),
         ({"warmup": 1.5}, "warmup: expected an integer of 1 or more, got 1.5"),
-        ({}, "process_group: torch.distributed is not initialised"),
+        ({}, "torch.distributed is not initialised"),
     ],
 )
 def test_wrong_arguments_are_named(given: dict[str, Any], words: str) -> None:

@@ -46,8 +46,10 @@ class FusedGradients:
         self._buffers = [_Buffer([self._slots[place] for place in batch]) for batch in places]
         self._reset()
         for place, slot in enumerate(self._slots):
-            hook = _weak_hook(self._accumulated, place)
-            slot.parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+            # Before autograd adds to a gradient that is under way, and after it has added.
+            slot.parameter.register_hook(_weak_hook(self._accumulates, place))  # type: ignore[no-untyped-call]
+            after = _weak_hook(self._accumulated, place)
+            slot.parameter.register_post_accumulate_grad_hook(after)  # type: ignore[no-untyped-call]
 
     def synchronize(self) -> None:
         """Gives every parameter its reduced gradient, as soon as all ranks have called this; once a step.
@@ -63,9 +65,14 @@ class FusedGradients:
                 self._hand_over(slot)
         for work in self._under_way:
             work.wait()
-        for slot, holders in zip(self._slots, self._holders.tolist(), strict=True):
-            slot.take_back(has_gradient=holders > 0)
+        strangers = [
+            slot.name
+            for slot, holders in zip(self._slots, self._holders.tolist(), strict=True)
+            if not slot.take_back(has_gradient=holders > 0)
+        ]
         self._reset()
+        if strangers:
+            raise RuntimeError(f"{strangers[0]!r}: its gradient was removed or replaced before synchronize()")
         self.synchronized = True
 
     def _reset(self) -> None:
@@ -78,14 +85,18 @@ class FusedGradients:
         for slot in self._slots:
             slot.handed_over, slot.passes_left = False, self._backward_passes
 
-    def _accumulated(self, place: int) -> None:
-        """A backward pass has added to a parameter's gradient."""
+    def _accumulates(self, place: int) -> None:
+        """A backward pass is about to add to a parameter's gradient."""
         slot = self._slots[place]
         if slot.passes_left == 0:
             raise RuntimeError(
                 f"{slot.name!r}: a backward pass more than backward_passes_per_step={self._backward_passes} "
                 "since the last step() or synchronize()"
             )
+
+    def _accumulated(self, place: int) -> None:
+        """A backward pass has added to a parameter's gradient."""
+        slot = self._slots[place]
         self.begun, self.synchronized = True, False
         slot.passes_left -= 1
         if slot.passes_left == 0:
@@ -137,11 +148,11 @@ class _Slot:
             self.parameter.grad = self.under_way
         self.handed_over, self.was_held = True, given is not None
 
-    def take_back(self, has_gradient: bool) -> None:
-        """Lets the parameter have what is in the buffer now."""
-        if self.was_held and self.parameter.grad is not self.under_way:
-            raise RuntimeError(f"{self.name!r}: its gradient was removed or replaced before synchronize()")
+    def take_back(self, has_gradient: bool) -> bool:
+        """Lets the parameter have what is in the buffer now; returns whether nobody has touched it meanwhile."""
+        untouched = not self.was_held or self.parameter.grad is self.under_way
         self.parameter.grad = self.gradient if has_gradient else None
+        return untouched
 
 
 class _Buffer:

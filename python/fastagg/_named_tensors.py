@@ -12,18 +12,6 @@ import torch.distributed as dist
 FUSION_BYTES = 25 * 2**20
 
 
-def group_of(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
-    """The group that was given, or the default one.
-
-    Raises:
-        ValueError: there is none yet.
-    """
-    group = group if group is not None else dist.group.WORLD
-    if group is None:
-        raise ValueError("group: torch.distributed is not initialised; call torch.distributed.init_process_group first")
-    return group
-
-
 def named_tensors(
     argument: str, given: Mapping[str, Any] | Iterable[torch.Tensor | tuple[str, Any]]
 ) -> list[tuple[str, torch.Tensor]]:

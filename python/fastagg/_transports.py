@@ -94,6 +94,18 @@ def _forget_the_parents_channels() -> None:
 os.register_at_fork(after_in_child=_forget_the_parents_channels)
 
 
+def group_of(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """The group that was given, or the default one.
+
+    Raises:
+        ValueError: there is none yet.
+    """
+    group = group if group is not None else dist.group.WORLD
+    if group is None:
+        raise ValueError("group: torch.distributed is not initialised; call torch.distributed.init_process_group first")
+    return group
+
+
 def channel_of(group: dist.ProcessGroup) -> Channel:
     """The group's channel, opened at first use by all its ranks together.
 

@@ -15,9 +15,9 @@ from fastagg._named_tensors import (
     check_tensor,
     dense_strides,
     description,
-    group_of,
     named_tensors,
 )
+from fastagg._transports import group_of
 
 
 def broadcast_parameters(

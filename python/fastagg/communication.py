@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import datetime
 from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -12,7 +14,7 @@ import torch.distributed as dist
 from fastagg._backend import RandomKey
 from fastagg._codes import FLOATS, WIRES, Code, code_of_dtype, wire_name
 from fastagg._exchange import NO_KEY, Encoding, Exchange, Outcome, Transport
-from fastagg._transports import channel_of
+from fastagg._transports import channel_of, group_of
 from fastagg.quantization import block_shift, check_block, random_key
 
 OPERATIONS = ("mean", "sum")
@@ -24,14 +26,31 @@ class Work:
     def __init__(self, future: Future[None]) -> None:
         self._future = future
 
-    def wait(self) -> bool:
-        """Waits until the tensors hold the result; raises what went wrong."""
-        self._future.result()
+    def wait(self, timeout: datetime.timedelta | None = None) -> bool:
+        """Waits until the tensors hold the result; raises what went wrong, or TimeoutError if it takes longer."""
+        try:
+            self._future.result(None if timeout is None else timeout.total_seconds())
+        except concurrent.futures.TimeoutError as error:  # a TimeoutError from Python 3.11 on only
+            raise TimeoutError(f"the all-reduce has taken longer than {timeout}") from error
         return True
 
     def is_completed(self) -> bool:
-        """Whether the tensors hold the result."""
+        """Whether the tensors hold the result, or something went wrong."""
         return self._future.done()
+
+    def get_future(self) -> torch.futures.Future[None]:
+        """Torch's future of the same, for `then` and `torch.futures.wait_all`."""
+        future: torch.futures.Future[None] = torch.futures.Future()
+
+        def tell(done: Future[None]) -> None:
+            error = done.exception()
+            if error is None:
+                future.set_result(None)
+            else:
+                future.set_exception(error)  # type: ignore[arg-type]
+
+        self._future.add_done_callback(tell)
+        return future
 
 
 def all_reduce(
@@ -50,8 +69,9 @@ def all_reduce(
     ``x = decode(encode(sum_r(decode(encode(x_r))) / world))``
 
     Every rank encodes its values, each slice is added up in rank order by one rank in float32 or wider, and what that
-    rank has encoded is decoded by all: all ranks end with the same bits. Ranks of one host exchange through shared
-    memory, others through Gloo.
+    rank has encoded is decoded by all: all ranks end with the same bits. Two ranks, and ranks with few elements, each add
+    up everything themselves, and the sum is not encoded again. Ranks of one host exchange through shared memory, others
+    through Gloo.
 
     Args:
         tensor_or_tensors: a CPU tensor of fp32, fp16, bf16 or fp64, or a sequence of them.
@@ -74,9 +94,7 @@ def all_reduce(
     tensors = _tensors(tensor_or_tensors)
     if op not in OPERATIONS:
         raise ValueError(f"op: expected one of {', '.join(OPERATIONS)}, got {op!r}")
-    group = group if group is not None else dist.group.WORLD
-    if group is None:
-        raise ValueError("group: torch.distributed is not initialised")
+    group = group_of(group)
     wire, block = wire_name(wire), check_block(wire_name(wire), block)
     random_key(wire, rounding, seed)  # wrong arguments are errors before ranks wait for each other
     channel = channel_of(group)

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from fastagg._codes import FLOATS, Code, code_of_dtype
-from fastagg._transports import channel_of
+from fastagg._transports import channel_of, group_of
 from fastagg.hook_state import AllReduceState
 
 if TYPE_CHECKING:
@@ -40,10 +40,10 @@ def all_reduce_hook(
     """
     if not isinstance(bucket, dist.GradBucket):  # type: ignore[attr-defined]
         raise TypeError(f"expected a bucket of DDP's C++ reducer, got {type(bucket).__name__}: set optimize_ddp=True")
-    group = state.process_group if state.process_group is not None else dist.group.WORLD
+    group = group_of(state.process_group)
     gradients = bucket.buffer()
     code = code_of_dtype(gradients.dtype)
-    if group is None or code not in FLOATS or gradients.device.type != "cpu":
+    if code not in FLOATS or gradients.device.type != "cpu":
         raise TypeError(f"expected floating gradients on the CPU, got {gradients.dtype} on {gradients.device}")
     channel = channel_of(group)
     exchange = state.begin_bucket(group, channel.transport.name, bucket, Code(code))

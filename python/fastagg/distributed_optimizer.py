@@ -14,14 +14,8 @@ import torch.distributed as dist
 
 from fastagg._codes import FLOATS, code_of_dtype, wire_name
 from fastagg._fused_gradients import FusedGradients
-from fastagg._named_tensors import (
-    FUSION_BYTES,
-    check_alike,
-    dense_strides,
-    description,
-    group_of,
-    named_tensors,
-)
+from fastagg._named_tensors import FUSION_BYTES, check_alike, dense_strides, description, named_tensors
+from fastagg._transports import group_of
 from fastagg.communication import OPERATIONS
 
 

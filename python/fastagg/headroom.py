@@ -19,6 +19,8 @@ from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hoo
 from torch.nn.parallel import DistributedDataParallel
 
 from fastagg._codes import wire_name
+from fastagg._named_tensors import check_alike
+from fastagg._transports import group_of
 from fastagg.ddp import AllReduceState, all_reduce_hook
 
 # The share of a step that is worth a word: what a few steps cannot tell apart is less.
@@ -123,13 +125,13 @@ def report(
         ddp_options: of DistributedDataParallel, such as find_unused_parameters=True.
 
     Raises:
-        ValueError: wrong arguments; or a step that yields no gradients, or others at every call.
+        ValueError: wrong arguments, or other ones on another rank; or a step that yields no gradients, or others at
+            every call.
     """
     _check(model, step, wires, steps, warmup)
     different_wires = dict.fromkeys(map(wire_name, wires))
-    group = process_group if process_group is not None else dist.group.WORLD
-    if group is None:
-        raise ValueError("process_group: torch.distributed is not initialised")
+    group = group_of(process_group)
+    check_alike([f"wires {', '.join(different_wires)}", f"{steps=}, {warmup=}"], group)
     states = [AllReduceState(group, wire) for wire in different_wires]
     hooks = [(None, noop_hook), None, *((state, all_reduce_hook) for state in states)]
     contenders = [_wrapped(model, hook, process_group=group, **ddp_options) for hook in hooks]

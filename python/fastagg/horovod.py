@@ -18,8 +18,7 @@ import torch.distributed as dist
 
 from fastagg import distributed_optimizer
 from fastagg._codes import FLOATS, WIRES, code_of_dtype
-from fastagg._named_tensors import group_of
-from fastagg._transports import channel_of
+from fastagg._transports import channel_of, group_of
 from fastagg.broadcasting import broadcast_optimizer_state, broadcast_parameters
 from fastagg.communication import OPERATIONS, all_reduce
 from fastagg.distributed_optimizer import SynchronizedOptimizer
