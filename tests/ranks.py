@@ -28,8 +28,8 @@ def gathered(x):
 """
 
 EPILOGUE = """
-# A model or an optimizer keeps its group, and so torch's threads, until the interpreter ends; one that lets go of a tensor
-# after that would abort the process. So it ends without the interpreter's leave-taking.
+# A model or an optimizer keeps its group, and so torch's threads, until the interpreter ends; one that lets go of a
+# tensor after that would abort the process. So it ends without the interpreter's leave-taking.
 if dist.is_initialized():
     dist.destroy_process_group()
 sys.stdout.flush()

@@ -140,6 +140,56 @@ def test_both_transports_end_with_the_same_bits_and_the_seed_decides_them(world:
     assert shared == backend
 
 
+UNBIASED = """
+torch.manual_seed(7 + rank)
+x = torch.randn(4096)
+exact = sum(one.double() for one in gathered(x)) / world
+for wire, step in (("fp16", 2.0**-10), ("bf16", 2.0**-7), ("int8", 2.0**-5), ("int4", 0.5)):  # the largest near 4
+    total, calls = torch.zeros(4096, dtype=torch.float64), 200
+    for call in range(calls):
+        y = x.clone()
+        fastagg.all_reduce(y, wire=wire, rounding="stochastic")
+        total += y
+    error = total / calls - exact
+    # Rounding errs by less than four steps a call; their mean over calls by six deviations at most, over all by less.
+    assert error.abs().max() < 6 * 4 * step / calls**0.5, (wire, error.abs().max())
+    assert abs(error.mean()) < 6 * 4 * step / (calls * 4096) ** 0.5, (wire, error.mean())
+"""
+
+
+@by_transport
+@pytest.mark.parametrize("world", [2, 3])
+def test_stochastic_rounding_is_unbiased(world: int, transport: str) -> None:
+    run_ranks(UNBIASED, world, **on(transport))
+
+
+THREADS = """
+import threading
+groups = [dist.new_group(list(range(world))) for _ in range(3)]
+failures = []
+def work(number):
+    try:
+        for call in range(40):
+            count = (5, 70000, 300001)[(call + number) % 3]
+            x = torch.full((count,), float(rank + 10 * number + call))
+            fastagg.all_reduce(x, group=groups[number], wire=("fp32", "fp16")[call % 2])
+            assert torch.all(x == (world - 1) / 2 + 10 * number + call)
+    except BaseException as error:
+        failures.append(error)
+threads = [threading.Thread(target=work, args=(number,)) for number in range(3)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+assert not failures, failures
+"""
+
+
+@by_transport
+def test_threads_use_groups_of_their_own_at_the_same_time(transport: str) -> None:
+    run_ranks(THREADS, 2, **on(transport))
+
+
 HOSTS = """
 os.environ["FASTAGG_HOST"] = str(rank // 2)
 from fastagg._transports import channel_of
@@ -231,6 +281,13 @@ def test_ranks_of_two_hosts_that_differ_are_an_error_on_every_rank() -> None:
 
 
 CHOICES = """
+import logging
+lines = []
+class Kept(logging.Handler):
+    def emit(self, record):
+        lines.append(record.getMessage())
+logging.getLogger("fastagg").addHandler(Kept())
+logging.getLogger("fastagg").setLevel(logging.DEBUG)
 if rank == 1:
     os.environ["FASTAGG_TRANSPORT"] = "pigeon"
 try:
@@ -245,6 +302,7 @@ fastagg.all_reduce(x)
 assert torch.all(x == 0.5)
 from fastagg._transports import channel_of
 assert "asks for it" in channel_of(dist.group.WORLD).transport.reason
+assert lines == ["group of 2 ranks: gloo backend, because FASTAGG_TRANSPORT=backend asks for it"]
 """
 
 
@@ -266,6 +324,39 @@ print(channel_of(dist.group.WORLD).transport.reason)
 
 def test_ranks_without_room_for_a_segment_use_the_backend_and_say_why() -> None:
     assert all("File too large" in out for out in run_ranks(FALLBACK, 3))
+
+
+STRANGER = """
+from fastagg import _core
+memory = _core.SharedMemoryGroup([os.getpid()], [0], 0)
+descriptor = memory.descriptor()
+path = f"/proc/{os.getpid()}/fd/{descriptor}"
+assert os.stat(path).st_mode & 0o777 == 0o600
+creator = os.getpid()
+reading, writing = os.pipe()
+if os.fork() == 0:
+    os.setgid(65534)
+    os.setuid(65534)
+    answers = []
+    for attempt in (lambda: open(path, "rb"),
+                    lambda: _core.SharedMemoryGroup.attach([creator], [0], 0, creator, descriptor)):
+        try:
+            attempt()
+            answers.append("let in")
+        except PermissionError:
+            answers.append("refused")
+        except OSError as error:
+            answers.append(repr(error))
+    os.write(writing, " ".join(answers).encode())
+    os._exit(0)
+os.wait()
+print(os.read(reading, 1000).decode())
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_another_user_can_neither_read_nor_join() -> None:
+    assert run_ranks(STRANGER, 1) == ["refused refused\n"]
 
 
 def test_memory_that_cannot_be_mapped_is_an_os_error() -> None:

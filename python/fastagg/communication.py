@@ -69,9 +69,9 @@ def all_reduce(
     ``x = decode(encode(sum_r(decode(encode(x_r))) / world))``
 
     Every rank encodes its values, each slice is added up in rank order by one rank in float32 or wider, and what that
-    rank has encoded is decoded by all: all ranks end with the same bits. Two ranks, and ranks with few elements, each add
-    up everything themselves, and the sum is not encoded again. Ranks of one host exchange through shared memory, others
-    through Gloo.
+    rank has encoded is decoded by all: all ranks end with the same bits. Two ranks, and ranks with few elements, each
+    add up everything themselves, and the sum is not encoded again. Ranks of one host exchange through shared memory,
+    others through Gloo.
 
     Args:
         tensor_or_tensors: a CPU tensor of fp32, fp16, bf16 or fp64, or a sequence of them.

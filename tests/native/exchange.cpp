@@ -22,8 +22,9 @@ void expect(bool right, const char* what) {
   std::printf("FAILED: %s\n", what);
 }
 
-/// What every rank holds at element i: small integers, so that every wire but sign keeps their mean.
-float value_at(int64_t i, int rank) { return static_cast<float>(i % 5 - 2 + rank * 2); }
+/// The mean at element i, and what a rank adds to it: small integers, so that every wire but sign keeps them.
+float mean_at(int64_t i) { return static_cast<float>(i % 5 - 2); }
+float offset_of(int rank, int ranks) { return static_cast<float>(2 * rank - (ranks - 1)); }
 
 /// An exchange of float32 values to nearest, without feedback.
 comm::Exchange exchange_of(std::vector<float>& x, Code wire) {
@@ -41,16 +42,16 @@ comm::Exchange exchange_of(std::vector<float>& x, Code wire) {
   return exchange;
 }
 
-std::vector<float> values_of(int64_t count, int rank) {
+std::vector<float> values_of(int64_t count, int rank, int ranks) {
   std::vector<float> x(count);
-  for (int64_t i = 0; i < count; ++i) x[i] = value_at(i, rank);
+  for (int64_t i = 0; i < count; ++i) x[i] = mean_at(i) + offset_of(rank, ranks);
   return x;
 }
 
 /// Whether the elements [begin, end) are the mean over all ranks.
-bool is_mean(const std::vector<float>& x, int ranks, int64_t begin, int64_t end) {
+bool is_mean(const std::vector<float>& x, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i)
-    if (x[i] != value_at(i, 0) + static_cast<float>(ranks - 1)) return false;
+    if (x[i] != mean_at(i)) return false;
   return true;
 }
 
@@ -58,24 +59,24 @@ void reduce_all(SharedMemory& group, int rank, int ranks) {
   constexpr auto wait = std::chrono::seconds(60);
   for (const Code wire : {Code::float32, Code::float16, Code::bfloat16, Code::wire_int8}) {
     for (const int64_t count : {0, 5, 16384, 16385, 300001}) {
-      std::vector<float> x = values_of(count, rank);
+      std::vector<float> x = values_of(count, rank, ranks);
       comm::Exchange exchange = exchange_of(x, wire);
       exchange.norm = true;
       const comm::Outcome outcome = group.all_reduce(exchange, wait);
       double squares = 0;
       for (const float mean : x) squares += mean * mean;
-      expect(outcome.finite && is_mean(x, ranks, 0, count), "a mean");
+      expect(outcome.finite && is_mean(x, 0, count), "a mean");
       expect(outcome.squares == squares, "a sum of squares");
 
-      std::vector<float> y = values_of(count, rank), residual(count), error(count, 1);
+      std::vector<float> y = values_of(count, rank, ranks), residual(count), error(count, 1);
       comm::Exchange halves = exchange_of(y, wire);
       halves.residual = residual.data();
       halves.error = error.data();
       group.reduce_scatter(halves, wait);
       const comm::Slice own = comm::slice_of(count, rank, ranks);
-      expect(is_mean(y, ranks, own.begin, own.end), "a slice's mean");
+      expect(is_mean(y, own.begin, own.end), "a slice's mean");
       group.all_gather(exchange_of(y, wire), wait);
-      expect(is_mean(y, ranks, 0, count), "the slices of all");
+      expect(is_mean(y, 0, count), "the slices of all");
     }
   }
   bool refused = false;
@@ -91,7 +92,7 @@ void reduce_all(SharedMemory& group, int rank, int ranks) {
 }  // namespace
 
 int main() {
-  for (const int ranks : {1, 2, 3, 5}) {
+  for (const int ranks : {1, 2, 3, 5, 64}) {
     const auto segment = std::make_shared<comm::Segment>(comm::Segment::create(SharedMemory::bytes(ranks)));
     const std::vector<pid_t> processes(ranks, getpid());
     std::vector<int> names;
