@@ -49,11 +49,7 @@ FASTAGG_INLINE float scale_at(const Source& source, int64_t i) {
 /// The elements from index i on as float32, which are within one block.
 template <class Lanes, Code code>
 FASTAGG_INLINE typename Lanes::F load_scaled(const Source& source, int64_t i) {
-  using F = typename Lanes::F;
-  using I = typename Lanes::I;
-  const F scale = F{} + scale_at<code>(source, i);
-  if constexpr (code == Code::wire_sign) return bit_cast<F>(bit_cast<I>(scale) ^ Lanes::load_sign(source.data, i));
-  if constexpr (has_scales(code)) return load<Lanes, code>(source.data, i) * scale;
+  if constexpr (has_scales(code)) return load<Lanes, code>(source.data, i) * scale_at<code>(source, i);
   return load<Lanes, code>(source.data, i);
 }
 
