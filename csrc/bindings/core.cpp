@@ -32,10 +32,10 @@ bool cast(const py::tuple& described) {
 }
 
 std::pair<bool, double> reduce(const py::tuple& described, bool norm) {
-  const RangeReduction range(described);
+  RangeReduction range(described);
   const py::gil_scoped_release release;
   double squares = 0;
-  const bool finite = cpu::reduce(range.get(), range.begin(), range.end(), norm ? &squares : nullptr);
+  const bool finite = cpu::reduce(range.of_whole(), range.begin(), range.end(), norm ? &squares : nullptr);
   return {finite, squares};
 }
 

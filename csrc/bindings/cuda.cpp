@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstring>
 #include <limits>
 #include <map>
 #include <mutex>
@@ -87,13 +88,14 @@ class StreamBuffer {
   cudaStream_t stream_;
 };
 
-/// Flags from the start of a device buffer, after everything before them in the stream.
-std::vector<int32_t> read_flags(const StreamBuffer& buffer, int64_t count, cudaStream_t stream) {
-  std::vector<int32_t> flags(count);
-  check_status(cudaMemcpyAsync(flags.data(), buffer.data(), count * sizeof(int32_t), cudaMemcpyDeviceToHost, stream),
-               "reading the non-finite flags");
+/// What lies on the device once the stream has come here.
+template <class T>
+std::vector<T> read(const char* from, int64_t count, cudaStream_t stream) {
+  std::vector<T> values(count);
+  check_status(cudaMemcpyAsync(values.data(), from, count * sizeof(T), cudaMemcpyDeviceToHost, stream),
+               "reading what was found");
   check_status(cudaStreamSynchronize(stream), "waiting for the stream");
-  return flags;
+  return values;
 }
 
 std::vector<int64_t> weighted_sum(const py::list& described, uintptr_t stream_address, bool check) {
@@ -112,7 +114,7 @@ std::vector<int64_t> weighted_sum(const py::list& described, uintptr_t stream_ad
   check_status(cuda::weighted_sum(table, stream), "weighted_sum");
   std::vector<int64_t> nonfinite;
   if (!check) return nonfinite;
-  const std::vector<int32_t> flags = read_flags(buffer, builder.size(), stream);
+  const auto flags = read<int32_t>(buffer.data(), builder.size(), stream);
   for (int64_t i = 0; i < builder.size(); ++i)
     if (flags[i] != 0) nonfinite.push_back(builder.index_of(i));
   return nonfinite;
@@ -131,7 +133,40 @@ bool cast(const py::tuple& described, uintptr_t stream_address, bool check) {
   const StreamBuffer flag(sizeof(int32_t), device.device(), stream);
   check_status(cudaMemsetAsync(flag.data(), 0, sizeof(int32_t), stream), "clearing the non-finite flag");
   check_status(cuda::cast(operands, reinterpret_cast<int32_t*>(flag.data()), stream), "cast");
-  return read_flags(flag, 1, stream)[0] == 0;
+  return read<int32_t>(flag.data(), 1, stream)[0] == 0;
+}
+
+std::pair<bool, double> reduce(const py::tuple& described, uintptr_t stream_address, bool norm, bool check) {
+  RangeReduction range(described);
+  Reduction reduction = range.of_part();
+  Cast& result = reduction.result;
+  if (result.count == 0) return {true, 0};
+  const auto stream = reinterpret_cast<cudaStream_t>(stream_address);
+  const py::gil_scoped_release release;
+  const DeviceOf device(reduction.sources[0].data);
+  if (result.rounding == Rounding::nearest) result.stretch_count = 0;  // they would not be read
+  // The stretches, the sums of squares, the flag.
+  const size_t squares_at = result.stretch_count * sizeof(Stretch);
+  const size_t flag_at = squares_at + (norm ? cuda::kMaximumBlocks * sizeof(double) : 0);
+  const StreamBuffer buffer(flag_at + sizeof(int32_t), device.device(), stream);
+  check_status(cudaMemcpyAsync(buffer.data(), result.stretches, squares_at, cudaMemcpyHostToDevice, stream),
+               "copying the stretches");
+  check_status(cudaMemsetAsync(buffer.data() + squares_at, 0, flag_at + sizeof(int32_t) - squares_at, stream),
+               "clearing what will be found");
+  result.stretches = reinterpret_cast<const Stretch*>(buffer.data());
+  auto* squares = norm ? reinterpret_cast<double*>(buffer.data() + squares_at) : nullptr;
+  check_status(cuda::reduce(reduction, reinterpret_cast<int32_t*>(buffer.data() + flag_at), squares, stream), "reduce");
+  if (!norm && !check) return {true, 0};
+  const auto found = read<char>(buffer.data() + squares_at, flag_at + sizeof(int32_t) - squares_at, stream);
+  double sum = 0;
+  for (size_t at = 0; at < flag_at - squares_at; at += sizeof(double)) {
+    double part;
+    memcpy(&part, found.data() + at, sizeof part);
+    sum += part;
+  }
+  int32_t nonfinite;
+  memcpy(&nonfinite, found.data() + flag_at - squares_at, sizeof nonfinite);
+  return {nonfinite == 0, sum};
 }
 
 /// CUDA's version that the driver serves, as 1000 * major + 10 * minor; 0 without a driver.
@@ -168,6 +203,9 @@ PYBIND11_MODULE(FASTAGG_CUDA_MODULE, m, pybind11::mod_gil_not_used()) {
   m.def("cast", &bindings::cast, py::arg("operands"), py::arg("stream"), py::arg("check"),
         "Decodes a source and encodes it as another code on a stream; with check, waits and returns whether nothing "
         "became infinite or NaN.");
+  m.def("reduce", &bindings::reduce, py::arg("operands"), py::arg("stream"), py::arg("norm"), py::arg("check"),
+        "Adds up encoded arrays, divides and encodes on a stream; with norm or check, waits and returns whether the "
+        "result is finite, and its sum of squares.");
   m.def("driver_version", &bindings::driver_version, "CUDA's version that the driver serves; 0 without a driver.");
   m.def("runtime_version", &bindings::runtime_version, "CUDA's version that this module was built with.");
   m.def("device_count", &bindings::device_count, "CUDA devices that can be used; 0 without a driver.");

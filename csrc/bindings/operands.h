@@ -50,32 +50,52 @@ class RangeReduction {
  public:
   explicit RangeReduction(const py::tuple& described) : begin_(described[8].cast<int64_t>()) {
     for (py::handle source : py::reinterpret_borrow<py::list>(described[0])) sources_.push_back(source_of(source));
+    stretches_ = stretches_of(described[9]);
+    reduction_ = {sources_.data(),
+                  static_cast<int32_t>(sources_.size()),
+                  described[1].cast<float>(),
+                  {pointer<float>(described[2]), described[3].cast<float>(), pointer<float>(described[4]),
+                   described[5].cast<float>(), described[6].cast<bool>()},
+                  cast_of(py::reinterpret_borrow<py::tuple>(described[7]))};
+  }
+
+  int64_t begin() const { return begin_; }
+  int64_t end() const { return begin_ + reduction_.result.count; }
+
+  /// Of arrays whose element 0 is the larger arrays' own.
+  const Reduction& of_whole() {
     for (Source& source : sources_) {
       source.companion = shifted(source.companion, Code::float32, begin_ >> source.block_shift);
       source.data = shifted(source.data, source.code, begin_);
     }
-    const auto floats = [&](py::handle address) { return shifted(pointer<float>(address), Code::float32, begin_); };
-    Cast result = cast_of(py::reinterpret_borrow<py::tuple>(described[7]));
-    end_ = begin_ + result.count;
+    Cast& result = reduction_.result;
     result.out = shifted(result.out, result.code, begin_);
     result.scales = shifted(result.scales, Code::float32, begin_ >> result.block_shift);
-    stretches_ = stretches_of(described[9]);
-    result.stretches = stretches_.data();
-    result.stretch_count = static_cast<int64_t>(stretches_.size());
-    reduction_ = {sources_.data(),
-                  static_cast<int32_t>(sources_.size()),
-                  described[1].cast<float>(),
-                  {floats(described[2]), described[3].cast<float>(), floats(described[4]), described[5].cast<float>(),
-                   described[6].cast<bool>()},
-                  result};
+    reduction_.feedback.residual = shifted(reduction_.feedback.residual, Code::float32, begin_);
+    reduction_.feedback.error = shifted(reduction_.feedback.error, Code::float32, begin_);
+    return with_stretches();
   }
 
-  const Reduction& get() const { return reduction_; }
-  int64_t begin() const { return begin_; }
-  int64_t end() const { return end_; }
+  /// Of arrays whose element 0 is `begin`.
+  const Reduction& of_part() {
+    std::vector<Stretch> part;
+    if (stretches_.empty()) part.push_back({0, begin_});
+    for (const Stretch& stretch : stretches_) {
+      if (stretch.begin <= begin_) part.assign(1, {0, stretch.place + begin_ - stretch.begin});
+      else part.push_back({stretch.begin - begin_, stretch.place});
+    }
+    stretches_ = std::move(part);
+    return with_stretches();
+  }
 
  private:
-  int64_t begin_, end_;
+  const Reduction& with_stretches() {
+    reduction_.result.stretches = stretches_.data();
+    reduction_.result.stretch_count = static_cast<int64_t>(stretches_.size());
+    return reduction_;
+  }
+
+  int64_t begin_;
   std::vector<Source> sources_;
   std::vector<Stretch> stretches_;
   Reduction reduction_;

@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <utility>
 
+#include "operations.h"
+
 namespace fastagg::cuda {
 
 /// Threads of a block, in every kernel.
@@ -38,7 +40,8 @@ cudaError_t launch_persistent(void (*kernel)(Parameters...), int64_t tasks, cuda
   if (error == cudaSuccess)
     error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, reinterpret_cast<const void*>(kernel), kThreads, 0);
   if (error != cudaSuccess || tasks == 0) return error;
-  const auto grid = static_cast<unsigned>(std::min<int64_t>(tasks, int64_t{processors} * std::max(blocks, 1)));
+  const int64_t at_once = std::min<int64_t>(int64_t{processors} * std::max(blocks, 1), kMaximumBlocks);
+  const auto grid = static_cast<unsigned>(std::min(tasks, at_once));
   return launch(kernel, grid, kThreads, 0, stream, std::forward<Arguments>(arguments)...);
 }
 

@@ -29,6 +29,15 @@ struct LeafTable {
 /// Every leaf's weighted sum or maximum.
 cudaError_t weighted_sum(const LeafTable& table, cudaStream_t stream) noexcept;
 
+/// Ranks whose arrays one `reduce` adds up; more are added up in several, through float32: the order is the same.
+constexpr int kMaximumRanks = 64;
+/// Sums of squares that a `reduce` leaves: no launch has more blocks.
+constexpr int kMaximumBlocks = 4096;
+
+/// One reduction of all the result's elements. squares[0 .. kMaximumBlocks), which the caller clears, receives the sums
+/// of squares of the result's parts, unless it is null; *nonfinite as for `cast`.
+cudaError_t reduce(const Reduction& reduction, int32_t* nonfinite, double* squares, cudaStream_t stream) noexcept;
+
 /// One cast. *nonfinite is raised if something became infinite or NaN, unless it is null.
 cudaError_t cast(const Cast& cast, int32_t* nonfinite, cudaStream_t stream) noexcept;
 

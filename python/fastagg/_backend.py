@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import secrets
+from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
 from fastagg import _core
@@ -19,6 +20,11 @@ RandomKey = tuple[int, int, int, int]
 # (source, code, block_shift, out, scales, count, stochastic, key, factor)
 CastOperands = tuple[SourceOperands, int, int, int, int, int, bool, RandomKey, float]
 
+# (sources, divisor, residual, its factor, error, its factor, raise, result, begin, stretches)
+ReductionOperands = tuple[
+    list[SourceOperands], float, int, float, int, float, bool, CastOperands, int, Sequence[tuple[int, int]]
+]
+
 MEAN, MAXIMUM = 0, 1
 
 
@@ -33,6 +39,10 @@ class Backend(Protocol):
         """Casts; returns whether nothing became infinite or NaN, if asked to check."""
         ...
 
+    def reduce(self, operands: ReductionOperands, stream: int, norm: bool, check: bool) -> tuple[bool, float]:
+        """Adds up, divides and encodes; returns whether the result is finite, and its sum of squares, if asked."""
+        ...
+
 
 class _CPU:
     """`_core`: it has no streams, and checks at no cost."""
@@ -43,6 +53,9 @@ class _CPU:
 
     def cast(self, operands: CastOperands, stream: int, check: bool) -> bool:
         return _core.cast(operands)
+
+    def reduce(self, operands: ReductionOperands, stream: int, norm: bool, check: bool) -> tuple[bool, float]:
+        return _core.reduce(operands, norm)
 
 
 _cpu = _CPU()

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import typing
 
-__all__: list[str] = ["cast", "device_count", "driver_version", "runtime_version", "weighted_sum"]
+__all__: list[str] = ["cast", "device_count", "driver_version", "reduce", "runtime_version", "weighted_sum"]
 
 def cast(operands: tuple[typing.Any, ...], stream: typing.SupportsInt | typing.SupportsIndex, check: bool) -> bool:
     """
@@ -21,6 +21,13 @@ def device_count() -> int:
 def driver_version() -> int:
     """
     CUDA's version that the driver serves; 0 without a driver.
+    """
+
+def reduce(
+    operands: tuple[typing.Any, ...], stream: typing.SupportsInt | typing.SupportsIndex, norm: bool, check: bool
+) -> tuple[bool, float]:
+    """
+    Adds up encoded arrays, divides and encodes on a stream; with norm or check, waits and returns whether the result is finite, and its sum of squares.
     """
 
 def runtime_version() -> int:

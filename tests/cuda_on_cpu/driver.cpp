@@ -1,6 +1,7 @@
-// Both operations on the CPU and as CUDA kernels on the CPU, compared byte by byte: a program without Python, for the
+// The operations on the CPU and as CUDA kernels on the CPU, compared byte by byte: a program without Python, for the
 // sanitizers, which make an interpreter slow and loud.
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <memory>
 #include <random>
@@ -128,6 +129,39 @@ void compare_sums(Code from, int clients, int64_t count, uint8_t block_shift, in
            "weighted_sum", from, leaves[i].code, count, shift);
 }
 
+/// Three ranks' arrays of one code, encoded as another, with error feedback.
+void compare_reductions(Code from, Code to, Rounding rounding, int64_t count, uint8_t block_shift, int64_t shift) {
+  std::mt19937 random(3);
+  std::vector<Encoded> encoded;
+  std::vector<Source> sources;
+  encoded.reserve(3);
+  for (int rank = 0; rank < 3; ++rank) {
+    encoded.emplace_back(from, count, block_shift, shift, random);
+    sources.push_back(encoded.back().source);
+  }
+  Array out(encoded_bytes(to, count), shift * encoded_bytes(to, 1)), scales(4 * ((count >> block_shift) + 1), 0);
+  Array expected_out = out, expected_scales = scales;
+  std::vector<float> residual(count, 0.01f), error(count, 5), expected_error = error;
+  const std::vector<Stretch> stretches{{0, 11}, {17, 4096}};
+  const auto reduction = [&](Array& codes, Array& blocks, std::vector<float>& taken) {
+    Cast result{sources[0],   to,    block_shift,  rounding,
+                {7, 1, 2, 3}, count, codes.data(), reinterpret_cast<float*>(blocks.data())};
+    result.stretches = stretches.data();
+    result.stretch_count = static_cast<int64_t>(stretches.size());
+    return Reduction{sources.data(), 3, 3, {residual.data(), 0.5f, taken.data(), 2, true}, result};
+  };
+  int32_t nonfinite = 0;
+  std::vector<double> squares(cuda::kMaximumBlocks);
+  const bool launched = cuda::reduce(reduction(out, scales, error), &nonfinite, squares.data(), nullptr) == cudaSuccess;
+  double sum = 0, expected_sum = 0;
+  for (const double part : squares) sum += part;
+  const bool finite = cpu::reduce(reduction(expected_out, expected_scales, expected_error), 0, count, &expected_sum);
+  expect(launched && finite == (nonfinite == 0) && std::abs(sum - expected_sum) <= 1e-12 * expected_sum &&
+             out == expected_out && scales == expected_scales &&
+             memcmp(error.data(), expected_error.data(), count * sizeof(float)) == 0,
+         "reduce", from, to, count, shift);
+}
+
 /// All pairs of codes, sizes around a warp, a block of scales and a task, aligned and not.
 void compare_all() {
   const auto is_castable = [](Code code) { return !is_integer(code) && code != Code::state48; };
@@ -138,8 +172,11 @@ void compare_all() {
         compare_sums(static_cast<Code>(from), from % 12 + 8, count, block_shift, shift);
         for (int to = 0; to < kCodes; ++to)
           if (is_castable(static_cast<Code>(from)) && is_castable(static_cast<Code>(to)))
-            for (Rounding rounding : {Rounding::nearest, Rounding::stochastic})
+            for (Rounding rounding : {Rounding::nearest, Rounding::stochastic}) {
               compare_casts(static_cast<Code>(from), static_cast<Code>(to), rounding, count, block_shift, shift);
+              if ((from == to || from == static_cast<int>(Code::float32)) && to != static_cast<int>(Code::float64))
+                compare_reductions(static_cast<Code>(from), static_cast<Code>(to), rounding, count, block_shift, shift);
+            }
       }
     }
   }

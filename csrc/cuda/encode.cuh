@@ -1,0 +1,352 @@
+// Kernels that encode what an operation computes, element by element. Wires with scales are encoded by blocks, each by
+// a few neighbouring threads of one warp; all other codes by vectors.
+//
+// The operation is a `Work`, passed by value:
+//   result, aligned, nonfinite   the encoded array (a Cast whose source is not read); whether all arrays are aligned to
+//                                kAlignment; a flag to raise, or null
+//   with_values<code>(f)         for a result of this code: calls f with the operation's values, compiled for its
+//   operands' code:
+//                                values.vector(i, x) and values.one(i)
+//   blocks                       that a multiprocessor shall hold at least
+//   Sink                         what a thread does with its values once they are encoded: take(i, x, decoded),
+//   finish()
+#pragma once
+#include "core/cast.h"
+#include "elements.cuh"
+#include "launch.cuh"
+#include "operations.h"
+
+namespace fastagg::cuda {
+
+/// Neighbouring elements of a thread: as many as one Philox block covers, and 16 bytes of float32.
+constexpr int kVector = 4;
+constexpr int kWarp = 32;
+constexpr unsigned kWholeWarp = 0xffffffff;
+constexpr int32_t kInfinity = 0x7f800000;
+
+/// A sink for operations that need nothing more.
+struct NoSink {
+  static constexpr bool wanted = false;
+  template <class Work>
+  FASTAGG_INLINE explicit NoSink(const Work&) {}
+  template <int n>
+  FASTAGG_INLINE void take(int64_t, const float (&)[n], const float (&)[n]) {}
+  FASTAGG_INLINE void finish() {}
+};
+
+FASTAGG_INLINE void raise(int32_t& largest, float x) {
+  const int32_t magnitude = bit_cast<int32_t>(x) & 0x7fffffff;
+  largest = magnitude > largest ? magnitude : largest;
+}
+
+/// The random number of one place.
+FASTAGG_INLINE uint32_t random_at(const RandomKey& key, int64_t place) {
+  const Random4 four = philox(key, static_cast<uint32_t>(place / 4));
+  const auto word = place % 4;
+  return word == 0 ? four.words[0] : word == 1 ? four.words[1] : word == 2 ? four.words[2] : four.words[3];
+}
+
+/// The last stretch that begins at element i or before it.
+FASTAGG_INLINE int64_t stretch_of(const Cast& op, int64_t i) {
+  int64_t low = 0, high = op.stretch_count;
+  while (low + 1 < high) {
+    const int64_t middle = (low + high) / 2;
+    (op.stretches[middle].begin <= i ? low : high) = middle;
+  }
+  return low;
+}
+
+/// The random numbers of the vector from i on.
+template <Rounding rounding>
+FASTAGG_INLINE Random4 random_of(const Cast& op, int64_t i) {
+  if constexpr (rounding == Rounding::nearest) return {};
+  if (op.stretch_count == 0) return philox(op.key, static_cast<uint32_t>(i / kVector));
+  Random4 random;
+  int64_t stretch = stretch_of(op, i);
+  for (int j = 0; j < kVector; ++j) {
+    while (stretch + 1 < op.stretch_count && op.stretches[stretch + 1].begin <= i + j) ++stretch;
+    random.words[j] = random_at(op.key, op.stretches[stretch].place + i + j - op.stretches[stretch].begin);
+  }
+  return random;
+}
+
+/// Stores a vector's codes, or as much of it as the array holds.
+template <Code code, class Work>
+FASTAGG_INLINE void store_vector(const Work& work, int64_t i, const Elements<code, kVector>& elements) {
+  const Cast& op = work.result;
+  constexpr int per_entry = elements_per_entry(code);
+  if (work.aligned && i + kVector <= op.count) {
+    static_cast<typename Elements<code, kVector>::Entries*>(op.out)[i / kVector] = elements.entries;
+    return;
+  }
+  for (int entry = 0; entry < kVector / per_entry; ++entry)
+    if (i + entry * per_entry < op.count)
+      static_cast<Element<code>*>(op.out)[i / per_entry + entry] = elements.entries.values[entry];
+}
+
+/// Hands a vector that has been encoded with this scale to the sink.
+template <Code code, class Sink>
+FASTAGG_INLINE void hand_over(Sink& sink, int64_t i, const float (&x)[kVector], const Elements<code, kVector>& elements,
+                              float scale) {
+  if constexpr (Sink::wanted) {
+    float decoded[kVector];
+    for (int j = 0; j < kVector; ++j) decoded[j] = value_of<float>(elements, j) * scale;
+    sink.take(i, x, decoded);
+  }
+}
+
+/// Encodes a vector for a code without scales.
+template <Code code, Rounding rounding, class Work>
+FASTAGG_INLINE void encode_vector(const Work& work, int64_t i, const float (&x)[kVector], int32_t& largest,
+                                  typename Work::Sink& sink) {
+  const Random4 random = random_of<rounding>(work.result, i);
+  Elements<code, kVector> codes;
+  for (int j = 0; j < kVector; ++j) {
+    auto& out = codes.entries.values;
+    raise(largest, x[j]);
+    if constexpr (code == Code::float32 || code == Code::float64) out[j] = x[j];
+    else if constexpr (code == Code::float16 && rounding == Rounding::nearest)
+      ThreadLane::store_float16<false>(out, j, x[j]);
+    else
+      out[j] =
+          static_cast<uint16_t>(encode<code, rounding, float, int32_t>(x[j], static_cast<int32_t>(random.words[j])));
+  }
+  store_vector<code>(work, i, codes);
+  hand_over<code>(sink, i, x, codes, 1);
+}
+
+/// Encodes a vector of a block, given its scale's exponent. Finite values that would become infinite are clamped.
+template <Code code, Rounding rounding, class Work>
+FASTAGG_INLINE void encode_in_block(const Work& work, int64_t i, const float (&x)[kVector], int exponent, bool marked,
+                                    typename Work::Sink& sink) {
+  const Random4 random = random_of<rounding>(work.result, i);
+  const Inverse inverse = inverse_of(exponent);
+  const float ceiling = ceiling_of(code, exponent, work.values_code());
+  Elements<code, kVector> codes{};
+  for (int j = 0; j < kVector; ++j) {
+    const auto random_bits = static_cast<int32_t>(random.words[j]);
+    const float value = clamp_finite(x[j], ceiling);
+    int32_t encoded;
+    if constexpr (code == Code::wire_int8 || code == Code::wire_int4)
+      encoded =
+          marked ? 0 : encode_integer<rounding, float, int32_t>(value, inverse.first, inverse.second, random_bits);
+    else encoded = encode<code, rounding, float, int32_t>(value * inverse.first * inverse.second, random_bits);
+    if constexpr (code == Code::wire_int4) {
+      if (i + j < work.result.count) codes.entries.values[j / 2] |= static_cast<uint8_t>((encoded & 15) << (j % 2 * 4));
+    } else {
+      codes.entries.values[j] = static_cast<uint8_t>(encoded);
+    }
+  }
+  store_vector<code>(work, i, codes);
+  hand_over<code>(sink, i, x, codes, marked ? bit_cast<float>(0x7fc00000) : scale_of(exponent));
+}
+
+/// The largest value among `lanes` neighbouring threads, a power of two.
+__device__ inline int32_t largest_of_lanes(int32_t value, int lanes) {
+  for (int mask = lanes / 2; mask > 0; mask /= 2) {
+    const int32_t other = __shfl_xor_sync(kWholeWarp, value, mask);
+    value = other > value ? other : value;
+  }
+  return value;
+}
+
+/// Raises the flag if a thread met a magnitude that the code turns into infinity or NaN.
+template <class Work>
+__device__ inline void report(const Work& work, int32_t largest) {
+  if (work.nonfinite != nullptr && largest >= overflow_from(work.result.code)) atomicOr(work.nonfinite, 1);
+}
+
+template <Code code, Rounding rounding, class Work>
+__global__ void __launch_bounds__(kThreads, Work::blocks) encode_vectors(const __grid_constant__ Work work) {
+  const int64_t stride = int64_t{kVector} * kThreads * gridDim.x;
+  const int64_t begin = kVector * (int64_t{kThreads} * blockIdx.x + threadIdx.x);
+  int32_t largest = 0;
+  typename Work::Sink sink(work);
+  work.template with_values<code>([&](const auto& values) {
+    for (int64_t i = begin; i < work.result.count; i += stride) {
+      float x[kVector];
+      values.vector(i, x);
+      encode_vector<code, rounding>(work, i, x, largest, sink);
+    }
+  });
+  report(work, largest);
+  sink.finish();
+}
+
+template <Code code, class Work>
+FASTAGG_INLINE void values_at(const Work& work, int64_t i, float (&x)[kVector]) {
+  work.template with_values<code>([&](const auto& values) { values.vector(i, x); });
+}
+
+/// Encodes the block that begins at `begin`: `lanes` threads together, this one as number `lane`. Threads of blocks
+/// beyond the end take part, for the others of their warp. Returns the largest magnitude that this thread met.
+template <Code code, Rounding rounding, class Work>
+__device__ inline int32_t encode_block(const Work& work, int64_t begin, int lanes, int lane,
+                                       typename Work::Sink& sink) {
+  const Cast& op = work.result;
+  const int64_t block = int64_t{1} << op.block_shift;
+  const int64_t end = begin + block < op.count ? begin + block : op.count;
+  const int64_t first = begin + lane * kVector, stride = lanes * kVector;
+  int32_t largest = 0, finite = 0;
+  int exponent = 0;
+  bool marked = false;
+  float x[kVector];
+  // Not unrolled: an operation's values are much code.
+#ifdef __CUDA_ARCH__
+#pragma unroll 1
+#endif
+  for (int pass = 0; pass < 2; ++pass) {
+#ifdef __CUDA_ARCH__
+#pragma unroll 1
+#endif
+    for (int64_t i = first; i < end; i += stride) {
+      if (pass == 0 || block > stride) values_at<code>(work, i, x);  // else it is still at hand
+      if (pass == 0) {
+        for (const float value : x) {
+          raise(largest, value);
+          if (magnitude_of(value) < bit_cast<float>(kInfinity)) raise(finite, value);
+        }
+      } else {
+        encode_in_block<code, rounding>(work, i, x, exponent, marked, sink);
+      }
+    }
+    if (pass == 1) break;
+    finite = largest_of_lanes(finite, lanes);
+    marked = (code == Code::wire_int8 || code == Code::wire_int4) && largest_of_lanes(largest, lanes) >= kInfinity;
+    exponent = scale_exponent(bit_cast<float>(finite), code);
+    if (lane == 0 && begin < end)
+      op.scales[begin >> op.block_shift] = marked ? bit_cast<float>(0x7fc00000) : scale_of(exponent);
+  }
+  return largest;
+}
+
+template <Code code, Rounding rounding, class Work>
+__global__ void __launch_bounds__(kThreads, Work::blocks) encode_blocks(const __grid_constant__ Work work) {
+  const Cast& op = work.result;
+  const int lanes = (1 << op.block_shift) / kVector < kWarp ? (1 << op.block_shift) / kVector : kWarp;
+  const int64_t tile = int64_t{kWarp / lanes} << op.block_shift;  // elements of a warp's blocks
+  const int lane = static_cast<int>(threadIdx.x % kWarp);
+  const int64_t warp = (int64_t{kThreads} * blockIdx.x + threadIdx.x) / kWarp,
+                warps = int64_t{kThreads} / kWarp * gridDim.x;
+  int32_t largest = 0;
+  typename Work::Sink sink(work);
+  for (int64_t begin = warp * tile; begin < op.count; begin += warps * tile) {
+    const int64_t block_begin = begin + (int64_t{lane / lanes} << op.block_shift);
+    const int32_t here = encode_block<code, rounding>(work, block_begin, lanes, lane % lanes, sink);
+    largest = here > largest ? here : largest;
+  }
+  report(work, largest);
+  sink.finish();
+}
+
+template <class Work>
+FASTAGG_INLINE float value_at(const Work& work, int64_t i) {
+  float x = 0;
+  work.template with_values<Code::wire_sign>([&](const auto& values) { x = values.one(i); });
+  return x;
+}
+
+/// Encodes the signs of the block that begins at `begin`, and its mean magnitude: kSignStrides threads together, each
+/// with one of the strided sums of core/block.h. Returns the largest magnitude that this thread met.
+template <class Work>
+__device__ inline int32_t encode_signs(const Work& work, int64_t begin, int lane, typename Work::Sink& sink) {
+  const Cast& op = work.result;
+  const int64_t block = int64_t{1} << op.block_shift;
+  const int64_t end = begin + block < op.count ? begin + block : op.count;
+  uint8_t* out = static_cast<uint8_t*>(op.out);
+  int32_t largest = 0;
+  double sum = 0;
+  for (int64_t first = begin; first < begin + block; first += kSignStrides) {
+    const float x = first + lane < end ? value_at(work, first + lane) : 0.0f;
+    raise(largest, x);
+    sum += magnitude_of(x);
+    // The warp's signs; this block's are one half of them, and each of two threads stores a byte.
+    const unsigned signs = __ballot_sync(kWholeWarp, bit_cast<int32_t>(x) < 0) >> (threadIdx.x % kWarp - lane);
+    if (lane < 2 && first + 8 * lane < end) out[first / 8 + lane] = static_cast<uint8_t>(signs >> (8 * lane));
+  }
+  for (int width = kSignStrides / 2; width > 0; width /= 2) sum += __shfl_xor_sync(kWholeWarp, sum, width);
+  if (begin >= end) return largest;
+  const float scale = mean_magnitude(sum, end - begin);
+  if (lane == 0) op.scales[begin >> op.block_shift] = scale;
+  if constexpr (Work::Sink::wanted) {
+    for (int64_t i = begin + lane; i < end; i += kSignStrides) {
+      const float x[1] = {value_at(work, i)};
+      const float decoded[1] = {bit_cast<float>(bit_cast<int32_t>(scale) ^ (bit_cast<int32_t>(x[0]) & INT32_MIN))};
+      sink.take(i, x, decoded);
+    }
+  }
+  return largest;
+}
+
+template <class Work>
+__global__ void __launch_bounds__(kThreads, Work::blocks) encode_sign_blocks(const __grid_constant__ Work work) {
+  const int64_t block = int64_t{1} << work.result.block_shift;
+  const int lane = static_cast<int>(threadIdx.x % kSignStrides),
+            of_warp = static_cast<int>(threadIdx.x % kWarp / kSignStrides);
+  const int64_t warp = (int64_t{kThreads} * blockIdx.x + threadIdx.x) / kWarp,
+                warps = int64_t{kThreads} / kWarp * gridDim.x;
+  int32_t largest = 0;
+  typename Work::Sink sink(work);
+  for (int64_t begin = warp * 2 * block; begin < work.result.count; begin += warps * 2 * block) {
+    const int32_t here = encode_signs(work, begin + of_warp * block, lane, sink);
+    largest = here > largest ? here : largest;
+  }
+  report(work, largest);
+  sink.finish();
+}
+
+template <class Work>
+using EncodeKernel = void (*)(Work);
+
+template <class Work, Code code, Rounding rounding>
+EncodeKernel<Work> encode_kernel() {
+  if constexpr (code == Code::wire_sign) return encode_sign_blocks<Work>;
+  else if constexpr (has_scales(code)) return encode_blocks<code, rounding, Work>;
+  else return encode_vectors<code, rounding, Work>;
+}
+
+template <class Work, Code code>
+EncodeKernel<Work> encode_kernel(Rounding rounding) {
+  return rounding == Rounding::stochastic ? encode_kernel<Work, code, Rounding::stochastic>()
+                                          : encode_kernel<Work, code, Rounding::nearest>();
+}
+
+/// The kernel that encodes a work's result; null for a code that it cannot become.
+template <class Work>
+EncodeKernel<Work> encode_kernel(Code code, Rounding rounding) {
+  switch (code) {
+    case Code::float64:  // which a sink could not see as float32
+      if constexpr (Work::Sink::wanted) return nullptr;
+      else return encode_kernel<Work, Code::float64, Rounding::nearest>();
+    case Code::float32:
+      return encode_kernel<Work, Code::float32, Rounding::nearest>();
+    case Code::float16:
+      return encode_kernel<Work, Code::float16>(rounding);
+    case Code::bfloat16:
+      return encode_kernel<Work, Code::bfloat16>(rounding);
+    case Code::wire_fp8_e4m3:
+      return encode_kernel<Work, Code::wire_fp8_e4m3>(rounding);
+    case Code::wire_fp8_e5m2:
+      return encode_kernel<Work, Code::wire_fp8_e5m2>(rounding);
+    case Code::wire_int8:
+      return encode_kernel<Work, Code::wire_int8>(rounding);
+    case Code::wire_int4:
+      return encode_kernel<Work, Code::wire_int4>(rounding);
+    case Code::wire_sign:
+      return encode_kernel<Work, Code::wire_sign, Rounding::nearest>();
+    default:
+      return nullptr;
+  }
+}
+
+/// Starts the kernel for a work's result.
+template <class Work>
+cudaError_t launch_encode(const Work& work, cudaStream_t stream) {
+  const EncodeKernel<Work> kernel = encode_kernel<Work>(work.result.code, work.result.rounding);
+  if (kernel == nullptr) return cudaErrorInvalidValue;
+  // A block of threads has at least this many elements to do.
+  constexpr int64_t share = int64_t{kThreads} * kVector;
+  return launch_persistent(kernel, (work.result.count + share - 1) / share, stream, work);
+}
+
+}  // namespace fastagg::cuda
