@@ -31,6 +31,17 @@ bool cast(const py::tuple& described) {
   return cpu::cast(operands);
 }
 
+std::pair<bool, double> reduce_float64(const std::vector<uintptr_t>& sources, double divisor, double factor,
+                                       uintptr_t out, int64_t count) {
+  std::vector<const double*> pointers;
+  for (const uintptr_t source : sources) pointers.push_back(reinterpret_cast<const double*>(source));
+  const py::gil_scoped_release release;
+  double squares = 0;
+  const bool finite = cpu::reduce_float64(pointers.data(), static_cast<int32_t>(pointers.size()), count, divisor,
+                                          factor, reinterpret_cast<double*>(out), &squares);
+  return {finite, squares};
+}
+
 std::pair<bool, double> reduce(const py::tuple& described, bool norm) {
   RangeReduction range(described);
   const py::gil_scoped_release release;
@@ -112,6 +123,10 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
         "Decodes a source and encodes it as another code; returns whether nothing became infinite or NaN.");
   m.def("reduce", &bindings::reduce, py::arg("operands"), py::arg("norm"),
         "Adds up encoded arrays, divides and encodes; returns whether the result is finite, and its sum of squares.");
+  m.def("reduce_float64", &bindings::reduce_float64, py::arg("sources"), py::arg("divisor"), py::arg("factor"),
+        py::arg("out"), py::arg("count"),
+        "Adds up arrays of float64, divides and multiplies; returns whether the result is finite, and its sum of "
+        "squares.");
   m.def("numpy_addresses", &bindings::numpy_addresses, py::arg("arrays"),
         "Addresses of the leading NumPy arrays that share the first one's dtype, shape and C layout.");
   m.def(

@@ -11,6 +11,7 @@
 
 #include "cpu/dispatch.h"
 #include "cpu/float_environment.h"
+#include "cpu/operations.h"
 #include "cpu/stream.h"
 
 namespace fastagg::comm {
@@ -69,6 +70,8 @@ struct alignas(2 * kLine) SharedMemory::Member {
   std::atomic<uint32_t> beats;           // of a rank that waits: it lives
   double squares[2];                     // of what this rank has reduced in even and in odd calls: a fast rank may be
                                          // one call ahead
+  Phases phases[2];
+  int64_t counts[2];
   char descriptions[2][kDescriptionBytes];  // likewise
 };
 static_assert(std::atomic<uint64_t>::is_always_lock_free, "counters are shared between processes");
@@ -181,18 +184,25 @@ void SharedMemory::begin(const Exchange& exchange, Phases phases, std::chrono::n
   Member& own = member(peers_.rank());
   if (const int lost = own.lost; lost != 0) throw_lost(lost - 1, "was lost before");
   snprintf(own.descriptions[calls_ & 1], kDescriptionBytes, "%s", exchange.description.c_str());
+  own.phases[calls_ & 1] = phases;
+  own.counts[calls_ & 1] = exchange.count;
   own.squares[calls_ & 1] = 0;
   squares_ = exchange.norm ? &own.squares[calls_ & 1] : nullptr;
 }
 
 void SharedMemory::compare(const Exchange& exchange) {
   wait_for_all(&Member::published, 1);
+  const int slot = calls_ & 1;
+  const Member& own = member(peers_.rank());
   for (int peer = 0; peer < peers_.size(); ++peer) {
-    const std::string other = member(peer).descriptions[calls_ & 1];
-    if (other == exchange.description) continue;
+    const Member& other = member(peer);
+    if (other.phases[slot] == own.phases[slot] && other.counts[slot] == own.counts[slot] &&
+        strncmp(other.descriptions[slot], own.descriptions[slot], kDescriptionBytes) == 0)
+      continue;
+    const std::string theirs = other.descriptions[slot];
     finish(0, {&Member::reduced, &Member::gathered});
     ++calls_, ++exchanged_;  // every rank sees a difference, and so ends here: the next call begins anew
-    throw Mismatch("rank " + std::to_string(peers_.name(peer)) + " has " + other + "; rank " +
+    throw Mismatch("rank " + std::to_string(peers_.name(peer)) + " has " + theirs + "; rank " +
                    std::to_string(peers_.name(peers_.rank())) + " has " + exchange.description);
   }
 }
@@ -251,7 +261,7 @@ void SharedMemory::publish_slice(const Exchange& exchange, int64_t chunk) {
   const Cast encoded = encoded_in(exchange, piece, 1, kMeansRank);
   if (exchange.wire == Code::float64) {
     sources_.assign(1, encoded.source);
-    add_up_float64(encoded, piece, 1);
+    add_up_float64(piece, 1, 1, static_cast<double*>(encoded.out));
   } else {
     kernels().reduce({&encoded.source, 1, 1, {}, encoded}, piece.begin, piece.end, squares_);
   }
@@ -273,7 +283,9 @@ bool SharedMemory::reduce_in_place(const Exchange& exchange, int64_t chunk, int 
   result.rounding = Rounding::nearest;
   result.count = exchange.count;
   result.out = exchange.data;
-  return add_up(exchange, chunk, owner, result, exchange.factor, nullptr);
+  // What rounding to the tensor's own 16 bits takes is the owner's to feed back.
+  const bool loses = owner == peers_.rank() && (exchange.code == Code::float16 || exchange.code == Code::bfloat16);
+  return add_up(exchange, chunk, owner, result, exchange.factor, loses ? exchange.error : nullptr);
 }
 
 bool SharedMemory::add_up(const Exchange& exchange, int64_t chunk, int owner, const Cast& result, double factor,
@@ -287,24 +299,18 @@ bool SharedMemory::add_up(const Exchange& exchange, int64_t chunk, int owner, co
   if (reads_own_values(exchange)) sources_[peers_.rank()] = {exchange.data, nullptr, exchange.code, 0};
   const Piece piece = piece_of(exchange, owner, chunk, owner);
   const auto share = static_cast<float>(exchange.mean ? ranks : 1);
-  if (exchange.wire == Code::float64) return add_up_float64(result, piece, share / factor);
-  // What encoding a mean loses is the owner's alone to feed back: as its share of the next sum.
-  const Feedback feedback{nullptr, 0, error, share, true};
+  if (exchange.wire == Code::float64) return add_up_float64(piece, share, factor, static_cast<double*>(result.out));
+  // What encoding a mean loses is the owner's alone to feed back: as its share of the next sum, before the factor.
+  const Feedback feedback{nullptr, 0, error, static_cast<float>(share / factor), true};
   const auto divisor = static_cast<float>(share * exchange.encoded_factor / factor);
   return kernels().reduce({sources_.data(), ranks, divisor, feedback, result}, piece.begin, piece.end, squares_);
 }
 
-bool SharedMemory::add_up_float64(const Cast& result, const Piece& piece, double divisor) {
-  auto* out = static_cast<double*>(result.out);
-  bool finite = true;
-  for (int64_t i = piece.begin; i < piece.end; ++i) {
-    double sum = 0;
-    for (const Source& source : sources_) sum += static_cast<const double*>(source.data)[i];
-    out[i] = sum / divisor;
-    finite &= std::isfinite(out[i]);
-    if (squares_ != nullptr) *squares_ += out[i] * out[i];
-  }
-  return finite;
+bool SharedMemory::add_up_float64(const Piece& piece, double divisor, double factor, double* out) {
+  std::vector<const double*> sources;
+  for (const Source& source : sources_) sources.push_back(static_cast<const double*>(source.data) + piece.begin);
+  return cpu::reduce_float64(sources.data(), static_cast<int32_t>(sources.size()), piece.end - piece.begin, divisor,
+                             factor, out + piece.begin, squares_);
 }
 
 bool SharedMemory::gather(const Exchange& exchange, int64_t chunk) {
@@ -318,11 +324,9 @@ bool SharedMemory::gather(const Exchange& exchange, int64_t chunk) {
 
 bool SharedMemory::gather_piece(const Exchange& exchange, const Piece& piece) const {
   if (exchange.wire == Code::float64) {
-    const auto* means = static_cast<const double*>(piece.codes);
-    auto* out = static_cast<double*>(exchange.data);
-    bool finite = true;
-    for (int64_t i = piece.begin; i < piece.end; ++i) finite &= std::isfinite(out[i] = means[i] * exchange.factor);
-    return finite;
+    const double* means = static_cast<const double*>(piece.codes) + piece.begin;
+    double* out = static_cast<double*>(exchange.data) + piece.begin;
+    return cpu::reduce_float64(&means, 1, piece.end - piece.begin, 1, exchange.factor, out, nullptr);
   }
   Cast cast{};
   cast.source = {piece.codes, piece.scales, exchange.wire, exchange.block_shift};
@@ -394,16 +398,15 @@ void SharedMemory::wait_for(int peer, Counter counter, uint64_t value) {
 }
 
 int SharedMemory::tell_lost(int name) {
-  for (int rank = 0; rank < peers_.size(); ++rank) {
-    int32_t none = 0;
-    member(rank).lost.compare_exchange_strong(none, name + 1);
-  }
-  return member(peers_.rank()).lost - 1;
+  int32_t first = 0;
+  if (member(0).lost.compare_exchange_strong(first, name + 1)) first = name + 1;
+  for (int rank = 1; rank < peers_.size(); ++rank) member(rank).lost = first;
+  return first - 1;
 }
 
 void SharedMemory::give_up(int peer, const std::string& reason) {
-  tell_lost(peers_.name(peer));
-  throw_lost(peers_.name(peer), reason);
+  const int first = tell_lost(peers_.name(peer));
+  throw_lost(first, first == peers_.name(peer) ? reason : "was lost");
 }
 
 int SharedMemory::culprit(int peer) const {

@@ -106,7 +106,7 @@ class SharedMemory {
   void reduce_to_means(const Exchange& exchange, int64_t chunk);
   bool reduce_in_place(const Exchange& exchange, int64_t chunk, int owner);
   bool add_up(const Exchange& exchange, int64_t chunk, int owner, const Cast& result, double factor, float* error);
-  bool add_up_float64(const Cast& result, const Piece& piece, double divisor);
+  bool add_up_float64(const Piece& piece, double divisor, double factor, double* out);
   bool gather(const Exchange& exchange, int64_t chunk);
   bool gather_piece(const Exchange& exchange, const Piece& piece) const;
   Cast encoded_in(const Exchange& exchange, const Piece& piece, float factor, uint32_t random_rank) const;

@@ -1,9 +1,11 @@
 #include "operations.h"
 
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "dispatch.h"
+#include "float_environment.h"
 #include "thread_pool.h"
 
 namespace fastagg::cpu {
@@ -84,6 +86,22 @@ bool reduce(const Reduction& reduction, int64_t begin, int64_t end, double* squa
   if (squares != nullptr)
     for (const double own : task_squares) *squares += own;  // in the order of the elements, whichever thread was first
   return std::all_of(task_finite.begin(), task_finite.end(), [](uint8_t finite) { return finite != 0; });
+}
+
+bool reduce_float64(const double* const* sources, int32_t ranks, int64_t count, double divisor, double factor,
+                    double* out, double* squares) {
+  const FloatEnvironment environment;
+  bool finite = true;
+  double sum_of_squares = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    double sum = -0.0;
+    for (int32_t rank = 0; rank < ranks; ++rank) sum += sources[rank][i];
+    out[i] = sum / divisor * factor;
+    finite &= std::isfinite(out[i]);
+    sum_of_squares += out[i] * out[i];
+  }
+  if (squares != nullptr) *squares += sum_of_squares;
+  return finite;
 }
 
 }  // namespace fastagg::cpu

@@ -14,4 +14,9 @@ bool cast(const Cast& cast);
 /// sum of squares to *squares, if there is one.
 bool reduce(const Reduction& reduction, int64_t begin, int64_t end, double* squares);
 
+/// out = (sum_r sources[r]) / divisor * factor in float64, in the order of the ranks; true if it is finite. Adds its
+/// sum of squares to *squares, if there is one. `out` may be a source.
+bool reduce_float64(const double* const* sources, int32_t ranks, int64_t count, double divisor, double factor,
+                    double* out, double* squares);
+
 }  // namespace fastagg::cpu

@@ -1,5 +1,5 @@
-// The loops of `reduce`, compiled once for each instruction set: a chunk of sums stays in the first-level cache while
-// it is encoded, and decoded again where the error or the norm of the result is wanted.
+// The loops of `reduce`, compiled once for each instruction set: sums that stay float32 are written at once; others
+// stay in the first-level cache while they are encoded, and are decoded again where the error or the norm is wanted.
 #pragma once
 #include "cast.h"
 #include "core/reduce.h"

@@ -24,29 +24,37 @@ class BackendTransport:
         self._descriptions: _Descriptions | None = None  # kept for the same reason as the buffers
 
     def refuse(self) -> None:
-        """Takes part in an exchange that cannot be: every rank raises ValueError."""
-        self._descriptions = _Descriptions(self._group, "operands that differ inside its host")
+        """Takes part in an agreement that cannot be: every rank raises ValueError."""
         with contextlib.suppress(ValueError):
-            self._descriptions.compare()
+            self.agree("operands that differ inside its host")
+
+    def agree(self, description: str) -> None:
+        """Raises ValueError on every rank if one was called with something else."""
+        self._begin_to_agree(description).compare()
 
     def tell_lost(self, name: int) -> None:
         """Lets all ranks raise PeerError for a rank, which may be none of theirs."""
         self._group.tell_lost(name)
 
-    def all_reduce(self, exchange: Exchange) -> Outcome:
-        """See `Transport`."""
-        group, count, sent_before = self._group, exchange.tensor.numel(), self._group.sent_bytes
-        self._descriptions = _Descriptions(group, exchange.description)
-        arithmetic = EncodedRows(exchange, group.world)
+    def all_reduce(self, exchange: Exchange, *, agreed: bool = False) -> Outcome:
+        """See `Transport`; `agreed`: the ranks have compared their descriptions already."""
+        group, count = self._group, exchange.tensor.numel()
+        descriptions = None if agreed else self._begin_to_agree(exchange.description)
+        arithmetic = EncodedRows(exchange, group.rank, group.world)
         in_one_shot = _core.SharedMemoryGroup.in_one_shot(count, group.world)
         rounds = (one_shot_rounds if in_one_shot else shared_rounds)(group, arithmetic, self._buffers, count)
         rounds[0].encode()
-        self._descriptions.compare()
+        if descriptions is not None:
+            descriptions.compare()
         run(rounds)
         squares = arithmetic.squares
         if exchange.norm and not in_one_shot:
             squares = sum(group.gather(squares)) * exchange.factor**2
-        return Outcome(arithmetic.finite, group.sent_bytes - sent_before, squares)
+        return Outcome(arithmetic.finite, arithmetic.sent_bytes, squares)
+
+    def _begin_to_agree(self, description: str) -> _Descriptions:
+        self._descriptions = _Descriptions(self._group, description)
+        return self._descriptions
 
 
 class _Descriptions:
@@ -54,7 +62,7 @@ class _Descriptions:
 
     def __init__(self, group: PrivateGroup, own: str) -> None:
         self._group = group
-        self._own = torch.tensor(list(own.encode().ljust(_core.DESCRIPTION_BYTES, b"\0")), dtype=torch.uint8)
+        self._own = torch.frombuffer(bytearray(own.encode().ljust(_core.DESCRIPTION_BYTES, b"\0")), dtype=torch.uint8)
         self._everyone = torch.empty(group.world * len(self._own), dtype=torch.uint8)
         self._work = group.all_gather(self._everyone, self._own)
 
@@ -62,7 +70,8 @@ class _Descriptions:
         """Raises ValueError on every rank if one was called with something else."""
         self._group.wait([self._work])
         names, rank = self._group.meeting.names, self._group.rank
-        texts = [bytes(row).rstrip(b"\0").decode() for row in self._everyone.numpy().reshape(self._group.world, -1)]
-        for peer, text in enumerate(texts):
-            if text != texts[rank]:
-                raise ValueError(f"rank {names[peer]} has {text}; rank {names[rank]} has {texts[rank]}")
+        rows = [bytes(row) for row in self._everyone.numpy().reshape(self._group.world, -1)]
+        for peer, row in enumerate(rows):
+            if row != rows[rank]:
+                theirs, own = (text.rstrip(b"\0").decode() for text in (row, rows[rank]))
+                raise ValueError(f"rank {names[peer]} has {theirs}; rank {names[rank]} has {own}")

@@ -26,6 +26,7 @@ __all__: list[str] = [
     "numpy_address",
     "numpy_addresses",
     "reduce",
+    "reduce_float64",
     "set_num_threads",
     "stream_probe",
     "weighted_sum",
@@ -152,6 +153,17 @@ def numpy_addresses(arrays: list[typing.Any]) -> list[typing.Any]:
 def reduce(operands: tuple[typing.Any, ...], norm: bool) -> tuple[bool, float]:
     """
     Adds up encoded arrays, divides and encodes; returns whether the result is finite, and its sum of squares.
+    """
+
+def reduce_float64(
+    sources: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+    divisor: typing.SupportsFloat | typing.SupportsIndex,
+    factor: typing.SupportsFloat | typing.SupportsIndex,
+    out: typing.SupportsInt | typing.SupportsIndex,
+    count: typing.SupportsInt | typing.SupportsIndex,
+) -> tuple[bool, float]:
+    """
+    Adds up arrays of float64, divides and multiplies; returns whether the result is finite, and its sum of squares.
     """
 
 def set_num_threads(count: typing.SupportsInt | typing.SupportsIndex) -> None:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 
 from fastagg import _core
-from fastagg._codes import Code
+from fastagg._backend import SourceOperands
+from fastagg._codes import ELEMENT_BYTES, Code
 from fastagg._exchange import NO_KEY, Exchange
+from fastagg._overlap import encoded_bytes
+
+_NO_FEEDBACK = (0, 0.0, 0, 0.0, False)
 
 
 class EncodedRows:
@@ -18,26 +23,37 @@ class EncodedRows:
     Attributes:
         finite: whether the result is, as far as it has been written.
         squares: the sum of the squares of what was reduced here, if wanted.
+        sent_bytes: what was handed to others.
     """
 
-    def __init__(self, exchange: Exchange, world: int) -> None:
+    def __init__(self, exchange: Exchange, rank: int, world: int) -> None:
         self._exchange, self._wide = exchange, exchange.encoding.wire == Code.FLOAT64
         self._share = float(world if exchange.mean else 1)
         self._factor = exchange.encoded_factor(world)
-        self.finite, self.squares = True, 0.0
+        self._own_slice = _core.SharedMemoryGroup.slice_of(exchange.tensor.numel(), rank, world)
+        self._loses_in_the_tensor = exchange.feedback is not None and exchange.code in (Code.FLOAT16, Code.BFLOAT16)
+        self.finite, self.squares, self.sent_bytes = True, 0.0, 0
 
-    def bytes(self, begin: int, end: int) -> int:
+    def row_bytes(self, begin: int, end: int) -> int:
         """The size of a row."""
         return self._exchange.encoding.row_bytes(end - begin)
+
+    def wire_bytes(self, begin: int, end: int) -> int:
+        """The same without what aligns it."""
+        return self._exchange.encoding.wire_bytes(end - begin)
+
+    def count_sent(self, size: int) -> None:
+        """Notes bytes on the wire that were handed to others."""
+        self.sent_bytes += size
 
     def encode(self, row: torch.Tensor, begin: int, end: int) -> None:
         """This rank's values, with what was left of the last ones."""
         exchange = self._exchange
         values = exchange.tensor[begin:end]
         if self._wide:
-            _float64(row).copy_(values)
+            row.view(torch.float64).copy_(values)
             return
-        feedback: tuple[Any, ...] = (0, 0.0, 0, 0.0, False)
+        feedback = _NO_FEEDBACK
         if exchange.feedback:
             residual, factor, error = exchange.feedback
             feedback = (residual[begin:].data_ptr(), factor, error[begin:].data_ptr(), 1 / self._factor, False)
@@ -48,9 +64,7 @@ class EncodedRows:
         """The mean (or sum) of what all ranks have encoded, for all of them."""
         exchange = self._exchange
         if self._wide:
-            mean = self._mean_of_float64(rows)
-            _float64(row).copy_(mean)
-            self.squares += float(mean.square().sum()) if exchange.norm else 0.0
+            self.squares += self._reduce_float64(rows, self._share, 1.0, row)[1]
             return
         error = exchange.feedback.error[begin:].data_ptr() if exchange.feedback else 0
         key = (*exchange.encoding.key[:3], _core.MEANS_RANK)
@@ -63,29 +77,46 @@ class EncodedRows:
     def write_mean(self, rows: Sequence[torch.Tensor], begin: int, end: int) -> None:
         """The mean (or sum) of what all ranks have encoded, into the tensor."""
         exchange = self._exchange
-        out = exchange.tensor[begin:end]
         if self._wide:
-            self._write_float64(self._mean_of_float64(rows), out)
-            self.squares += float(out.square().sum()) if exchange.norm else 0.0
+            out = exchange.tensor[begin:end]
+            self._note(*self._reduce_float64(rows, self._share, exchange.factor, out))
             return
-        sources = self._sources(rows, end - begin)
-        result = (sources[0], exchange.code, 0, out.data_ptr(), 0, end - begin, False, NO_KEY, 1.0)
-        divisor = self._share * self._factor / exchange.factor
-        finite, squares = self._reduce(sources, divisor, (0, 0.0, 0, 0.0, False), result, begin)
-        self.finite &= finite
-        self.squares += squares
+        for first, last in self._split_at_own_slice(begin, end):
+            out = exchange.tensor[first:last]
+            sources = [_source_from(exchange.encoding.source(row, end - begin), first - begin) for row in rows]
+            result = (sources[0], exchange.code, 0, out.data_ptr(), 0, last - first, False, NO_KEY, 1.0)
+            divisor, feedback = self._share * self._factor / exchange.factor, self._feedback_of_result(first, last)
+            self._note(*self._reduce(sources, divisor, feedback, result, first))
 
     def decode(self, row: torch.Tensor, begin: int, end: int) -> None:
         """What a rank has encoded for all, into the tensor."""
         exchange = self._exchange
         out = exchange.tensor[begin:end]
         if self._wide:
-            self._write_float64(_float64(row), out)
+            self.finite &= self._reduce_float64([row], 1.0, exchange.factor, out)[0]
             return
         source = exchange.encoding.source(row, end - begin)
         self.finite &= _core.cast(
             (source, exchange.code, 0, out.data_ptr(), 0, end - begin, False, NO_KEY, exchange.factor)
         )
+
+    def _split_at_own_slice(self, begin: int, end: int) -> list[tuple[int, int]]:
+        """The range in parts that are this rank's to feed back, or not."""
+        cuts = [begin, *(cut for cut in self._own_slice if begin < cut < end), end]
+        return list(pairwise(cuts)) if self._loses_in_the_tensor else [(begin, end)]
+
+    def _feedback_of_result(self, begin: int, end: int) -> tuple[int, float, int, float, bool]:
+        """What rounding to a tensor's own 16 bits takes is fed back by the slice's owner: its share of the next sum."""
+        exchange = self._exchange
+        if exchange.feedback is None or not self._loses_in_the_tensor:
+            return _NO_FEEDBACK
+        if not self._own_slice[0] <= begin < end <= self._own_slice[1]:
+            return _NO_FEEDBACK
+        return 0, 0.0, exchange.feedback.error[begin:].data_ptr(), self._share / exchange.factor, True
+
+    def _note(self, finite: bool, squares: float) -> None:
+        self.finite &= finite
+        self.squares += squares
 
     def _sources(self, rows: Sequence[torch.Tensor], count: int) -> list[tuple[int, int, int, int]]:
         return [self._exchange.encoding.source(row, count) for row in rows]
@@ -93,24 +124,22 @@ class EncodedRows:
     def _encoded(self, row: torch.Tensor, begin: int, end: int, key: Any) -> tuple[Any, ...]:
         """A row as the result of `_core.reduce`."""
         encoding = self._exchange.encoding
-        source = encoding.source(row, end - begin)
-        codes, scales, wire, shift = source
-        return source, wire, shift, codes, scales, end - begin, encoding.stochastic, key, 1.0
+        codes, scales, wire, shift = encoding.source(row, end - begin)
+        values = self._exchange.code if self._exchange.ceiling is None else self._exchange.ceiling
+        return (0, 0, values, 0), wire, shift, codes, scales, end - begin, encoding.stochastic, key, 1.0
 
     def _reduce(self, sources: Any, divisor: float, feedback: Any, result: Any, begin: int) -> tuple[bool, float]:
         first, stretches = begin + self._exchange.first, self._exchange.stretches
         return _core.reduce((sources, divisor, *feedback, result, first, stretches), self._exchange.norm)
 
-    def _mean_of_float64(self, rows: Sequence[torch.Tensor]) -> torch.Tensor:
-        mean = torch.zeros_like(_float64(rows[0]))
-        for row in rows:
-            mean += _float64(row)
-        return mean.div_(self._share)
-
-    def _write_float64(self, values: torch.Tensor, out: torch.Tensor) -> None:
-        torch.mul(values, self._exchange.factor, out=out)
-        self.finite &= bool(out.isfinite().all())
+    def _reduce_float64(
+        self, rows: Sequence[torch.Tensor], divisor: float, factor: float, out: torch.Tensor
+    ) -> tuple[bool, float]:
+        count = out.numel() * out.element_size() // ELEMENT_BYTES[Code.FLOAT64]
+        return _core.reduce_float64([row.data_ptr() for row in rows], divisor, factor, out.data_ptr(), count)
 
 
-def _float64(row: torch.Tensor) -> torch.Tensor:
-    return row.view(torch.float64)
+def _source_from(source: SourceOperands, skipped: int) -> SourceOperands:
+    """A row's elements from a later one on, at a multiple of a pass."""
+    codes, scales, wire, shift = source
+    return codes + encoded_bytes(Code(wire), skipped), scales + 4 * (skipped >> shift), wire, shift

@@ -24,6 +24,10 @@ class Encoding(NamedTuple):
     stochastic: bool
     key: RandomKey
 
+    def wire_bytes(self, count: int) -> int:
+        """Bytes of `count` elements, scales included."""
+        return encoded_bytes(self.wire, count) + self._scales_bytes(count)
+
     def row_bytes(self, count: int) -> int:
         """Bytes of a row of `count` elements: codes, then scales, each padded to 8 bytes so that rows are aligned."""
         return _padded(encoded_bytes(self.wire, count)) + _padded(self._scales_bytes(count))
@@ -63,6 +67,8 @@ class Exchange(NamedTuple):
     """The place of the first element in a larger tensor, which the stretches refer to."""
     stretches: Sequence[tuple[int, int]] = ()
     """(begin, place): elements from `begin` on draw the random numbers from `place` on. None: from 0 on."""
+    ceiling: Code | None = None
+    """The dtype in which finite values must stay finite; None: the tensor's own."""
     description: str = ""
     """What must be equal on all ranks: they compare it, and errors show it."""
 

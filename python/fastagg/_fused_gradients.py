@@ -46,8 +46,8 @@ class FusedGradients:
         self._buffers = [_Buffer([self._slots[place] for place in batch]) for batch in places]
         self._reset()
         for place, slot in enumerate(self._slots):
-            # Before autograd adds to a gradient that is under way, and after it has added.
-            slot.parameter.register_hook(_weak_hook(self._accumulates, place))  # type: ignore[no-untyped-call]
+            # Before backward adds to a gradient that might be under way, and after it has added.
+            slot.accumulator.register_prehook(_weak_hook(self._accumulates, place))
             after = _weak_hook(self._accumulated, place)
             slot.parameter.register_post_accumulate_grad_hook(after)  # type: ignore[no-untyped-call]
 
@@ -129,6 +129,8 @@ class _Slot:
 
     def __init__(self, name: str, parameter: torch.Tensor) -> None:
         self.name, self.parameter = name, parameter
+        # Autograd's node that adds to the gradient; its hooks last as long as somebody keeps it.
+        self.accumulator: Any = parameter.view_as(parameter).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
 
     def hand_over(self) -> None:
         """Moves the parameter's gradient into the buffer; zeros if it has none.
@@ -181,11 +183,11 @@ class _UnderWay(torch.Tensor):
         raise RuntimeError("this gradient is being reduced over the ranks: call the optimizer's synchronize() first")
 
 
-def _weak_hook(method: Callable[[int], None], place: int) -> Callable[[torch.Tensor], None]:
+def _weak_hook(method: Callable[[int], None], place: int) -> Callable[[Any], None]:
     """A parameter's hook that does not keep the buffers alive as long as the parameter."""
     reference = weakref.WeakMethod(method)
 
-    def hook(_: torch.Tensor) -> None:
+    def hook(_: Any) -> None:
         alive = reference()
         if alive is not None:
             alive(place)

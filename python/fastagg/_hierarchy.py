@@ -19,6 +19,8 @@ from fastagg._meeting import Meeting
 from fastagg._private_group import PrivateGroup
 from fastagg._shared_memory import SharedMemoryTransport, meet
 
+_LOSSLESS = Encoding(Code.FLOAT32, 8, False, NO_KEY)
+
 
 class HierarchicalTransport:
     """Shared memory inside each host, the backend between hosts: a link carries each value once, encoded."""
@@ -48,31 +50,46 @@ class HierarchicalTransport:
 
     def all_reduce(self, exchange: Exchange) -> Outcome:
         """See `Transport`."""
-        whole, lossless = _widened(exchange)
-        inside = Exchange(whole, lossless.wire, lossless, exchange.mean, description=exchange.description)
         try:
-            outcomes = [
-                self._add_up(inside),
-                self._outer.all_reduce(self._slice_of(exchange, whole, lossless.wire)),
-                self._inner.all_gather(inside._replace(factor=exchange.factor, norm=exchange.norm)),
-            ]
+            self._agree(exchange)
+            return self._reduce(exchange)
         except PeerError as error:
-            first = self._inner.tell_lost(error.rank)  # later ones are those who gave up because of it
-            self._outer.tell_lost(first)
+            first = self._tell_lost(error.rank)  # later ones are those who gave up because of it
             if first != error.rank:
                 raise PeerError(first, f"rank {first} was lost") from error
             raise
-        if whole is not exchange.tensor:
-            exchange.tensor.copy_(whole)
-        return outcomes[-1]._replace(wire_bytes=sum(outcome.wire_bytes for outcome in outcomes))
+        except RuntimeError:  # this rank cannot go on
+            self._tell_lost(self._inside.names[self._inside.rank])
+            raise
 
-    def _add_up(self, inside: Exchange) -> Outcome:
-        """This rank's slice of the host's sum."""
+    def _agree(self, exchange: Exchange) -> None:
+        """Raises ValueError on every rank of every host if one was called with something else."""
+        nothing = Exchange(torch.empty(0), Code.FLOAT32, _LOSSLESS, mean=True, description=exchange.description)
         try:
-            return self._inner.reduce_scatter(inside)
+            self._inner.all_gather(nothing)
         except ValueError:
             self._outer.refuse()  # the other hosts' ranks must not go on either
             raise
+        self._outer.agree(exchange.description)
+
+    def _reduce(self, exchange: Exchange) -> Outcome:
+        whole, lossless = _widened(exchange)
+        inside = Exchange(whole, lossless.wire, lossless, exchange.mean, description=exchange.description)
+        added_up = self._inner.reduce_scatter(inside)
+        between = self._outer.all_reduce(self._slice_of(exchange, whole, lossless.wire), agreed=True)
+        shared = self._inner.all_gather(inside._replace(factor=exchange.factor, norm=exchange.norm))
+        finite = shared.finite
+        if whole is not exchange.tensor:
+            source, out = (whole.data_ptr(), 0, lossless.wire, 0), exchange.tensor.data_ptr()
+            finite &= _core.cast((source, exchange.code, 0, out, 0, whole.numel(), False, NO_KEY, 1.0))
+        sent = added_up.wire_bytes + between.wire_bytes + shared.wire_bytes
+        return Outcome(finite, sent, shared.squares)
+
+    def _tell_lost(self, name: int) -> int:
+        """Lets all ranks raise PeerError for a rank, or for the returned one, which was told before."""
+        first = self._inner.tell_lost(name)
+        self._outer.tell_lost(first)
+        return first
 
     def _slice_of(self, exchange: Exchange, whole: torch.Tensor, code: Code) -> Exchange:
         """The exchange of this rank's slice with the other hosts' ranks."""
@@ -82,11 +99,11 @@ class HierarchicalTransport:
             feedback.error.zero_()  # the other slices' errors are others'
             feedback = Feedback(feedback.residual[begin:end], feedback.factor, feedback.error[begin:end])
         own = Exchange(whole[begin:end], code, exchange.encoding, exchange.mean, feedback=feedback)
-        return own._replace(first=begin, stretches=exchange.stretches, description=exchange.description)
+        return own._replace(first=begin, stretches=exchange.stretches, ceiling=exchange.code)
 
 
 def _widened(exchange: Exchange) -> tuple[torch.Tensor, Encoding]:
     """The tensor in a dtype that holds its host's sum, and that dtype as an encoding."""
     wide = Code.FLOAT64 if exchange.encoding.wire == Code.FLOAT64 else Code.FLOAT32
     dtype = torch.float64 if wide == Code.FLOAT64 else torch.float32
-    return exchange.tensor.to(dtype), Encoding(wide, 8, False, NO_KEY)
+    return exchange.tensor.to(dtype), _LOSSLESS._replace(wire=wide)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,14 +17,10 @@ from fastagg._roll_call import peer_error
 
 
 class PrivateGroup:
-    """The ranks of a meeting, connected by Gloo.
-
-    Attributes:
-        sent_bytes: how many `send_all` has sent to others since the group began.
-    """
+    """The ranks of a meeting, connected by Gloo. All methods raise PeerError if a rank has died or hung."""
 
     def __init__(self, meeting: Meeting) -> None:
-        self.meeting, self.rank, self.world, self.sent_bytes = meeting, meeting.rank, meeting.world, 0
+        self.meeting, self.rank, self.world = meeting, meeting.rank, meeting.world
         self._lost: Exception | None = None  # from then on nothing can be exchanged
         timeout = datetime.timedelta(seconds=meeting.timeout)
         store = PrefixStore("gloo", meeting.store)
@@ -37,17 +34,19 @@ class PrivateGroup:
     def send_all(self, rows: Sequence[torch.Tensor], tag: int) -> list[Any]:
         """Sends each rank its row; returns what to wait for, once."""
         others = [peer for peer, row in enumerate(rows) if peer != self.rank and row.numel()]
-        self.sent_bytes += sum(rows[peer].numel() for peer in others)
-        return [self._gloo.send([rows[peer]], peer, tag) for peer in others]
+        with self._telling_who_is_lost():
+            return [self._gloo.send([rows[peer]], peer, tag) for peer in others]
 
     def receive_all(self, rows: Sequence[torch.Tensor], tag: int) -> list[Any]:
         """Receives a row from each rank; returns what to wait for, once."""
         others = [peer for peer, row in enumerate(rows) if peer != self.rank and row.numel()]
-        return [self._gloo.recv([rows[peer]], peer, tag) for peer in others]
+        with self._telling_who_is_lost():
+            return [self._gloo.recv([rows[peer]], peer, tag) for peer in others]
 
     def all_gather(self, everyone: torch.Tensor, own: torch.Tensor) -> Any:
         """Copies each rank's tensor to all ranks; returns what to wait for."""
-        return self._gloo._allgather_base(everyone, own)
+        with self._telling_who_is_lost():
+            return self._gloo._allgather_base(everyone, own)
 
     def gather(self, own: float) -> list[float]:
         """Every rank's number, on all ranks."""
@@ -55,24 +54,25 @@ class PrivateGroup:
         self.wait([self.all_gather(everyone, torch.tensor([own], dtype=torch.float64))])
         return everyone.tolist()
 
-    def tell_lost(self, name: int) -> None:
-        """Ends the group: the others, who find it broken, learn who was lost."""
-        if self._lost is None:
-            self.meeting.store.set("lost", str(name))
-            self._lost = PeerError(name, f"rank {name} was lost before")
-        self._gloo = None
-
     def wait(self, works: Sequence[Any]) -> None:
-        """Waits for what the others have started.
+        """Waits for what the others have started."""
+        with self._telling_who_is_lost():
+            for work in works:
+                work.wait()
 
-        Raises:
-            PeerError: a rank has died or hung, now or before.
-        """
+    def tell_lost(self, name: int) -> None:
+        """Ends the group: the others, once they find it broken, learn who was lost."""
+        if self._lost is None:
+            self._lost = PeerError(name, f"rank {name} was lost before")
+            with contextlib.suppress(RuntimeError):  # the store may be gone as well
+                self.meeting.store.set("lost", str(name))
+
+    @contextlib.contextmanager
+    def _telling_who_is_lost(self) -> Iterator[None]:
         if self._lost is not None:
             raise self._lost
         try:
-            for work in works:
-                work.wait()
+            yield
         except RuntimeError as error:  # torch's for a broken connection and for its timeout
             self._lost = peer_error(self.meeting, error)
             raise self._lost from error

@@ -18,6 +18,7 @@ from fastagg._private_group import PrivateGroup
 _ROUNDS = 8
 _SMALLEST, _LARGEST = 1 << 20, 1 << 23  # encoded bytes of a round: small ones spend their time on latency
 _STAGES = 4  # from sending values to having sent the last byte
+_BUFFERS = _STAGES + 1  # a round is encoded before the one that sends its last bytes is closed
 
 Piece = tuple[int, int]
 """The elements [begin, end)."""
@@ -56,8 +57,8 @@ class Buffers:
         self._kept: dict[tuple[str, int], torch.Tensor] = {}
 
     def rows(self, name: str, number: int, sizes: list[int]) -> list[torch.Tensor]:
-        """Rows of these sizes, which a round's successor in `_STAGES` rounds uses again."""
-        whole = self._kept.setdefault((name, number % _STAGES), torch.empty(0, dtype=torch.uint8))
+        """Rows of these sizes, in memory that every `_BUFFERS`th round shares."""
+        whole = self._kept.setdefault((name, number % _BUFFERS), torch.empty(0, dtype=torch.uint8))
         if whole.numel() < sum(sizes):
             whole.resize_(sum(sizes))
         return list(whole[: sum(sizes)].split(sizes))  # type: ignore[no-untyped-call]
@@ -98,7 +99,7 @@ def one_shot_rounds(group: PrivateGroup, arithmetic: EncodedRows, buffers: Buffe
 
 
 def _round_elements(arithmetic: EncodedRows, count: int) -> float:
-    whole = max(arithmetic.bytes(0, count), 1)
+    whole = max(arithmetic.wire_bytes(0, count), 1)
     return count * min(max(whole / _ROUNDS, _SMALLEST), _LARGEST) / whole
 
 
@@ -113,7 +114,8 @@ class _SharedRound:
     ) -> None:
         self._group, self._arithmetic, self._pieces = group, arithmetic, pieces
         self._tags = 2 * number, 2 * number + 1  # of values and of means
-        sizes = [arithmetic.bytes(*piece) for piece in pieces]
+        sizes = [arithmetic.row_bytes(*piece) for piece in pieces]
+        self._sizes_on_wire = [arithmetic.wire_bytes(*piece) for piece in pieces]
         self._values = buffers.rows("values", number, [sizes[group.rank]] * group.world)
         self._means = buffers.rows("means", number, sizes)
         self._sent = buffers.rows("sent", number, sizes)
@@ -129,12 +131,14 @@ class _SharedRound:
 
     def send_values(self) -> None:
         self._leaving = self._group.send_all(self._sent, self._tags[0])
+        self._arithmetic.count_sent(sum(self._sizes_on_wire) - self._sizes_on_wire[self._group.rank])
 
     def reduce(self) -> None:
         self._group.wait(self._arriving)
         rank = self._group.rank
         self._arithmetic.encode_mean(self._values, self._means[rank], *self._pieces[rank])
         self._leaving += self._group.send_all([self._means[rank]] * self._group.world, self._tags[1])
+        self._arithmetic.count_sent(self._sizes_on_wire[rank] * (self._group.world - 1))
 
     def gather(self) -> None:
         self._group.wait(self._means_arriving)
@@ -150,7 +154,7 @@ class _OneShotRound:
         self, group: PrivateGroup, arithmetic: EncodedRows, buffers: Buffers, number: int, piece: Piece
     ) -> None:
         self._group, self._arithmetic, self._piece, self._tag = group, arithmetic, piece, 2 * number
-        self._values = buffers.rows("values", number, [arithmetic.bytes(*piece)] * group.world)
+        self._values = buffers.rows("values", number, [arithmetic.row_bytes(*piece)] * group.world)
 
     def encode(self) -> None:
         self._arithmetic.encode(self._values[self._group.rank], *self._piece)
@@ -159,7 +163,9 @@ class _OneShotRound:
         self._arriving = self._group.receive_all(self._values, self._tag)
 
     def send_values(self) -> None:
-        self._leaving = self._group.send_all([self._values[self._group.rank]] * self._group.world, self._tag)
+        world = self._group.world
+        self._leaving = self._group.send_all([self._values[self._group.rank]] * world, self._tag)
+        self._arithmetic.count_sent(self._arithmetic.wire_bytes(*self._piece) * (world - 1))
 
     def reduce(self) -> None:
         self._group.wait(self._arriving)

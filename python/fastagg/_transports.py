@@ -35,6 +35,7 @@ class Line:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="fastagg-all-reduce")
         self._busy, self._counting = threading.Lock(), threading.Lock()
         self._waiting = 0
+        self._thread_id: int | None = None
 
     def submit(self, work: Callable[[], Result]) -> Future[Result]:
         """Does the work in the line's own thread."""
@@ -44,12 +45,15 @@ class Line:
 
     def run(self, work: Callable[[], Result]) -> Result:
         """Does the work here and now if nothing waits: a thread takes longer to wake than a small message takes."""
+        if threading.get_ident() == self._thread_id:
+            return work()  # called back from the line itself, between two exchanges
         if self._waiting:
             return self.submit(work).result()
         with self._busy:
             return work()
 
     def _do_waiting(self, work: Callable[[], Result]) -> Result:
+        self._thread_id = threading.get_ident()
         try:
             with self._busy:
                 return work()
