@@ -38,11 +38,12 @@ class Host(NamedTuple):
 
 
 @contextmanager
-def two_hosts(rate: str = "1gbit") -> Iterator[tuple[Host, Host]]:
+def two_hosts(rate: str = "1gbit", rate_back: str | None = None) -> Iterator[tuple[Host, Host]]:
     """Two hosts that live as long as the context; what still runs on them then is ended.
 
     Args:
-        rate: of the link, in each direction, as tc writes it.
+        rate: of the link, as tc writes it.
+        rate_back: of what the second host sends; None for the same.
 
     Raises:
         NotAvailableError: not root, no iproute2, or a kernel that refuses.
@@ -57,8 +58,8 @@ def two_hosts(rate: str = "1gbit") -> Iterator[tuple[Host, Host]]:
             stack.callback(_remove, host)
         peer = ("peer", "name", _LINK, "netns", second.name)
         _run("ip", "link", "add", _LINK, "netns", first.name, "type", "veth", *peer)
-        for host in (first, second):
-            _connect(host, rate)
+        _connect(first, rate)
+        _connect(second, rate_back or rate)
         yield first, second
 
 

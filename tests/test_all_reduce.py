@@ -140,6 +140,56 @@ def test_both_transports_end_with_the_same_bits_and_the_seed_decides_them(world:
     assert shared == backend
 
 
+EXTREMES = """
+from fastagg._codes import Code
+from fastagg._exchange import Exchange
+from fastagg._transports import channel_of
+from fastagg.communication import encoding_of
+if "TWO_HOSTS" in os.environ:
+    os.environ["FASTAGG_HOST"] = str(rank // 2)
+# Rounding up never makes a finite value infinite.
+for wire in ("int8", "int4", "fp8_e4m3", "fp8_e5m2"):
+    for count in (100, 70000):
+        x = torch.full((count,), 65504.0, dtype=torch.float16)
+        fastagg.all_reduce(x, wire=wire)
+        assert x.isfinite().all() and (x >= 40000).all(), (wire, x)
+transport = channel_of(dist.group.WORLD).transport
+# An odd number of elements: bytes that align them are not counted; a factor that is no power of two, in float64.
+if "TWO_HOSTS" not in os.environ:
+    as_int8 = encoding_of("int8", Code.FLOAT32, None, None)
+    outcome = transport.all_reduce(Exchange(torch.ones(1001), Code.FLOAT32, as_int8, True))
+    assert outcome.wire_bytes == (world - 1) * (1001 + 4 * 4), outcome
+torch.manual_seed(3 + rank)
+x = torch.randn(1001, dtype=torch.float64)
+everyone = gathered(x)
+encoding = encoding_of("fp32", Code.FLOAT64, None, None)
+outcome = transport.all_reduce(Exchange(x, Code.FLOAT64, encoding, True, factor=1 / 3, norm=True))
+print(x.numpy().tobytes().hex(), outcome.squares)
+"""
+
+
+def test_the_largest_values_odd_sizes_and_factors_are_the_same_everywhere() -> None:
+    shared = run_ranks(EXTREMES, 2)
+    assert shared[0] == shared[1]
+    assert shared == run_ranks(EXTREMES, 2, **on("backend"))
+    assert len(set(run_ranks(EXTREMES, 4, TWO_HOSTS="1"))) == 1
+
+
+CALLBACKS = """
+first = fastagg.all_reduce(torch.ones(5_000_000), async_op=True)
+inner = torch.full((5,), float(rank))
+chained = first.get_future().then(lambda _: fastagg.all_reduce(inner))
+fastagg.all_reduce(torch.ones(5_000_000), async_op=True).wait()
+chained.wait()
+assert torch.all(inner == 0.5)
+"""
+
+
+@by_transport
+def test_a_callback_may_call_all_reduce(transport: str) -> None:
+    run_ranks(CALLBACKS, 2, **on(transport))
+
+
 UNBIASED = """
 torch.manual_seed(7 + rank)
 x = torch.randn(4096)

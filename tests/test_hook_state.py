@@ -218,6 +218,28 @@ def test_our_scaler_unscales_in_the_hook_and_agrees_with_torchs() -> None:
     run_ranks(SETTING + SCALED, 2)
 
 
+OWED = """
+# Gradients of 16 bits: what rounding the mean to them takes is fed back as well.
+for dtype, wire in ((torch.bfloat16, "bf16"), (torch.float16, "int8")):
+    model = DistributedDataParallel(torch.nn.Linear(16, 1, bias=False, dtype=dtype))
+    state = AllReduceState(wire=wire, error_feedback=True)
+    model.register_comm_hook(state, all_reduce_hook)
+    x = torch.full((1, 16), 1 + rank / 128).to(dtype)
+    exact = sum(gathered(x.double())) / world
+    total = torch.zeros(1, 16, dtype=torch.float64)
+    for step in range(200):
+        model.zero_grad()
+        model(x).sum().backward()
+        total += model.module.weight.grad
+    assert (total / 200 - exact).abs().max() < 1e-3 / 4, (dtype, wire, total / 200, exact)
+"""
+
+
+@pytest.mark.parametrize("transport", ["", "backend"])
+def test_gradients_of_16_bits_lose_nothing_over_time(transport: str) -> None:
+    run_ranks(SETTING + OWED, 2, FASTAGG_TRANSPORT=transport)
+
+
 WIDE = """
 # A loss scale that is no power of two must not cost gradients of float64 their digits.
 model = DistributedDataParallel(torch.nn.Linear(100, 400, bias=False, dtype=torch.float64))

@@ -58,6 +58,24 @@ def test_answers_are_exact_and_equal_and_the_link_carries_each_value_once(hosts:
             assert 1 <= sent < 1.1  # with headers and acknowledgements
 
 
+UNEQUAL = """
+for call in range(2):
+    torch.manual_seed(call)
+    values = [torch.randn(12_000_000) for _ in range(world)]
+    x = values[rank].clone()
+    fastagg.all_reduce(x)
+    assert torch.equal(x, (values[0] + values[1]) / 2)
+"""
+
+
+def test_a_link_that_is_slower_in_one_direction_changes_nothing() -> None:
+    try:
+        with two_hosts("400mbit", "2gbit") as hosts:
+            run_ranks(UNEQUAL, 2, hosts)
+    except NotAvailableError as error:
+        pytest.skip(str(error))
+
+
 WIRE_BYTES = """
 from torch.nn.parallel import DistributedDataParallel
 from fastagg.ddp import AllReduceState, all_reduce_hook
