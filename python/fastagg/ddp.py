@@ -33,6 +33,8 @@ def all_reduce_hook(
 
     ``gradient = decode(encode(sum_r(decode(encode(gradient_r + residual_r))) / world))``
 
+    As in `all_reduce`, the mean of two ranks, and of few elements, is not encoded.
+
     Raises:
         TypeError: the bucket's dtype has no wire; or torch.compile with optimize_ddp="python_reducer" hands over none.
         ValueError: the state belongs to another model.

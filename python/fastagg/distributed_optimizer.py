@@ -31,7 +31,7 @@ def DistributedOptimizer(  # noqa: N802 - the name that Horovod's users know
 ) -> SynchronizedOptimizer:
     """Makes an optimizer step by the gradients of all ranks, reduced by `all_reduce` while backward goes on.
 
-    ``gradient = decode(encode(sum_r(decode(encode(gradient_r))) / world))``
+    ``gradient = decode(encode(sum_r(decode(encode(gradient_r))) / world))``, as `all_reduce` does it.
 
     A gradient that is under way cannot be used: clipping, a GradScaler and all else that looks at gradients come after
     ``synchronize()``. A gradient is a view of its buffer, which the next step overwrites. Several backward passes of a
