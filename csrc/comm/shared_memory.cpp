@@ -68,11 +68,11 @@ struct alignas(2 * kLine) SharedMemory::Member {
   std::atomic<uint64_t> published, reduced, gathered;
   std::atomic<int32_t> waits_for, lost;  // a rank + 1, and the name of one + 1; 0: none
   std::atomic<uint32_t> beats;           // of a rank that waits: it lives
-  double squares[2];                     // of what this rank has reduced in even and in odd calls: a fast rank may be
-                                         // one call ahead
+  // Of even and of odd calls: a fast rank may be one call ahead.
+  double squares[2];  // of what this rank has reduced
   Phases phases[2];
   int64_t counts[2];
-  char descriptions[2][kDescriptionBytes];  // likewise
+  char descriptions[2][kDescriptionBytes];
 };
 static_assert(std::atomic<uint64_t>::is_always_lock_free, "counters are shared between processes");
 
@@ -118,10 +118,10 @@ Outcome SharedMemory::all_reduce(const Exchange& exchange, std::chrono::nanoseco
   const FloatEnvironment environment;
   const bool one_shot = in_one_shot(exchange.count, peers_.size());
   begin(exchange, one_shot ? Phases::one_shot : Phases::all_reduce, timeout);
-  return end(exchange, one_shot ? reduce_everything(exchange) : reduce_slices(exchange));
+  return end(exchange, one_shot ? reduce_slices_of(exchange, 0, peers_.size()) : share_slices(exchange));
 }
 
-bool SharedMemory::reduce_slices(const Exchange& exchange) {
+bool SharedMemory::share_slices(const Exchange& exchange) {
   bool finite = true;
   const int64_t chunks = chunks_of(exchange);
   publish(exchange, 0);
@@ -134,7 +134,7 @@ bool SharedMemory::reduce_slices(const Exchange& exchange) {
   return finite;
 }
 
-bool SharedMemory::reduce_everything(const Exchange& exchange) {
+bool SharedMemory::reduce_slices_of(const Exchange& exchange, int first, int last) {
   bool finite = true;
   const int64_t chunks = chunks_of(exchange);
   publish(exchange, 0);
@@ -142,7 +142,7 @@ bool SharedMemory::reduce_everything(const Exchange& exchange) {
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     if (chunk + 1 < chunks) publish(exchange, chunk + 1);
     wait_for_all(&Member::published, chunk + 1);
-    for (int owner = 0; owner < peers_.size(); ++owner) finite &= reduce_in_place(exchange, chunk, owner);
+    for (int owner = first; owner < last; ++owner) finite &= reduce_in_place(exchange, chunk, owner);
     finish(chunk, {&Member::reduced, &Member::gathered});
   }
   return finite;
@@ -151,17 +151,7 @@ bool SharedMemory::reduce_everything(const Exchange& exchange) {
 Outcome SharedMemory::reduce_scatter(const Exchange& exchange, std::chrono::nanoseconds timeout) {
   const FloatEnvironment environment;
   begin(exchange, Phases::reduce_scatter, timeout);
-  bool finite = true;
-  const int64_t chunks = chunks_of(exchange);
-  publish(exchange, 0);
-  compare(exchange);
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-    if (chunk + 1 < chunks) publish(exchange, chunk + 1);
-    wait_for_all(&Member::published, chunk + 1);
-    finite &= reduce_in_place(exchange, chunk, peers_.rank());
-    finish(chunk, {&Member::reduced, &Member::gathered});
-  }
-  return end(exchange, finite);
+  return end(exchange, reduce_slices_of(exchange, peers_.rank(), peers_.rank() + 1));
 }
 
 Outcome SharedMemory::all_gather(const Exchange& exchange, std::chrono::nanoseconds timeout) {

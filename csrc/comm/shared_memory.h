@@ -92,8 +92,10 @@ class SharedMemory {
   Piece piece_of(const Exchange& exchange, int owner, int64_t chunk, int slot) const;
   int64_t chunks_of(const Exchange& exchange) const;
 
-  bool reduce_slices(const Exchange& exchange);
-  bool reduce_everything(const Exchange& exchange);
+  /// All three phases; and those of the slices [first, last) alone, which are reduced where they are. Both tell whether
+  /// the result is finite.
+  bool share_slices(const Exchange& exchange);
+  bool reduce_slices_of(const Exchange& exchange, int first, int last);
   void begin(const Exchange& exchange, Phases phases, std::chrono::nanoseconds timeout);
   void compare(const Exchange& exchange);
   Outcome end(const Exchange& exchange, bool finite);

@@ -18,27 +18,8 @@ struct CastWork {
   struct Values {
     const CastWork& work;
 
-    FASTAGG_INLINE void vector(int64_t i, float (&x)[kVector]) const {
-      const int64_t last = work.result.count - 1;
-      if (work.aligned && i + kVector - 1 <= last) return decode<kVector>(i, x);
-      // Not unrolled: this is the last vector, or all of a misaligned array's. Registers cannot be indexed.
-#ifdef __CUDA_ARCH__
-#pragma unroll 1
-#endif
-      for (int j = 0; j < kVector; ++j) {
-        x[0] = x[1], x[1] = x[2], x[2] = x[3];
-        decode<1>(i + j < last ? i + j : last, x + 3);
-      }
-    }
-    FASTAGG_INLINE float one(int64_t i) const {
-      float x;
-      decode<1>(i, &x);
-      return x;
-    }
-
-   private:
     template <int n>
-    FASTAGG_INLINE void decode(int64_t i, float* x) const {
+    FASTAGG_INLINE void load(int64_t i, float* x) const {
       const Cast& op = work.result;
       const Elements<from, n> elements = load_elements<from, n>(op.source, i);
       const float scale = scale_at<from>(op.source, i);

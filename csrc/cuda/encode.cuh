@@ -6,7 +6,7 @@
 //                                kAlignment; a flag to raise, or null
 //   with_values<code>(f)         for a result of this code: calls f with the operation's values, compiled for its
 //   operands' code:
-//                                values.vector(i, x) and values.one(i)
+//                                values.load<n>(i, x), aligned where n is kVector
 //   blocks                       that a multiprocessor shall hold at least
 //   Sink                         what a thread does with its values once they are encoded: take(i, x, decoded),
 //   finish()
@@ -156,6 +156,21 @@ __device__ inline void report(const Work& work, int32_t largest) {
   if (work.nonfinite != nullptr && largest >= overflow_from(work.result.code)) atomicOr(work.nonfinite, 1);
 }
 
+/// The vector from i on; beyond the end it is the last value that stands there.
+template <class Work, class Values>
+FASTAGG_INLINE void load_vector(const Work& work, const Values& values, int64_t i, float (&x)[kVector]) {
+  const int64_t last = work.result.count - 1;
+  if (work.aligned && i + kVector - 1 <= last) return values.template load<kVector>(i, x);
+  // Not unrolled: this is the last vector, or all of a misaligned array's. Registers cannot be indexed.
+#ifdef __CUDA_ARCH__
+#pragma unroll 1
+#endif
+  for (int j = 0; j < kVector; ++j) {
+    x[0] = x[1], x[1] = x[2], x[2] = x[3];
+    values.template load<1>(i + j < last ? i + j : last, x + 3);
+  }
+}
+
 template <Code code, Rounding rounding, class Work>
 __global__ void __launch_bounds__(kThreads, Work::blocks) encode_vectors(const __grid_constant__ Work work) {
   const int64_t stride = int64_t{kVector} * kThreads * gridDim.x;
@@ -165,7 +180,7 @@ __global__ void __launch_bounds__(kThreads, Work::blocks) encode_vectors(const _
   work.template with_values<code>([&](const auto& values) {
     for (int64_t i = begin; i < work.result.count; i += stride) {
       float x[kVector];
-      values.vector(i, x);
+      load_vector(work, values, i, x);
       encode_vector<code, rounding>(work, i, x, largest, sink);
     }
   });
@@ -175,7 +190,7 @@ __global__ void __launch_bounds__(kThreads, Work::blocks) encode_vectors(const _
 
 template <Code code, class Work>
 FASTAGG_INLINE void values_at(const Work& work, int64_t i, float (&x)[kVector]) {
-  work.template with_values<code>([&](const auto& values) { values.vector(i, x); });
+  work.template with_values<code>([&](const auto& values) { load_vector(work, values, i, x); });
 }
 
 /// Encodes the block that begins at `begin`: `lanes` threads together, this one as number `lane`. Threads of blocks
@@ -242,7 +257,7 @@ __global__ void __launch_bounds__(kThreads, Work::blocks) encode_blocks(const __
 template <class Work>
 FASTAGG_INLINE float value_at(const Work& work, int64_t i) {
   float x = 0;
-  work.template with_values<Code::wire_sign>([&](const auto& values) { x = values.one(i); });
+  work.template with_values<Code::wire_sign>([&](const auto& values) { values.template load<1>(i, &x); });
   return x;
 }
 

@@ -73,27 +73,8 @@ struct SumWork {
   struct Values {
     const SumWork& work;
 
-    FASTAGG_INLINE void vector(int64_t i, float (&x)[kVector]) const {
-      const int64_t last = work.result.count - 1;
-      if (work.aligned && i + kVector - 1 <= last) return add_up<kVector>(i, x);
-      // Not unrolled: this is the last vector, or all of a misaligned array's. Registers cannot be indexed.
-#ifdef __CUDA_ARCH__
-#pragma unroll 1
-#endif
-      for (int j = 0; j < kVector; ++j) {
-        x[0] = x[1], x[1] = x[2], x[2] = x[3];
-        add_up<1>(i + j < last ? i + j : last, x + 3);
-      }
-    }
-    FASTAGG_INLINE float one(int64_t i) const {
-      float x;
-      add_up<1>(i, &x);
-      return x;
-    }
-
-   private:
     template <int n>
-    FASTAGG_INLINE void add_up(int64_t i, float* x) const {
+    FASTAGG_INLINE void load(int64_t i, float* x) const {
       for (int j = 0; j < n; ++j) x[j] = -0.0f;
       for (int rank = 0; rank < work.ranks; ++rank) {
         const Elements<from, n> elements = load_elements<from, n>(work.sources[rank], i);
@@ -106,6 +87,8 @@ struct SumWork {
         x[j] = work.inverse != 0 ? x[j] * work.inverse : x[j] / work.divisor;
       }
     }
+
+   private:
     /// For a rank alone as `cast` does it, so that it is rounded once.
     template <int n>
     FASTAGG_INLINE float narrow(const Elements<from, n>& elements, int j) const {
