@@ -11,6 +11,9 @@ bash tools/native_sources.sh | xargs clang-format --dry-run -Werror
 section "C++ and CUDA with warnings as errors (CUDA where nvcc is on the PATH)"
 bash tools/build_strict.sh
 
+section "machine code of the CUDA kernels: local memory and whole vectors"
+python tools/check_sass.py build/lint/native
+
 section "stubs of the native modules"
 bash tools/stubs.sh check
 

@@ -10,9 +10,10 @@ pins=$(mktemp)
 trap 'rm -f "$pins"' EXIT
 
 compile() {
-  # torch's CUDA packages are left to torch, for its CPU build has none; the headers that we ask for ourselves stay.
+  # torch's CUDA packages are left to torch, for its CPU build has none; what we ask for ourselves stays.
   uv pip compile --quiet --universal --python-version 3.10 --no-header --no-annotate --no-emit-package fastagg "$@" |
-    awk -v headers="$headers" '!/^(nvidia-|cuda-|triton)/ || (headers && /^nvidia-cuda-(cccl|crt|runtime)=/)'
+    awk -v headers="$headers" '!/^(nvidia-|cuda-|triton)/ || /^nvidia-cuda-(cuobjdump|nvdisasm)=/ ||
+      (headers && /^nvidia-cuda-(cccl|crt|runtime)=/)'
 }
 
 write() { # FILE ARGUMENTS…: one locked file, with the versions of $pins

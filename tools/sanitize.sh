@@ -22,6 +22,7 @@ for sanitizers in address,undefined thread; do
   printf '\n-- the CUDA kernels on the CPU under %s\n' "$sanitizers"
   cmake -S tests/cuda_on_cpu -B "$folder/cuda" -DFASTAGG_CUDA_ON_CPU_MODULE=OFF -DFASTAGG_SANITIZE="$sanitizers" \
     -DFASTAGG_CUDA_HEADERS="$headers" >/dev/null
-  cmake --build "$folder/cuda" --parallel 2 --target driver
+  cmake --build "$folder/cuda" --parallel 2 --target driver peers
   "$folder/cuda/driver"
+  "$folder/cuda/peers"
 done

@@ -11,6 +11,7 @@
 #include "cpu/thread_pool.h"
 #include "operands.h"
 #include "shared_memory_group.h"
+#include "tensor_addresses.h"
 
 namespace fastagg::bindings {
 namespace {
@@ -48,6 +49,46 @@ std::pair<bool, double> reduce(const py::tuple& described, bool norm) {
   double squares = 0;
   const bool finite = cpu::reduce(range.of_whole(), range.begin(), range.end(), norm ? &squares : nullptr);
   return {finite, squares};
+}
+
+void server_step(const py::tuple& optimizer, const py::list& leaves) {
+  const Optimizer rule = optimizer_of(optimizer);
+  const std::vector<ModelLeaf> operands = model_leaves_of(leaves);
+  const py::gil_scoped_release release;
+  cpu::server_step(rule, operands.data(), static_cast<int64_t>(operands.size()));
+}
+
+std::vector<int64_t> sorted_mean(const py::tuple& rule, const py::list& described) {
+  const WindowRule window(rule);
+  const Leaves leaves(described);
+  const auto finite = std::make_unique<bool[]>(leaves.size());
+  {
+    const py::gil_scoped_release release;
+    cpu::sorted_mean(window.operands(), leaves.data(), leaves.size(), finite.get());
+  }
+  return indices_of_false(finite.get(), leaves.size());
+}
+
+bool squared_distances(const py::list& described, int32_t clients, uintptr_t distances) {
+  const Leaves leaves(described);
+  const py::gil_scoped_release release;
+  return cpu::squared_distances(leaves.data(), leaves.size(), clients, reinterpret_cast<double*>(distances));
+}
+
+std::pair<std::vector<int64_t>, py::array_t<double>> statistics(const py::list& described, const py::list& measured) {
+  const Leaves leaves(described);
+  const Measurements measurements(measured);
+  const auto finite = std::make_unique<bool[]>(leaves.size());
+  std::vector<Moments> moments(leaves.size() * measurements.clients());
+  std::vector<Moments*> of_leaves(leaves.size());
+  for (int64_t leaf = 0; leaf < leaves.size(); ++leaf) of_leaves[leaf] = moments.data() + leaf * measurements.clients();
+  {
+    const py::gil_scoped_release release;
+    cpu::statistics(leaves.data(), measurements.data(), leaves.size(), finite.get(), of_leaves.data());
+  }
+  py::array_t<double> found({leaves.size(), measurements.clients(), int64_t{kMoments}});
+  if (!moments.empty()) memcpy(found.mutable_data(), moments.data(), moments.size() * sizeof(Moments));
+  return {indices_of_false(finite.get(), leaves.size()), found};
 }
 
 uint64_t stream_probe(const std::vector<uint64_t>& sources, int64_t source_bytes, uintptr_t out, int64_t out_bytes,
@@ -127,8 +168,22 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
         py::arg("out"), py::arg("count"),
         "Adds up arrays of float64, divides and multiplies; returns whether the result is finite, and its sum of "
         "squares.");
+  m.def("server_step", &bindings::server_step, py::arg("optimizer"), py::arg("leaves"),
+        "A server optimiser's step of leaves, their moments in place.");
+  m.def("sorted_mean", &bindings::sorted_mean, py::arg("rule"), py::arg("leaves"),
+        "Means of windows of the clients' sorted values; returns the indices of leaves with non-finite values.");
+  m.def(
+      "squared_distances", &bindings::squared_distances, py::arg("leaves"), py::arg("clients"), py::arg("distances"),
+      "Squared distances of all pairs of clients, over all leaves, as a matrix of float64; returns whether all values "
+      "are finite.");
+  m.def("statistics", &bindings::statistics, py::arg("leaves"), py::arg("measured"),
+        "Weighted sums, and moments of the clients (leaves, clients, numbers); returns the indices of leaves with "
+        "non-finite sums first.");
   m.def("numpy_addresses", &bindings::numpy_addresses, py::arg("arrays"),
         "Addresses of the leading NumPy arrays that share the first one's dtype, shape and C layout.");
+  m.def("tensor_addresses", &bindings::tensor_addresses, py::arg("exchange"), py::arg("types"), py::arg("tensors"),
+        "Addresses of the leading tensors that are of one of these types and share the first one's dtype, device and "
+        "shape, contiguous; `exchange` is their library's table for DLPack.");
   m.def(
       "numpy_address", [](const py::array& array) { return reinterpret_cast<uintptr_t>(array.data()); },
       py::arg("array"), "Address of a NumPy array's first element.");

@@ -2,171 +2,216 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <cstring>
-#include <limits>
-#include <map>
-#include <mutex>
+#include <memory>
 
+#include "core/squared_distances.h"
 #include "cuda/leaf_table.h"
+#include "device.h"
 #include "operands.h"
+#include "peer_memory.h"
 
 namespace fastagg::bindings {
 namespace {
 
-struct CudaError : std::runtime_error { using std::runtime_error::runtime_error; };
+cudaStream_t stream_at(uintptr_t address) { return reinterpret_cast<cudaStream_t>(address); }
 
-/// Throws what a call of the runtime returned, unless it is success.
-void check_status(cudaError_t status, const char* doing) {
-  if (status != cudaSuccess) throw CudaError(std::string(doing) + ": " + cudaGetErrorString(status));
-}
-
-/// Turns a CudaError into fastagg.CudaError.
-void raise_cuda_error(std::exception_ptr error) {
-  try {
-    if (error) std::rethrow_exception(error);
-  } catch (const CudaError& refused) {
-    py::set_error(py::module_::import("fastagg._errors").attr("CudaError"), refused.what());
-  }
-}
-
-/// Makes the device that owns `data` current for a scope.
-class DeviceOf {
+/// A table of leaves in their device's memory, with room for more behind it.
+class DeviceLeaves {
  public:
-  explicit DeviceOf(const void* data) {
-    cudaPointerAttributes attributes{};
-    check_status(cudaPointerGetAttributes(&attributes, data), "asking for an array's device");
-    if (attributes.type == cudaMemoryTypeUnregistered) throw CudaError("an array is not in a CUDA device's memory");
-    check_status(cudaGetDevice(&previous_), "asking for the current device");
-    device_ = attributes.device;
-    if (device_ != previous_) check_status(cudaSetDevice(device_), "changing the device");
+  DeviceLeaves(const cuda::LeafTableBuilder& builder, cudaStream_t stream, size_t more = 0)
+      : builder_(builder),
+        table_bytes_((builder.bytes() + 7) / 8 * 8),
+        device_(builder.any_data()),
+        buffer_(table_bytes_ + more, device_.device(), stream),
+        stream_(stream) {
+    const std::vector<char> bytes = builder.bytes_for(buffer_.data(), &table_);
+    check_status(cuda::upload(bytes.data(), buffer_.data(), static_cast<int64_t>(bytes.size()), stream),
+                 "copying the table of leaves");
   }
-  ~DeviceOf() {
-    if (device_ != previous_) cudaSetDevice(previous_);
-  }
-  DeviceOf(const DeviceOf&) = delete;
-  DeviceOf& operator=(const DeviceOf&) = delete;
 
-  int device() const { return device_; }
+  const cuda::LeafTable& table() const { return table_; }
+  char* more() const { return buffer_.data() + table_bytes_; }
+
+  /// The leaves whose flags are raised, once the stream has come here.
+  std::vector<int64_t> flagged() const {
+    std::vector<int64_t> indices;
+    const auto flags = read<int32_t>(buffer_.data(), builder_.size(), stream_);
+    for (int64_t i = 0; i < builder_.size(); ++i)
+      if (flags[i] != 0) indices.push_back(builder_.index_of(i));
+    return indices;
+  }
 
  private:
-  int previous_ = 0, device_ = 0;
-};
-
-/// Our own pool of a device's memory, made at first use. It keeps what it has got: the default pool would hand memory
-/// back at every synchronisation, and others' settings of that one are not ours to change.
-cudaMemPool_t pool_of(int device) {
-  static std::mutex mutex;
-  static std::map<int, cudaMemPool_t> pools;
-  const std::lock_guard<std::mutex> lock(mutex);
-  if (const auto found = pools.find(device); found != pools.end()) return found->second;
-  cudaMemPoolProps properties{};
-  properties.allocType = cudaMemAllocationTypePinned;
-  properties.location = {cudaMemLocationTypeDevice, device};
-  cudaMemPool_t pool = nullptr;
-  check_status(cudaMemPoolCreate(&pool, &properties), "creating a memory pool");
-  uint64_t keep = std::numeric_limits<uint64_t>::max();
-  check_status(cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &keep), "setting up a memory pool");
-  return pools[device] = pool;
-}
-
-/// Device memory in a stream's order, freed when the stream has passed the scope's end.
-class StreamBuffer {
- public:
-  StreamBuffer(size_t bytes, int device, cudaStream_t stream) : stream_(stream) {
-    void* data = nullptr;
-    check_status(cudaMallocFromPoolAsync(&data, bytes, pool_of(device), stream), "allocating device memory");
-    data_ = static_cast<char*>(data);
-  }
-  ~StreamBuffer() { cudaFreeAsync(data_, stream_); }
-  StreamBuffer(const StreamBuffer&) = delete;
-  StreamBuffer& operator=(const StreamBuffer&) = delete;
-
-  char* data() const { return data_; }
-
- private:
-  char* data_ = nullptr;
+  const cuda::LeafTableBuilder& builder_;
+  size_t table_bytes_;
+  DeviceOf device_;
+  StreamBuffer buffer_;
   cudaStream_t stream_;
+  cuda::LeafTable table_{};
 };
-
-/// What lies on the device once the stream has come here.
-template <class T>
-std::vector<T> read(const char* from, int64_t count, cudaStream_t stream) {
-  std::vector<T> values(count);
-  check_status(cudaMemcpyAsync(values.data(), from, count * sizeof(T), cudaMemcpyDeviceToHost, stream),
-               "reading what was found");
-  check_status(cudaStreamSynchronize(stream), "waiting for the stream");
-  return values;
-}
 
 std::vector<int64_t> weighted_sum(const py::list& described, uintptr_t stream_address, bool check) {
   const Leaves leaves(described);
-  const auto stream = reinterpret_cast<cudaStream_t>(stream_address);
+  const cudaStream_t stream = stream_at(stream_address);
   const py::gil_scoped_release release;
   const cuda::LeafTableBuilder builder(leaves.data(), leaves.size());
   if (builder.size() == 0) return {};
-  const DeviceOf device(builder.any_data());
-  const StreamBuffer buffer(builder.bytes(), device.device(), stream);
-  cuda::LeafTable table;
-  const std::vector<char> bytes = builder.bytes_for(buffer.data(), &table);
-  // From pageable memory: the runtime has staged all of it when the call returns, so that `bytes` may go.
-  check_status(cudaMemcpyAsync(buffer.data(), bytes.data(), bytes.size(), cudaMemcpyHostToDevice, stream),
-               "copying the table of leaves");
-  check_status(cuda::weighted_sum(table, stream), "weighted_sum");
-  std::vector<int64_t> nonfinite;
-  if (!check) return nonfinite;
-  const auto flags = read<int32_t>(buffer.data(), builder.size(), stream);
-  for (int64_t i = 0; i < builder.size(); ++i)
-    if (flags[i] != 0) nonfinite.push_back(builder.index_of(i));
-  return nonfinite;
+  if (check) check_waiting(stream, "looking for non-finite values (any nan_policy but \"propagate\")");
+  const DeviceLeaves device(builder, stream);
+  check_status(cuda::weighted_sum(device.table(), stream), "weighted_sum");
+  return check ? device.flagged() : std::vector<int64_t>{};
 }
 
-bool cast(const py::tuple& described, uintptr_t stream_address, bool check) {
+std::vector<int64_t> sorted_mean(const py::tuple& rule, const py::list& described, uintptr_t stream_address) {
+  const WindowRule window(rule);
+  const Leaves leaves(described);
+  const cudaStream_t stream = stream_at(stream_address);
+  const py::gil_scoped_release release;
+  const cuda::LeafTableBuilder builder(leaves.data(), leaves.size());
+  if (builder.size() == 0) return {};
+  SortedMean op = window.operands();
+  const int64_t rows = scratch_rows(op, *leaves.data());
+  if (rows > cuda::kMaximumRows)
+    throw py::value_error("expected at most " + std::to_string(cuda::kMaximumRows) +
+                          " clients, mixtures included, on a device, got " + std::to_string(rows));
+  check_waiting(stream, "looking for non-finite values");
+  const size_t network_bytes = op.comparators * sizeof(Comparator), mixing_bytes = window.mixing_bytes();
+  const DeviceLeaves device(builder, stream, network_bytes + mixing_bytes);
+  const auto place = [&](const void* from, size_t bytes, char* to) {
+    check_status(cuda::upload(from, to, static_cast<int64_t>(bytes), stream), "copying the rule");
+    return static_cast<void*>(to);
+  };
+  op.network = static_cast<Comparator*>(place(op.network, network_bytes, device.more()));
+  if (op.mixing != nullptr)
+    op.mixing = static_cast<double*>(place(op.mixing, mixing_bytes, device.more() + network_bytes));
+  check_status(cuda::sorted_mean(op, device.table(), stream), "sorted_mean");
+  return device.flagged();
+}
+
+bool squared_distances(const py::list& described, int32_t clients, uintptr_t distances, uintptr_t stream_address) {
+  const Leaves leaves(described);
+  const cudaStream_t stream = stream_at(stream_address);
+  const py::gil_scoped_release release;
+  const size_t entries = static_cast<size_t>(clients) * clients;
+  const cuda::LeafTableBuilder builder(leaves.data(), leaves.size());
+  std::fill_n(reinterpret_cast<double*>(distances), entries, 0.0);
+  if (builder.size() == 0) return true;
+  if (clients > cuda::kMaximumClients)
+    throw py::value_error("expected at most " + std::to_string(cuda::kMaximumClients) +
+                          " points, a reference included, on a device, got " + std::to_string(clients));
+  check_waiting(stream, "reading the distances");
+  const int64_t parts = distance_parts(builder.tasks(), clients);
+  const DeviceLeaves device(builder, stream, (parts + 1) * entries * sizeof(double));
+  check_status(cudaMemsetAsync(device.more(), 0, (parts + 1) * entries * sizeof(double), stream), "clearing the sums");
+  auto* const sums = reinterpret_cast<double*>(device.more());
+  const cuda::Distances op{clients, parts, sums, sums + parts * entries};
+  check_status(cuda::squared_distances(op, device.table(), stream), "squared_distances");
+  const auto found = read<double>(reinterpret_cast<const char*>(op.distances), static_cast<int64_t>(entries), stream);
+  std::copy(found.begin(), found.end(), reinterpret_cast<double*>(distances));
+  return device.flagged().empty();
+}
+
+void cast(const py::tuple& described, uintptr_t stream, uintptr_t nonfinite) {
   const Cast operands = cast_of(described);
-  if (operands.count == 0) return true;
-  const auto stream = reinterpret_cast<cudaStream_t>(stream_address);
+  if (operands.count == 0) return;
   const py::gil_scoped_release release;
   const DeviceOf device(operands.source.data);
-  if (!check) {
-    check_status(cuda::cast(operands, nullptr, stream), "cast");
-    return true;
-  }
-  const StreamBuffer flag(sizeof(int32_t), device.device(), stream);
-  check_status(cudaMemsetAsync(flag.data(), 0, sizeof(int32_t), stream), "clearing the non-finite flag");
-  check_status(cuda::cast(operands, reinterpret_cast<int32_t*>(flag.data()), stream), "cast");
-  return read<int32_t>(flag.data(), 1, stream)[0] == 0;
+  check_status(cuda::cast(operands, reinterpret_cast<int32_t*>(nonfinite), stream_at(stream)), "cast");
 }
 
-std::pair<bool, double> reduce(const py::tuple& described, uintptr_t stream_address, bool norm, bool check) {
+void server_step(const py::tuple& optimizer, const py::list& leaves, uintptr_t stream_address) {
+  const Optimizer rule = optimizer_of(optimizer);
+  const std::vector<ModelLeaf> operands = model_leaves_of(leaves);
+  const cudaStream_t stream = stream_at(stream_address);
+  const py::gil_scoped_release release;
+  cuda::StepTable table{};
+  const auto entries = cuda::step_leaves_of(operands.data(), static_cast<int64_t>(operands.size()), &table.tasks);
+  if (entries.empty()) return;
+  const DeviceOf device(entries[0].leaf.out);
+  const size_t bytes = entries.size() * sizeof(cuda::StepLeaf);
+  const StreamBuffer buffer(bytes, device.device(), stream);
+  check_status(cuda::upload(entries.data(), buffer.data(), static_cast<int64_t>(bytes), stream),
+               "copying the table of leaves");
+  table.leaves = reinterpret_cast<const cuda::StepLeaf*>(buffer.data());
+  table.count = static_cast<int64_t>(entries.size());
+  check_status(cuda::server_step(rule, table, stream), "server_step");
+}
+
+/// Lets `stretches` point to a copy in device memory, which lasts as long as what is returned.
+template <class Operands>
+std::unique_ptr<StreamBuffer> upload_stretches(Operands& op, const DeviceOf& device, cudaStream_t stream) {
+  if (op.rounding == Rounding::nearest) op.stretch_count = 0;  // they would not be read
+  if (op.stretch_count == 0) return nullptr;
+  const auto bytes = op.stretch_count * static_cast<int64_t>(sizeof(Stretch));
+  auto buffer = std::make_unique<StreamBuffer>(bytes, device.device(), stream);
+  check_status(cuda::upload(op.stretches, buffer->data(), bytes, stream), "copying the stretches");
+  op.stretches = reinterpret_cast<const Stretch*>(buffer->data());
+  return buffer;
+}
+
+void reduce(const py::tuple& described, uintptr_t stream_address, uintptr_t nonfinite, uintptr_t squares) {
   RangeReduction range(described);
   Reduction reduction = range.of_part();
   Cast& result = reduction.result;
-  if (result.count == 0) return {true, 0};
-  const auto stream = reinterpret_cast<cudaStream_t>(stream_address);
+  if (result.count == 0) return;
+  const cudaStream_t stream = stream_at(stream_address);
   const py::gil_scoped_release release;
   const DeviceOf device(reduction.sources[0].data);
-  if (result.rounding == Rounding::nearest) result.stretch_count = 0;  // they would not be read
-  // The stretches, the sums of squares, the flag.
-  const size_t squares_at = result.stretch_count * sizeof(Stretch);
-  const size_t flag_at = squares_at + (norm ? cuda::kMaximumBlocks * sizeof(double) : 0);
-  const StreamBuffer buffer(flag_at + sizeof(int32_t), device.device(), stream);
-  check_status(cudaMemcpyAsync(buffer.data(), result.stretches, squares_at, cudaMemcpyHostToDevice, stream),
-               "copying the stretches");
-  check_status(cudaMemsetAsync(buffer.data() + squares_at, 0, flag_at + sizeof(int32_t) - squares_at, stream),
-               "clearing what will be found");
-  result.stretches = reinterpret_cast<const Stretch*>(buffer.data());
-  auto* squares = norm ? reinterpret_cast<double*>(buffer.data() + squares_at) : nullptr;
-  check_status(cuda::reduce(reduction, reinterpret_cast<int32_t*>(buffer.data() + flag_at), squares, stream), "reduce");
-  if (!norm && !check) return {true, 0};
-  const auto found = read<char>(buffer.data() + squares_at, flag_at + sizeof(int32_t) - squares_at, stream);
-  double sum = 0;
-  for (size_t at = 0; at < flag_at - squares_at; at += sizeof(double)) {
-    double part;
-    memcpy(&part, found.data() + at, sizeof part);
-    sum += part;
-  }
-  int32_t nonfinite;
-  memcpy(&nonfinite, found.data() + flag_at - squares_at, sizeof nonfinite);
-  return {nonfinite == 0, sum};
+  const auto buffer = upload_stretches(result, device, stream);
+  check_status(
+      cuda::reduce(reduction, reinterpret_cast<int32_t*>(nonfinite), reinterpret_cast<double*>(squares), stream),
+      "reduce");
+}
+
+void reduce_float64(const std::vector<uintptr_t>& sources, double divisor, double factor, uintptr_t out, int64_t count,
+                    uintptr_t stream, uintptr_t nonfinite, uintptr_t squares) {
+  if (count == 0) return;
+  cuda::Reduction64 reduction{{},    static_cast<int32_t>(sources.size()), divisor, factor,
+                              count, reinterpret_cast<double*>(out)};
+  if (sources.size() > cuda::kMaximumRanks) throw py::value_error("more ranks than one reduction adds up");
+  for (size_t rank = 0; rank < sources.size(); ++rank)
+    reduction.sources[rank] = reinterpret_cast<const double*>(sources[rank]);
+  const py::gil_scoped_release release;
+  const DeviceOf device(reduction.out);
+  check_status(cuda::reduce_float64(reduction, reinterpret_cast<int32_t*>(nonfinite),
+                                    reinterpret_cast<double*>(squares), stream_at(stream)),
+               "reduce_float64");
+}
+
+/// `peers`: (rank, every rank's memory, bytes of a slot, blocks of threads, timeout in seconds, where who is lost
+/// stands)
+void all_reduce(const py::tuple& described, const py::tuple& peers, uint32_t description, uintptr_t stream_address,
+                uintptr_t nonfinite, uintptr_t squares) {
+  std::vector<Stretch> stretches;
+  const auto memory = peers[1].cast<std::vector<uintptr_t>>();
+  cuda::PeerExchange exchange{};
+  exchange.exchange = exchange_of(described, stretches);
+  exchange.rank = peers[0].cast<int32_t>();
+  exchange.ranks = static_cast<int32_t>(memory.size());
+  if (memory.size() > cuda::kMaximumRanks) throw py::value_error("more ranks than can share memory");
+  for (size_t rank = 0; rank < memory.size(); ++rank) exchange.memory[rank] = reinterpret_cast<char*>(memory[rank]);
+  exchange.slot_bytes = peers[2].cast<int64_t>();
+  exchange.blocks = peers[3].cast<int32_t>();
+  exchange.description = description;
+  exchange.timeout = static_cast<int64_t>(peers[4].cast<double>() * 1e9);
+  exchange.lost = pointer<uint32_t>(peers[5]);
+  exchange.nonfinite = reinterpret_cast<int32_t*>(nonfinite);
+  exchange.squares = reinterpret_cast<double*>(squares);
+  Exchange& op = exchange.exchange;
+  if (op.count == 0) return;
+  const cudaStream_t stream = stream_at(stream_address);
+  const py::gil_scoped_release release;
+  const DeviceOf device(op.data);
+  const auto buffer = upload_stretches(op, device, stream);
+  check_status(cuda::all_reduce(exchange, stream), "all_reduce");
+}
+
+/// Blocks of threads of an all-reduce on a device: few, so that what computes has room beside those that wait.
+int peer_blocks(int device) {
+  int processors = 0;
+  check_status(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device),
+               "asking for a device's multiprocessors");
+  return std::min(processors, cuda::kPeerBlocks);
 }
 
 /// CUDA's version that the driver serves, as 1000 * major + 10 * minor; 0 without a driver.
@@ -200,12 +245,32 @@ PYBIND11_MODULE(FASTAGG_CUDA_MODULE, m, pybind11::mod_gil_not_used()) {
   m.def("weighted_sum", &bindings::weighted_sum, py::arg("leaves"), py::arg("stream"), py::arg("check"),
         "Weighted sums or maxima of leaves on a stream; with check, waits and returns the indices of leaves with "
         "non-finite sums.");
-  m.def("cast", &bindings::cast, py::arg("operands"), py::arg("stream"), py::arg("check"),
-        "Decodes a source and encodes it as another code on a stream; with check, waits and returns whether nothing "
-        "became infinite or NaN.");
-  m.def("reduce", &bindings::reduce, py::arg("operands"), py::arg("stream"), py::arg("norm"), py::arg("check"),
-        "Adds up encoded arrays, divides and encodes on a stream; with norm or check, waits and returns whether the "
-        "result is finite, and its sum of squares.");
+  // Below: `nonfinite` is an int32 on the device that is raised, `squares` MAXIMUM_BLOCKS float64 that are added to; 0
+  // for neither.
+  m.def("cast", &bindings::cast, py::arg("operands"), py::arg("stream"), py::arg("nonfinite"),
+        "Decodes a source and encodes it as another code on a stream.");
+  m.def("reduce", &bindings::reduce, py::arg("operands"), py::arg("stream"), py::arg("nonfinite"), py::arg("squares"),
+        "Adds up encoded arrays, divides and encodes on a stream.");
+  m.def("reduce_float64", &bindings::reduce_float64, py::arg("sources"), py::arg("divisor"), py::arg("factor"),
+        py::arg("out"), py::arg("count"), py::arg("stream"), py::arg("nonfinite"), py::arg("squares"),
+        "Adds up float64 arrays on a stream: sum / divisor * factor.");
+  m.def("server_step", &bindings::server_step, py::arg("optimizer"), py::arg("leaves"), py::arg("stream"),
+        "A server optimiser's step of leaves on a stream, their moments in place.");
+  m.def("sorted_mean", &bindings::sorted_mean, py::arg("rule"), py::arg("leaves"), py::arg("stream"),
+        "Means of windows of the clients' sorted values on a stream; waits and returns the indices of leaves with "
+        "non-finite values.");
+  m.def("squared_distances", &bindings::squared_distances, py::arg("leaves"), py::arg("clients"), py::arg("distances"),
+        py::arg("stream"),
+        "Squared distances of all pairs of clients, over all leaves, on a stream; waits, writes them to the host's "
+        "memory "
+        "as a matrix of float64 and returns whether all values are finite.");
+  m.def("all_reduce", &bindings::all_reduce, py::arg("exchange"), py::arg("peers"), py::arg("description"),
+        py::arg("stream"), py::arg("nonfinite"), py::arg("squares"),
+        "Reduces over ranks whose devices reach each other's memory; `description` is the same on all.");
+  bindings::define_peer_memory(m);
+  m.attr("MAXIMUM_BLOCKS") = cuda::kMaximumBlocks;
+  m.attr("MAXIMUM_RANKS") = cuda::kMaximumRanks;
+  m.def("peer_blocks", &bindings::peer_blocks, py::arg("device"), "Blocks of threads of an all-reduce on a device.");
   m.def("driver_version", &bindings::driver_version, "CUDA's version that the driver serves; 0 without a driver.");
   m.def("runtime_version", &bindings::runtime_version, "CUDA's version that this module was built with.");
   m.def("device_count", &bindings::device_count, "CUDA devices that can be used; 0 without a driver.");

@@ -18,30 +18,6 @@ using comm::SharedMemory;
   throw py::error_already_set();
 }
 
-/// (data, code, count, wire, block_shift, stochastic, (seed, step, tensor, rank), mean, encoded_factor, factor,
-/// residual, residual_factor, error, norm, stretches, description); the stretches are stored beside it.
-comm::Exchange exchange_of(const py::tuple& described, std::vector<Stretch>& stretches) {
-  stretches = stretches_of(described[14]);
-  const auto [seed, step, tensor, rank] = described[6].cast<std::tuple<uint64_t, uint32_t, uint32_t, uint32_t>>();
-  return {pointer(described[0]),
-          static_cast<Code>(described[1].cast<int>()),
-          described[2].cast<int64_t>(),
-          static_cast<Code>(described[3].cast<int>()),
-          described[4].cast<uint8_t>(),
-          described[5].cast<bool>() ? Rounding::stochastic : Rounding::nearest,
-          {seed, step, tensor, rank},
-          stretches.data(),
-          static_cast<int64_t>(stretches.size()),
-          described[7].cast<bool>(),
-          described[8].cast<float>(),
-          described[9].cast<double>(),
-          pointer<float>(described[10]),
-          described[11].cast<float>(),
-          pointer<float>(described[12]),
-          described[13].cast<bool>(),
-          described[15].cast<std::string>()};
-}
-
 std::shared_ptr<comm::Segment> share(comm::Segment segment) {
   return std::make_shared<comm::Segment>(std::move(segment));
 }
@@ -58,7 +34,7 @@ class SharedMemoryGroup {
   template <Phase phase>
   std::tuple<bool, int64_t, double> exchange(const py::tuple& described, double timeout) {
     std::vector<Stretch> stretches;
-    const comm::Exchange exchange = exchange_of(described, stretches);
+    const comm::Exchange exchange{exchange_of(described, stretches), described[15].cast<std::string>()};
     const auto wait = std::chrono::nanoseconds(static_cast<int64_t>(timeout * 1e9));
     try {
       const py::gil_scoped_release release;
@@ -91,6 +67,9 @@ void define_shared_memory(py::module_& m) {
   });
   m.attr("DESCRIPTION_BYTES") = comm::kDescriptionBytes;
   using Names = std::vector<int>;
+  py::class_<comm::Peers>(m, "Peers", "The processes of a group's ranks, watched whatever they do.")
+      .def(py::init<const Names&, Names, int>(), py::arg("processes"), py::arg("names"), py::arg("rank"))
+      .def("ended", &comm::Peers::ended, "The rank of a process that has ended, or -1.");
   py::class_<SharedMemoryGroup>(m, "SharedMemoryGroup", "One rank's end of a group of processes on one host.")
       .def(py::init([](const Names& processes, const Names& names, int rank) {
              return std::make_unique<SharedMemoryGroup>(share(comm::Segment::create(SharedMemory::bytes(names.size()))),
@@ -117,16 +96,16 @@ void define_shared_memory(py::module_& m) {
       .def("all_gather", &SharedMemoryGroup::exchange<&SharedMemory::all_gather>, py::arg("operands"),
            py::arg("timeout"), "Copies each rank's slice to all ranks.")
       .def("tell_lost", &SharedMemoryGroup::tell_lost, py::arg("name"),
-           "All ranks will raise PeerError for this one, or for the returned one, of which they were told before.")
-      .def_static(
-          "slice_of",
-          [](int64_t count, int rank, int ranks) {
-            const comm::Slice slice = comm::slice_of(count, rank, ranks);
-            return std::pair(slice.begin, slice.end);
-          },
-          py::arg("count"), py::arg("rank"), py::arg("ranks"), "The elements that a rank owns: [begin, end).")
-      .def_static("in_one_shot", &comm::in_one_shot, py::arg("count"), py::arg("ranks"),
-                  "Whether every rank reduces everything itself.");
+           "All ranks will raise PeerError for this one, or for the returned one, of which they were told before.");
+  m.def(
+      "slice_of",
+      [](int64_t count, int rank, int ranks) {
+        const Slice slice = slice_of(count, rank, ranks);
+        return std::pair(slice.begin, slice.end);
+      },
+      py::arg("count"), py::arg("rank"), py::arg("ranks"), "The elements that a rank owns: [begin, end).");
+  m.def("in_one_shot", &in_one_shot, py::arg("count"), py::arg("ranks"),
+        "Whether every rank reduces everything itself.");
 }
 
 }  // namespace fastagg::bindings

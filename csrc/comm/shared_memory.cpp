@@ -21,9 +21,6 @@ constexpr int64_t kLine = 64;
 /// From this size on a result is stored around the caches.
 constexpr int64_t kStreamBytes = 4 << 20;
 
-/// Elements of few ranks that are cheaper to reduce everywhere than to wait for twice.
-constexpr int64_t kOneShotElements = 64 << 10;
-
 /// Looks at a counter before the processor is handed on, and handing it on before sleeping.
 constexpr int kSpins = 256, kYields = 2000;
 constexpr auto kNap = std::chrono::microseconds(50);
@@ -52,16 +49,6 @@ int64_t slot_stride(int ranks) {
 }
 
 }  // namespace
-
-Slice slice_of(int64_t count, int rank, int ranks) {
-  const int64_t passes = (count + kChunk - 1) / kChunk, fewest = passes / ranks, larger = passes % ranks;
-  const auto begin = [&](int64_t owner) {
-    return std::min((owner * fewest + std::min(owner, larger)) * kChunk, count);
-  };
-  return {begin(rank), begin(rank + 1)};
-}
-
-bool in_one_shot(int64_t count, int ranks) { return ranks <= 2 || count * ranks <= kOneShotElements; }
 
 /// A rank's flags; nobody else writes them, but `lost`, which the first to notice sets for all.
 struct alignas(2 * kLine) SharedMemory::Member {

@@ -12,6 +12,7 @@
 #include <memory>
 #include <string>
 
+#include "core/exchange.h"
 #include "core/reduce.h"
 #include "peers.h"
 #include "segment.h"
@@ -24,25 +25,9 @@ constexpr int64_t kSlots = 3;
 /// Bytes of a call's description, the last one zero.
 constexpr size_t kDescriptionBytes = 256;
 
-/// One exchange; every rank must name the same but for `data`, the residual and the random key's rank.
-struct Exchange {
-  void* data;  // in place
-  Code code;   // of the data
-  int64_t count;
-  Code wire;
-  uint8_t block_shift;
-  Rounding rounding;
-  RandomKey key;
-  const Stretch* stretches;  // as for `Cast`
-  int64_t stretch_count;
-  bool mean;
-  float encoded_factor;   // a power of two that multiplies the values as they are encoded, and is divided out of sums
-  double factor;          // multiplies the result once it is decoded: a loss scale's inverse
-  const float* residual;  // added to this rank's values, times residual_factor; null: none
-  float residual_factor;
-  float* error;  // with a residual: receives what encoding took from this rank's values and from its slice's means
-  bool norm;     // whether the sum of the result's squares is wanted
-  std::string description;  // of all that must be equal on all ranks: they compare it, and errors show it
+/// One exchange, with what the ranks compare before a value is written.
+struct Exchange : fastagg::Exchange {
+  std::string description;  // of all that must be equal on all ranks; errors show it
 };
 
 struct Outcome {
@@ -50,13 +35,6 @@ struct Outcome {
   int64_t wire_bytes;  // encoded, scales included, that this rank handed to others
   double squares;      // of the result, if wanted
 };
-
-/// The slice of `count` elements that a rank owns: whole passes, of which the first slices may have one more.
-struct Slice { int64_t begin, end; };
-Slice slice_of(int64_t count, int rank, int ranks);
-
-/// Whether every rank reduces everything itself: with two it is no more work, with few elements waiting costs more.
-bool in_one_shot(int64_t count, int ranks);
 
 class SharedMemory {
  public:

@@ -1,6 +1,8 @@
 // The lane of width one: what CUDA threads, the scalar backend and every loop's tail compute with. The SIMD lanes in
 // csrc/cpu/ offer the same names for more elements at once.
 #pragma once
+#include <math.h>
+
 #include "convert.h"
 #include "state48.h"
 
@@ -47,6 +49,17 @@ struct Lane {
   static FASTAGG_INLINE bool any(bool lane) { return lane; }
   /// The sign bits, the first element's in bit 0.
   static FASTAGG_INLINE uint32_t signs(F x) { return bit_cast<uint32_t>(x) >> 31; }
+  static FASTAGG_INLINE F square_root(F x) { return ::sqrtf(x); }
+  static FASTAGG_INLINE D square_root(D x) { return ::sqrt(x); }
+  /// The smaller and the larger of two values, the second of two zeros.
+  template <class V>
+  static FASTAGG_INLINE V minimum(V x, V y) {
+    return x < y ? x : y;
+  }
+  template <class V>
+  static FASTAGG_INLINE V maximum(V x, V y) {
+    return x > y ? x : y;
+  }
   static FASTAGG_INLINE F convert(I x) { return static_cast<float>(x); }
   static FASTAGG_INLINE void widen(F x, D (&wide)[halves]) { wide[0] = x; }
   static FASTAGG_INLINE F narrow(const D (&wide)[halves]) { return static_cast<float>(wide[0]); }

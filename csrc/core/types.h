@@ -113,6 +113,69 @@ struct Reduction {
   Cast result;  // of a source and a factor that are not read
 };
 
+/// How a server's optimiser moves a model: core/server_step.h. In the order of what they keep.
+enum class Rule : uint8_t { add, interpolate, momentum, adagrad, adam, yogi };
+constexpr int kRules = 6;
+
+constexpr FASTAGG_INLINE bool has_first_moment(Rule rule) { return rule >= Rule::momentum; }
+constexpr FASTAGG_INLINE bool has_second_moment(Rule rule) { return rule >= Rule::adagrad; }
+
+/// A rule with its constants.
+struct Optimizer {
+  Rule rule;
+  double learning_rate, beta_1, beta_2, tau;
+};
+
+/// One leaf of `server_step`. The moments are float32, those of a float64 leaf float64; null where the rule has none.
+struct ModelLeaf {
+  const void* model;
+  const void* mean;  // the clients'; of the model's code
+  void* first_moment;
+  void* second_moment;
+  void* out;  // may be the model
+  Code code;  // a floating one
+  int64_t count;
+};
+
+/// Which of a coordinate's sorted values `sorted_mean` averages: the middle one or two, all but `left_out` at each end,
+/// or all but the `left_out` that are farthest from the median or from that trimmed mean.
+enum class Window : uint8_t { middle, trimmed, near_median, near_trimmed };
+
+/// Two rows to be sorted, the smaller value into `low`.
+struct Comparator { int32_t low, high; };
+
+/// One `sorted_mean`, for all leaves.
+struct SortedMean {
+  Window window;
+  int32_t left_out;
+  int32_t rows;               // values of a coordinate
+  const double* mixing;       // rows x clients: each value is such a combination of the clients'; null: their own
+  const Comparator* network;  // core/sorting_network.h
+  int64_t comparators;
+};
+
+/// What `statistics` finds of one client's leaf x, and of how it lies to a reference m. Values that are not finite
+/// count for nothing but `nonfinite`.
+struct Moments {
+  double finite = 0;  // their number
+  double nonfinite = 0;
+  double mean = 0;
+  double deviations = 0;  // sum of (x - mean)^2
+  double minimum = __builtin_inf();
+  double maximum = -__builtin_inf();
+  double products = 0;   // sum of x * m
+  double distances = 0;  // sum of (x - m)^2
+  double reference = 0;  // sum of m^2
+};
+constexpr int kMoments = sizeof(Moments) / sizeof(double);
+
+/// Whom `statistics` looks at beside a leaf's weighted sum: the reference is what the sum has written, times a factor.
+struct Measurement {
+  const Source* sources;
+  int32_t clients;
+  double factor;
+};
+
 /// Elements that one pass of `cast` keeps in the first-level cache; a multiple of every block of scales.
 constexpr int64_t kChunk = 4096;
 constexpr int kMinimumBlockShift = 5;

@@ -1,5 +1,7 @@
 // The loops for AVX2 and F16C. Standard headers come before the target region: nothing of theirs may use the
 // instruction set.
+#include <math.h>
+
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -14,11 +16,22 @@
 #include "kernels.h"
 #include "lanes_avx2.h"
 #include "reduce.h"
+#include "server_step.h"
+#include "sorted_mean.h"
+#include "squared_distances.h"
+#include "statistics.h"
 #include "weighted_sum.h"
 
 namespace fastagg {
 namespace {
-constexpr Kernels kernels{"avx2", &weighted_sum<Lanes>, &cast<Lanes>, &reduce<Lanes>};
+constexpr Kernels kernels{"avx2",
+                          &weighted_sum<Lanes>,
+                          &cast<Lanes>,
+                          &reduce<Lanes>,
+                          &server_step<Lanes>,
+                          &sorted_mean<Lanes>,
+                          &squared_distances<Lanes>,
+                          &statistics<Lanes>};
 }  // namespace
 const Kernels* const avx2_kernels = &kernels;
 }  // namespace fastagg

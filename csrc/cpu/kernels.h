@@ -9,6 +9,11 @@ struct Kernels {
   bool (*weighted_sum)(const Leaf& leaf, int64_t begin, int64_t end, bool stream);
   bool (*cast)(const Cast& cast, int64_t begin, int64_t end, bool stream);
   bool (*reduce)(const Reduction& reduction, int64_t begin, int64_t end, double* squares);
+  void (*server_step)(const Optimizer& optimizer, const ModelLeaf& leaf, int64_t begin, int64_t end, bool stream);
+  bool (*sorted_mean)(const SortedMean& op, const Leaf& leaf, int64_t begin, int64_t end, void* scratch, bool stream);
+  bool (*squared_distances)(const Leaf& leaf, int64_t begin, int64_t end, double* scratch, double* sums);
+  bool (*statistics)(const Leaf& leaf, const Measurement& measurement, int64_t begin, int64_t end, bool stream,
+                     Moments* moments);
 };
 
 // Null where the build's architecture lacks them.

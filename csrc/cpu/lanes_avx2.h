@@ -41,6 +41,12 @@ struct Avx2 {
     x[1][0] = widen(high(first)), x[1][1] = widen(high(second));
   }
   static FASTAGG_INLINE __m128 narrow(D x) { return _mm256_cvtpd_ps(x); }
+  static FASTAGG_INLINE F square_root(F x) { return _mm256_sqrt_ps(x); }
+  static FASTAGG_INLINE D square_root(D x) { return _mm256_sqrt_pd(x); }
+  static FASTAGG_INLINE F minimum(F x, F y) { return _mm256_min_ps(x, y); }
+  static FASTAGG_INLINE F maximum(F x, F y) { return _mm256_max_ps(x, y); }
+  static FASTAGG_INLINE D minimum(D x, D y) { return _mm256_min_pd(x, y); }
+  static FASTAGG_INLINE D maximum(D x, D y) { return _mm256_max_pd(x, y); }
   static FASTAGG_INLINE uint32_t signs(F x) { return static_cast<uint32_t>(_mm256_movemask_ps((__m256)x)); }
   static FASTAGG_INLINE bool any(I lanes) { return !_mm256_testz_si256((__m256i)lanes, (__m256i)lanes); }
   static FASTAGG_INLINE F half_to_float(const void* data) { return _mm256_cvtph_ps(load_bytes<__m128i>(data)); }

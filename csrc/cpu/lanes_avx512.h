@@ -48,6 +48,12 @@ struct Avx512 {
     for (int r = 0; r < 2; ++r) x[r][0] = widen(low(whole[r])), x[r][1] = widen(high(whole[r]));
   }
   static FASTAGG_INLINE __m256 narrow(D x) { return _mm512_cvtpd_ps(x); }
+  static FASTAGG_INLINE F square_root(F x) { return _mm512_sqrt_ps(x); }
+  static FASTAGG_INLINE D square_root(D x) { return _mm512_sqrt_pd(x); }
+  static FASTAGG_INLINE F minimum(F x, F y) { return _mm512_min_ps(x, y); }
+  static FASTAGG_INLINE F maximum(F x, F y) { return _mm512_max_ps(x, y); }
+  static FASTAGG_INLINE D minimum(D x, D y) { return _mm512_min_pd(x, y); }
+  static FASTAGG_INLINE D maximum(D x, D y) { return _mm512_max_pd(x, y); }
   static FASTAGG_INLINE uint32_t signs(F x) {
     return _mm512_cmplt_epi32_mask(bit_cast<__m512i>(x), _mm512_setzero_si512());
   }

@@ -40,6 +40,17 @@ struct Neon {
       x[r][0] = widen(low(bit_cast<F>(whole.val[r]))), x[r][1] = widen(high(bit_cast<F>(whole.val[r])));
   }
   static FASTAGG_INLINE HalfF narrow(D x) { return bit_cast<HalfF>(vcvt_f32_f64(bit_cast<float64x2_t>(x))); }
+  static FASTAGG_INLINE F square_root(F x) { return bit_cast<F>(vsqrtq_f32(bit_cast<float32x4_t>(x))); }
+  static FASTAGG_INLINE D square_root(D x) { return bit_cast<D>(vsqrtq_f64(bit_cast<float64x2_t>(x))); }
+  // Its own minimum tells zeros apart, which others do not.
+  template <class V>
+  static FASTAGG_INLINE V minimum(V x, V y) {
+    return x < y ? x : y;
+  }
+  template <class V>
+  static FASTAGG_INLINE V maximum(V x, V y) {
+    return x > y ? x : y;
+  }
   static FASTAGG_INLINE uint32_t signs(F x) {
     constexpr int32x4_t places = {0, 1, 2, 3};
     return vaddvq_u32(vshlq_u32(vshrq_n_u32(bit_cast<uint32x4_t>(x), 31), places));

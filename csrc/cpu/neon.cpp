@@ -7,11 +7,22 @@
 #include "cast.h"
 #include "lanes_neon.h"
 #include "reduce.h"
+#include "server_step.h"
+#include "sorted_mean.h"
+#include "squared_distances.h"
+#include "statistics.h"
 #include "weighted_sum.h"
 
 namespace fastagg {
 namespace {
-constexpr Kernels kernels{"neon", &weighted_sum<Lanes>, &cast<Lanes>, &reduce<Lanes>};
+constexpr Kernels kernels{"neon",
+                          &weighted_sum<Lanes>,
+                          &cast<Lanes>,
+                          &reduce<Lanes>,
+                          &server_step<Lanes>,
+                          &sorted_mean<Lanes>,
+                          &squared_distances<Lanes>,
+                          &statistics<Lanes>};
 }  // namespace
 const Kernels* const neon_kernels = &kernels;
 }  // namespace fastagg

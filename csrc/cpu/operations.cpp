@@ -2,8 +2,12 @@
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
 #include <vector>
 
+#include "core/rows.h"
+#include "core/squared_distances.h"
+#include "core/statistics.h"
 #include "dispatch.h"
 #include "float_environment.h"
 #include "thread_pool.h"
@@ -24,6 +28,13 @@ int threads_for(int64_t bytes) { return bytes >= kParallelBytes ? get_num_thread
 /// A range of one leaf.
 struct Task { int64_t leaf, begin, end; };
 
+/// What a step reads and writes.
+int64_t touched_bytes(const ModelLeaf& leaf) {
+  const int64_t moment = encoded_bytes(leaf.code == Code::float64 ? Code::float64 : Code::float32, leaf.count);
+  const int moments = (leaf.first_moment != nullptr) + (leaf.second_moment != nullptr);
+  return 3 * encoded_bytes(leaf.code, leaf.count) + 2 * moments * moment;
+}
+
 int64_t touched_bytes(const Leaf& leaf) {
   int64_t bytes = encoded_bytes(leaf.code, leaf.count);
   for (int32_t k = 0; k < leaf.clients; ++k) bytes += encoded_bytes(leaf.sources[k].code, leaf.count);
@@ -31,32 +42,45 @@ int64_t touched_bytes(const Leaf& leaf) {
 }
 
 /// Cuts the leaves into tasks; small leaves are tasks of their own.
-std::vector<Task> tasks_of(const Leaf* leaves, int64_t count) {
+template <class AnyLeaf>
+std::vector<Task> tasks_of(const AnyLeaf* leaves, int64_t count, int64_t elements = kTask) {
   std::vector<Task> tasks;
   for (int64_t leaf = 0; leaf < count; ++leaf)
-    for (int64_t begin = 0; begin < leaves[leaf].count; begin += kTask)
-      tasks.push_back({leaf, begin, std::min(begin + kTask, leaves[leaf].count)});
+    for (int64_t begin = 0; begin < leaves[leaf].count; begin += elements)
+      tasks.push_back({leaf, begin, std::min(begin + elements, leaves[leaf].count)});
   return tasks;
+}
+
+/// Calls work(index, leaf, task, stream) for all tasks. finite[leaf] is whether all its calls say true.
+template <class Work>
+void for_tasks(const std::vector<Task>& tasks, const Leaf* leaves, int64_t count, bool* finite, Work&& work) {
+  int64_t bytes = 0, written = 0;
+  for (int64_t leaf = 0; leaf < count; ++leaf) {
+    bytes += touched_bytes(leaves[leaf]);
+    written += encoded_bytes(leaves[leaf].code, leaves[leaf].count);
+  }
+  std::vector<uint8_t> task_finite(tasks.size());
+  parallel_for(static_cast<int64_t>(tasks.size()), threads_for(bytes), [&](int64_t index) {
+    const Task& task = tasks[index];
+    task_finite[index] = work(index, leaves[task.leaf], task, written >= kStreamBytes);
+  });
+  std::fill_n(finite, count, true);
+  for (size_t index = 0; index < tasks.size(); ++index) finite[tasks[index].leaf] &= task_finite[index] != 0;
+}
+
+/// Memory for a tile, which nobody clears.
+std::unique_ptr<double[]> make_scratch(int64_t bytes) {
+  return std::unique_ptr<double[]>(new double[static_cast<size_t>((bytes + 7) / 8)]);
 }
 
 }  // namespace
 
 void weighted_sum(const Leaf* leaves, int64_t count, bool* finite) {
   const Kernels& loops = kernels();
-  const std::vector<Task> tasks = tasks_of(leaves, count);
-  int64_t bytes = 0, written = 0;
-  for (int64_t leaf = 0; leaf < count; ++leaf) {
-    bytes += touched_bytes(leaves[leaf]);
-    written += encoded_bytes(leaves[leaf].code, leaves[leaf].count);
-  }
-  const bool stream = written >= kStreamBytes;
-  std::vector<uint8_t> task_finite(tasks.size());
-  parallel_for(static_cast<int64_t>(tasks.size()), threads_for(bytes), [&](int64_t index) {
-    const Task& task = tasks[index];
-    task_finite[index] = loops.weighted_sum(leaves[task.leaf], task.begin, task.end, stream);
-  });
-  std::fill_n(finite, count, true);
-  for (size_t index = 0; index < tasks.size(); ++index) finite[tasks[index].leaf] &= task_finite[index] != 0;
+  for_tasks(tasks_of(leaves, count), leaves, count, finite,
+            [&](int64_t, const Leaf& leaf, const Task& task, bool stream) {
+              return loops.weighted_sum(leaf, task.begin, task.end, stream);
+            });
 }
 
 bool cast(const Cast& cast) {
@@ -102,6 +126,72 @@ bool reduce_float64(const double* const* sources, int32_t ranks, int64_t count, 
   }
   if (squares != nullptr) *squares += sum_of_squares;
   return finite;
+}
+
+void server_step(const Optimizer& optimizer, const ModelLeaf* leaves, int64_t count) {
+  const Kernels& loops = kernels();
+  const std::vector<Task> tasks = tasks_of(leaves, count);
+  int64_t bytes = 0, written = 0;
+  for (int64_t leaf = 0; leaf < count; ++leaf) {
+    bytes += touched_bytes(leaves[leaf]);
+    written += encoded_bytes(leaves[leaf].code, leaves[leaf].count);
+  }
+  parallel_for(static_cast<int64_t>(tasks.size()), threads_for(bytes), [&](int64_t index) {
+    const ModelLeaf& leaf = leaves[tasks[index].leaf];
+    const bool stream = written >= kStreamBytes && leaf.out != leaf.model;  // what was just read is in the cache
+    loops.server_step(optimizer, leaf, tasks[index].begin, tasks[index].end, stream);
+  });
+}
+
+void sorted_mean(const SortedMean& op, const Leaf* leaves, int64_t count, bool* finite) {
+  const Kernels& loops = kernels();
+  for_tasks(tasks_of(leaves, count), leaves, count, finite,
+            [&](int64_t, const Leaf& leaf, const Task& task, bool stream) {
+              const auto scratch = make_scratch(tile_bytes(scratch_rows(op, leaf), is_wide(leaf) ? 8 : 4));
+              return loops.sorted_mean(op, leaf, task.begin, task.end, scratch.get(), stream);
+            });
+}
+
+bool squared_distances(const Leaf* leaves, int64_t count, int32_t clients, double* distances) {
+  const Kernels& loops = kernels();
+  const std::vector<Task> tasks = tasks_of(leaves, count, kDistanceTask);
+  const auto all = static_cast<int64_t>(tasks.size());
+  const int64_t parts = distance_parts(all, clients), entries = int64_t{clients} * clients;
+  std::vector<double> sums(parts * entries);
+  std::vector<uint8_t> part_finite(parts);
+  int64_t bytes = 0;
+  for (int64_t leaf = 0; leaf < count; ++leaf) bytes += touched_bytes(leaves[leaf]);
+  parallel_for(parts, threads_for(bytes), [&](int64_t part) {
+    const auto scratch = make_scratch(tile_bytes(clients, 8));
+    bool finite = true;
+    for (int64_t task = part * all / parts; task < (part + 1) * all / parts; ++task) {
+      const auto& [leaf, begin, end] = tasks[task];
+      finite &= loops.squared_distances(leaves[leaf], begin, end, scratch.get(), &sums[part * entries]);
+    }
+    part_finite[part] = finite;
+  });
+  std::fill_n(distances, entries, 0.0);
+  for (int64_t i = 0; i < clients; ++i)
+    for (int64_t j = i + 1; j < clients; ++j) {
+      for (int64_t part = 0; part < parts; ++part) distances[i * clients + j] += sums[part * entries + i * clients + j];
+      distances[j * clients + i] = distances[i * clients + j];
+    }
+  return std::all_of(part_finite.begin(), part_finite.end(), [](uint8_t finite) { return finite != 0; });
+}
+
+void statistics(const Leaf* leaves, const Measurement* measurements, int64_t count, bool* finite,
+                Moments* const* moments) {
+  const Kernels& loops = kernels();
+  const std::vector<Task> tasks = tasks_of(leaves, count);
+  std::vector<std::vector<Moments>> found(tasks.size());
+  for_tasks(tasks, leaves, count, finite, [&](int64_t index, const Leaf& leaf, const Task& task, bool stream) {
+    const Measurement& measurement = measurements[task.leaf];
+    if (measurement.clients == 0) return loops.weighted_sum(leaf, task.begin, task.end, stream);
+    found[index].resize(measurement.clients);
+    return loops.statistics(leaf, measurement, task.begin, task.end, stream, found[index].data());
+  });
+  for (size_t index = 0; index < tasks.size(); ++index)  // in the order of the elements, whichever thread was first
+    for (size_t k = 0; k < found[index].size(); ++k) merge(moments[tasks[index].leaf][k], found[index][k]);
 }
 
 }  // namespace fastagg::cpu

@@ -22,6 +22,7 @@ using Vector = typename VectorOf<T, bytes>::type;
 ///   widen, narrow                              half an F to D, and back
 ///   half_to_float                              `count` float16 in memory to F
 ///   any                                        whether a lane of an I is not zero
+///   square_root, minimum, maximum              of an F and of a D
 ///   signs                                      the sign bits of an F, the first element's in bit 0
 ///   store<stream>, store_float16<stream>, store_uint16<stream>, store_uint8
 ///   load_planes, store_planes<stream>          the 32 and 16 upper bits of `count` int64
@@ -80,6 +81,17 @@ struct VectorLanes {
   static FASTAGG_INLINE bool any(I lanes) { return Isa::any(lanes); }
   static FASTAGG_INLINE bool any(L lanes) { return Isa::any(bit_cast<I>(lanes)); }
   static FASTAGG_INLINE uint32_t signs(F x) { return Isa::signs(x); }
+  static FASTAGG_INLINE F square_root(F x) { return Isa::square_root(x); }
+  static FASTAGG_INLINE D square_root(D x) { return Isa::square_root(x); }
+  /// The smaller and the larger of two values, the second of two zeros.
+  template <class V>
+  static FASTAGG_INLINE V minimum(V x, V y) {
+    return Isa::minimum(x, y);
+  }
+  template <class V>
+  static FASTAGG_INLINE V maximum(V x, V y) {
+    return Isa::maximum(x, y);
+  }
   static FASTAGG_INLINE F convert(I x) { return __builtin_convertvector(x, F); }
   static FASTAGG_INLINE void widen(F x, D (&wide)[halves]) {
     wide[0] = Isa::widen(Isa::low(x));

@@ -265,10 +265,30 @@ bool add_and_store(const Chunk& chunk, const Group& group, bool stream, bool& fi
 }
 
 /// Whether a chunk's sums are finite, for a leaf without a destination.
-inline bool all_finite(const Chunk& chunk) {
-  bool mask = false;
-  for (int64_t i = 0; i < chunk.count; ++i) mask |= not_finite(chunk.sums[i]);
-  return !mask;
+template <class Lanes>
+bool all_finite(const Chunk& chunk) {
+  using D = typename Lanes::D;
+  constexpr int parts = Lanes::width / Lanes::halves;
+  auto mask = not_finite(D{});
+  bool rest = false;
+  int64_t i = 0;
+  for (; i + parts <= chunk.count; i += parts) mask |= not_finite(load_bytes<D>(chunk.sums + i));
+  for (; i < chunk.count; ++i) rest |= not_finite(chunk.sums[i]);
+  return !rest && !Lanes::any(mask);
+}
+
+/// Stores the means of a chunk from its sums; true if every sum is finite.
+template <class Lanes>
+bool store_sums(const Chunk& chunk, bool stream) {
+  bool finite = true;
+  with_code(chunk.leaf.code, [&](auto constant) {
+    constexpr Code code = constant.value;
+    if constexpr (!has_scales(code)) {
+      finite = stream && code != Code::state48 ? store_means<Lanes, code, true>(chunk)
+                                               : store_means<Lanes, code, false>(chunk);
+    }
+  });
+  return finite;
 }
 
 /// The means of one chunk; true if every sum is finite.
@@ -289,15 +309,7 @@ bool store_chunk(Chunk chunk, bool stream) {
     });
   }
   if (stored) return finite;
-  if (leaf.out == nullptr) return all_finite(chunk);
-  with_code(leaf.code, [&](auto constant) {
-    constexpr Code code = constant.value;
-    if constexpr (!has_scales(code)) {
-      finite = stream && code != Code::state48 ? store_means<Lanes, code, true>(chunk)
-                                               : store_means<Lanes, code, false>(chunk);
-    }
-  });
-  return finite;
+  return leaf.out == nullptr ? all_finite<Lanes>(chunk) : store_sums<Lanes>(chunk, stream);
 }
 
 /// out[i] = max_k x_k[i] for integers.

@@ -7,7 +7,7 @@ namespace {
 /// A cast as a kernel's work.
 struct CastWork {
   using Sink = NoSink;
-  static constexpr int blocks = kBlocks;
+  static constexpr int blocks = kBlocks, vectors = 2;
 
   Cast result;
   bool aligned;

@@ -48,6 +48,13 @@ FASTAGG_INLINE Elements<code, n> load_elements(const Source& source, int64_t i) 
   return elements;
 }
 
+/// The scale of the block that holds element i; 1 for codes without scales.
+template <Code code>
+FASTAGG_INLINE float load_scale(const Source& source, int64_t i) {
+  if constexpr (has_scales(code)) return global(static_cast<const float*>(source.companion))[i >> source.block_shift];
+  return 1.0f;
+}
+
 /// Stores elements [i, i + n) of a code of whole bytes.
 template <Code code, int n>
 FASTAGG_INLINE void store_elements(void* out, void* companion, int64_t i, const Elements<code, n>& elements) {
@@ -62,6 +69,10 @@ template <class T, Code code, int n>
 FASTAGG_INLINE T value_of(const Elements<code, n>& elements, int j) {
   if constexpr (std::is_same_v<T, float>) {
     return load<ThreadLane, code>(elements.entries.values, j);
+  } else if constexpr (code == Code::wire_int8) {
+    return widen_integer(static_cast<int8_t>(elements.entries.values[j]));
+  } else if constexpr (code == Code::wire_int4) {
+    return widen_integer(static_cast<int8_t>(ThreadLane::load_int4(elements.entries.values, j)));
   } else {
     double x[1];
     load_wide<ThreadLane, code>(Source{elements.entries.values, elements.companion.values, code, 0}, j, x);

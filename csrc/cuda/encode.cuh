@@ -1,15 +1,16 @@
-// Kernels that encode what an operation computes, element by element. Wires with scales are encoded by blocks, each by
-// a few neighbouring threads of one warp; all other codes by vectors.
+// Encoding what an operation computes, element by element. Wires with scales are encoded by blocks, each by a few
+// neighbouring threads of one warp; all other codes by vectors.
 //
-// The operation is a `Work`, passed by value:
-//   result, aligned, nonfinite   the encoded array (a Cast whose source is not read); whether all arrays are aligned to
-//                                kAlignment; a flag to raise, or null
-//   with_values<code>(f)         for a result of this code: calls f with the operation's values, compiled for its
-//   operands' code:
-//                                values.load<n>(i, x), aligned where n is kVector
-//   blocks                       that a multiprocessor shall hold at least
-//   Sink                         what a thread does with its values once they are encoded: take(i, x, decoded),
-//   finish()
+// The operation is a `Work`, of these members:
+//   result, aligned        the encoded array (a Cast whose source is not read); whether all arrays are aligned to
+//                          kAlignment
+//   with_values<code>(f)   for a result of this code: calls f with the operation's values, compiled for its operands'
+//                          code: values.load<n>(i, x), aligned where n is kVector
+//   values_code()          whose finite values must stay finite
+//   vectors                of a thread whose loads shall be under way together
+//   Sink                   what a thread does with its values once they are encoded: take(i, x, decoded)
+// and, to be a kernel of its own, nonfinite (a flag to raise, or null), blocks (that a multiprocessor shall hold at
+// least) and the sink's finish().
 #pragma once
 #include "core/cast.h"
 #include "elements.cuh"
@@ -23,6 +24,13 @@ constexpr int kVector = 4;
 constexpr int kWarp = 32;
 constexpr unsigned kWholeWarp = 0xffffffff;
 constexpr int32_t kInfinity = 0x7f800000;
+
+/// Threads that share elements, in whole warps: this one's number among them, and how many they are.
+struct Team { int64_t thread, threads; };
+
+__device__ inline Team whole_grid() {
+  return {int64_t{kThreads} * blockIdx.x + threadIdx.x, int64_t{kThreads} * gridDim.x};
+}
 
 /// A sink for operations that need nothing more.
 struct NoSink {
@@ -90,7 +98,10 @@ FASTAGG_INLINE void hand_over(Sink& sink, int64_t i, const float (&x)[kVector], 
                               float scale) {
   if constexpr (Sink::wanted) {
     float decoded[kVector];
-    for (int j = 0; j < kVector; ++j) decoded[j] = value_of<float>(elements, j) * scale;
+    for (int j = 0; j < kVector; ++j) {
+      if constexpr (code == Code::float64) decoded[j] = x[j];
+      else decoded[j] = value_of<float>(elements, j) * scale;
+    }
     sink.take(i, x, decoded);
   }
 }
@@ -150,10 +161,23 @@ __device__ inline int32_t largest_of_lanes(int32_t value, int lanes) {
   return value;
 }
 
-/// Raises the flag if a thread met a magnitude that the code turns into infinity or NaN.
-template <class Work>
-__device__ inline void report(const Work& work, int32_t largest) {
-  if (work.nonfinite != nullptr && largest >= overflow_from(work.result.code)) atomicOr(work.nonfinite, 1);
+/// Raises the flag, unless it is null, if a thread met a magnitude that the code turns into infinity or NaN.
+__device__ inline void report(int32_t* nonfinite, Code code, int32_t largest) {
+  if (nonfinite != nullptr && largest >= overflow_from(code)) atomicOr(nonfinite, 1);
+}
+
+/// Adds the squares that the threads of this block have summed up to the block's place, unless `kept` is null: a fixed
+/// tree.
+__device__ inline void keep_squares(double* kept, double squares) {
+  if (kept == nullptr) return;
+  auto& warps = block_shared<double[kThreads / kWarp]>();
+  for (int width = kWarp / 2; width > 0; width /= 2) squares += __shfl_xor_sync(kWholeWarp, squares, width);
+  if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = squares;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  double sum = 0;
+  for (const double warp : warps) sum += warp;
+  kept[blockIdx.x] += sum;
 }
 
 /// The vector from i on; beyond the end it is the last value that stands there.
@@ -171,41 +195,68 @@ FASTAGG_INLINE void load_vector(const Work& work, const Values& values, int64_t 
   }
 }
 
-template <Code code, Rounding rounding, class Work>
-__global__ void __launch_bounds__(kThreads, Work::blocks) encode_vectors(const __grid_constant__ Work work) {
-  const int64_t stride = int64_t{kVector} * kThreads * gridDim.x;
-  const int64_t begin = kVector * (int64_t{kThreads} * blockIdx.x + threadIdx.x);
-  int32_t largest = 0;
-  typename Work::Sink sink(work);
-  work.template with_values<code>([&](const auto& values) {
-    for (int64_t i = begin; i < work.result.count; i += stride) {
-      float x[kVector];
-      load_vector(work, values, i, x);
-      encode_vector<code, rounding>(work, i, x, largest, sink);
-    }
-  });
-  report(work, largest);
-  sink.finish();
+/// The vectors from i on, i + stride, ... that begin before `end`: their loads are under way together where all are
+/// whole. Returns how many there are.
+template <class Work, class Values, int n>
+FASTAGG_INLINE int load_vectors(const Work& work, const Values& values, int64_t i, int64_t stride, int64_t end,
+                                float (&x)[n][kVector]) {
+  if (work.aligned && i + (n - 1) * stride + kVector <= end) {
+    for (int v = 0; v < n; ++v) values.template load<kVector>(i + v * stride, x[v]);
+    return n;
+  }
+  int count = 0;
+  for (int v = 0; v < n; ++v) {
+    if (i + v * stride >= end) continue;
+    load_vector(work, values, i + v * stride, x[v]);
+    ++count;
+  }
+  return count;
 }
 
-template <Code code, class Work>
-FASTAGG_INLINE void values_at(const Work& work, int64_t i, float (&x)[kVector]) {
-  work.template with_values<code>([&](const auto& values) { load_vector(work, values, i, x); });
+/// Encodes the elements [begin, end) by vectors. This and its siblings return the largest magnitude that this thread
+/// met; `end` is the array's, or a multiple of a vector.
+template <Code code, Rounding rounding, class Work>
+__device__ inline int32_t encode_vectors(const Work& work, int64_t begin, int64_t end, Team team,
+                                         typename Work::Sink& sink) {
+  constexpr int together = Work::vectors;
+  const int64_t stride = kVector * team.threads;
+  int32_t largest = 0;
+  work.template with_values<code>([&](const auto& values) {
+    for (int64_t i = begin + kVector * team.thread; i < end; i += together * stride) {
+      float x[together][kVector];
+      const int count = load_vectors(work, values, i, stride, end, x);
+#ifdef __CUDA_ARCH__
+#pragma unroll
+#endif
+      for (int v = 0; v < together; ++v)
+        if (v < count) encode_vector<code, rounding>(work, i + v * stride, x[v], largest, sink);
+    }
+  });
+  return largest;
+}
+
+/// The largest magnitude, and the largest of those that are finite.
+FASTAGG_INLINE void raise_both(int32_t& largest, int32_t& finite, const float (&x)[kVector]) {
+  for (const float value : x) {
+    raise(largest, value);
+    if (magnitude_of(value) < bit_cast<float>(kInfinity)) raise(finite, value);
+  }
 }
 
 /// Encodes the block that begins at `begin`: `lanes` threads together, this one as number `lane`. Threads of blocks
-/// beyond the end take part, for the others of their warp. Returns the largest magnitude that this thread met.
+/// from `last` on take part, for the others of their warp.
 template <Code code, Rounding rounding, class Work>
-__device__ inline int32_t encode_block(const Work& work, int64_t begin, int lanes, int lane,
+__device__ inline int32_t encode_block(const Work& work, int64_t begin, int64_t last, int lanes, int lane,
                                        typename Work::Sink& sink) {
   const Cast& op = work.result;
   const int64_t block = int64_t{1} << op.block_shift;
-  const int64_t end = begin + block < op.count ? begin + block : op.count;
+  const int64_t end = begin + block < last ? begin + block : last;
+  constexpr int together = Work::vectors;
   const int64_t first = begin + lane * kVector, stride = lanes * kVector;
   int32_t largest = 0, finite = 0;
-  int exponent = 0;
+  int exponent = 0, count = 0;
   bool marked = false;
-  float x[kVector];
+  float x[together][kVector];
   // Not unrolled: an operation's values are much code.
 #ifdef __CUDA_ARCH__
 #pragma unroll 1
@@ -214,15 +265,17 @@ __device__ inline int32_t encode_block(const Work& work, int64_t begin, int lane
 #ifdef __CUDA_ARCH__
 #pragma unroll 1
 #endif
-    for (int64_t i = first; i < end; i += stride) {
-      if (pass == 0 || block > stride) values_at<code>(work, i, x);  // else it is still at hand
-      if (pass == 0) {
-        for (const float value : x) {
-          raise(largest, value);
-          if (magnitude_of(value) < bit_cast<float>(kInfinity)) raise(finite, value);
-        }
-      } else {
-        encode_in_block<code, rounding>(work, i, x, exponent, marked, sink);
+    for (int64_t i = first; i < end; i += together * stride) {
+      if (pass == 0 || block > together * stride)  // else they are still at hand
+        work.template with_values<code>(
+            [&](const auto& values) { count = load_vectors(work, values, i, stride, end, x); });
+#ifdef __CUDA_ARCH__
+#pragma unroll
+#endif
+      for (int v = 0; v < together; ++v) {
+        if (v >= count) continue;
+        if (pass == 1) encode_in_block<code, rounding>(work, i + v * stride, x[v], exponent, marked, sink);
+        else raise_both(largest, finite, x[v]);
       }
     }
     if (pass == 1) break;
@@ -235,23 +288,21 @@ __device__ inline int32_t encode_block(const Work& work, int64_t begin, int lane
   return largest;
 }
 
+/// Encodes the elements [begin, end) by blocks, the first of which begins at `begin`.
 template <Code code, Rounding rounding, class Work>
-__global__ void __launch_bounds__(kThreads, Work::blocks) encode_blocks(const __grid_constant__ Work work) {
-  const Cast& op = work.result;
-  const int lanes = (1 << op.block_shift) / kVector < kWarp ? (1 << op.block_shift) / kVector : kWarp;
-  const int64_t tile = int64_t{kWarp / lanes} << op.block_shift;  // elements of a warp's blocks
-  const int lane = static_cast<int>(threadIdx.x % kWarp);
-  const int64_t warp = (int64_t{kThreads} * blockIdx.x + threadIdx.x) / kWarp,
-                warps = int64_t{kThreads} / kWarp * gridDim.x;
+__device__ inline int32_t encode_blocks(const Work& work, int64_t begin, int64_t end, Team team,
+                                        typename Work::Sink& sink) {
+  const int shift = work.result.block_shift;
+  const int lanes = (1 << shift) / kVector < kWarp ? (1 << shift) / kVector : kWarp;
+  const int64_t tile = int64_t{kWarp / lanes} << shift;  // elements of a warp's blocks
+  const int lane = static_cast<int>(team.thread % kWarp);
+  const int64_t own = int64_t{lane / lanes} << shift;
   int32_t largest = 0;
-  typename Work::Sink sink(work);
-  for (int64_t begin = warp * tile; begin < op.count; begin += warps * tile) {
-    const int64_t block_begin = begin + (int64_t{lane / lanes} << op.block_shift);
-    const int32_t here = encode_block<code, rounding>(work, block_begin, lanes, lane % lanes, sink);
+  for (int64_t first = begin + team.thread / kWarp * tile; first < end; first += team.threads / kWarp * tile) {
+    const int32_t here = encode_block<code, rounding>(work, first + own, end, lanes, lane % lanes, sink);
     largest = here > largest ? here : largest;
   }
-  report(work, largest);
-  sink.finish();
+  return largest;
 }
 
 template <class Work>
@@ -262,12 +313,13 @@ FASTAGG_INLINE float value_at(const Work& work, int64_t i) {
 }
 
 /// Encodes the signs of the block that begins at `begin`, and its mean magnitude: kSignStrides threads together, each
-/// with one of the strided sums of core/block.h. Returns the largest magnitude that this thread met.
+/// with one of the strided sums of core/block.h.
 template <class Work>
-__device__ inline int32_t encode_signs(const Work& work, int64_t begin, int lane, typename Work::Sink& sink) {
+__device__ inline int32_t encode_signs(const Work& work, int64_t begin, int64_t last, int lane,
+                                       typename Work::Sink& sink) {
   const Cast& op = work.result;
   const int64_t block = int64_t{1} << op.block_shift;
-  const int64_t end = begin + block < op.count ? begin + block : op.count;
+  const int64_t end = begin + block < last ? begin + block : last;
   uint8_t* out = static_cast<uint8_t*>(op.out);
   int32_t largest = 0;
   double sum = 0;
@@ -293,48 +345,56 @@ __device__ inline int32_t encode_signs(const Work& work, int64_t begin, int lane
   return largest;
 }
 
+/// Encodes the elements [begin, end) as signs, the first block of which begins at `begin`.
 template <class Work>
-__global__ void __launch_bounds__(kThreads, Work::blocks) encode_sign_blocks(const __grid_constant__ Work work) {
+__device__ inline int32_t encode_sign_blocks(const Work& work, int64_t begin, int64_t end, Team team,
+                                             typename Work::Sink& sink) {
   const int64_t block = int64_t{1} << work.result.block_shift;
-  const int lane = static_cast<int>(threadIdx.x % kSignStrides),
-            of_warp = static_cast<int>(threadIdx.x % kWarp / kSignStrides);
-  const int64_t warp = (int64_t{kThreads} * blockIdx.x + threadIdx.x) / kWarp,
-                warps = int64_t{kThreads} / kWarp * gridDim.x;
+  const int lane = static_cast<int>(team.thread % kSignStrides);
+  const int64_t own = team.thread % kWarp / kSignStrides * block;
+  const int64_t warp = team.thread / kWarp, warps = team.threads / kWarp;
   int32_t largest = 0;
-  typename Work::Sink sink(work);
-  for (int64_t begin = warp * 2 * block; begin < work.result.count; begin += warps * 2 * block) {
-    const int32_t here = encode_signs(work, begin + of_warp * block, lane, sink);
+  for (int64_t first = begin + warp * 2 * block; first < end; first += warps * 2 * block) {
+    const int32_t here = encode_signs(work, first + own, end, lane, sink);
     largest = here > largest ? here : largest;
   }
-  report(work, largest);
+  return largest;
+}
+
+/// Encodes the elements [begin, end): `begin` is a multiple of a block of scales, `end` as well unless it is the
+/// array's.
+template <Code code, Rounding rounding, class Work>
+__device__ inline int32_t encode_range(const Work& work, int64_t begin, int64_t end, Team team,
+                                       typename Work::Sink& sink) {
+  if constexpr (code == Code::wire_sign) return encode_sign_blocks(work, begin, end, team, sink);
+  else if constexpr (has_scales(code)) return encode_blocks<code, rounding>(work, begin, end, team, sink);
+  else return encode_vectors<code, rounding>(work, begin, end, team, sink);
+}
+
+template <Code code, Rounding rounding, class Work>
+__global__ void __launch_bounds__(kThreads, Work::blocks) encode_whole(const __grid_constant__ Work work) {
+  typename Work::Sink sink(work);
+  report(work.nonfinite, code, encode_range<code, rounding>(work, 0, work.result.count, whole_grid(), sink));
   sink.finish();
 }
 
 template <class Work>
 using EncodeKernel = void (*)(Work);
 
-template <class Work, Code code, Rounding rounding>
-EncodeKernel<Work> encode_kernel() {
-  if constexpr (code == Code::wire_sign) return encode_sign_blocks<Work>;
-  else if constexpr (has_scales(code)) return encode_blocks<code, rounding, Work>;
-  else return encode_vectors<code, rounding, Work>;
-}
-
 template <class Work, Code code>
 EncodeKernel<Work> encode_kernel(Rounding rounding) {
-  return rounding == Rounding::stochastic ? encode_kernel<Work, code, Rounding::stochastic>()
-                                          : encode_kernel<Work, code, Rounding::nearest>();
+  return rounding == Rounding::stochastic ? encode_whole<code, Rounding::stochastic, Work>
+                                          : encode_whole<code, Rounding::nearest, Work>;
 }
 
 /// The kernel that encodes a work's result; null for a code that it cannot become.
 template <class Work>
 EncodeKernel<Work> encode_kernel(Code code, Rounding rounding) {
   switch (code) {
-    case Code::float64:  // which a sink could not see as float32
-      if constexpr (Work::Sink::wanted) return nullptr;
-      else return encode_kernel<Work, Code::float64, Rounding::nearest>();
+    case Code::float64:
+      return encode_whole<Code::float64, Rounding::nearest, Work>;
     case Code::float32:
-      return encode_kernel<Work, Code::float32, Rounding::nearest>();
+      return encode_whole<Code::float32, Rounding::nearest, Work>;
     case Code::float16:
       return encode_kernel<Work, Code::float16>(rounding);
     case Code::bfloat16:
@@ -348,7 +408,7 @@ EncodeKernel<Work> encode_kernel(Code code, Rounding rounding) {
     case Code::wire_int4:
       return encode_kernel<Work, Code::wire_int4>(rounding);
     case Code::wire_sign:
-      return encode_kernel<Work, Code::wire_sign, Rounding::nearest>();
+      return encode_whole<Code::wire_sign, Rounding::nearest, Work>;
     default:
       return nullptr;
   }

@@ -1,5 +1,5 @@
-// The host's side of `weighted_sum`: leaves with all that they point to as one block of bytes, for one copy to the
-// device.
+// The host's side of operations on many leaves: the leaves with all that they point to as one block of bytes, for one
+// copy to the device.
 #pragma once
 #include <algorithm>
 #include <vector>
@@ -31,6 +31,12 @@ class LeafTableBuilder {
   /// The leaf's index among those given.
   int64_t index_of(int64_t i) const { return indices_[i]; }
   size_t bytes() const { return end_; }
+  /// Tasks of all leaves.
+  int64_t tasks() const {
+    int64_t tasks = 0;
+    for (const int64_t i : indices_) tasks += tasks_of(leaves_[i]);
+    return tasks;
+  }
   /// Any array of the leaves: their device is the table's.
   const void* any_data() const { return leaf(0).clients > 0 ? leaf(0).sources[0].data : leaf(0).out; }
 
@@ -40,7 +46,7 @@ class LeafTableBuilder {
     int64_t tasks = 0;
     for (size_t i = 0; i < indices_.size(); ++i) {
       TableLeaf entry{leaf(i), tasks, is_aligned(leaf(i))};
-      tasks += (leaf(i).count + kTask - 1) / kTask;
+      tasks += tasks_of(leaf(i));
       entry.leaf.sources = reinterpret_cast<const Source*>(device + sources_at_[i]);
       entry.leaf.weights = reinterpret_cast<const double*>(device + weights_at_[i]);
       memcpy(bytes.data() + leaves_at_ + i * sizeof entry, &entry, sizeof entry);
@@ -54,6 +60,7 @@ class LeafTableBuilder {
 
  private:
   const Leaf& leaf(size_t i) const { return leaves_[indices_[i]]; }
+  static int64_t tasks_of(const Leaf& leaf) { return (leaf.count + kTask - 1) / kTask; }
 
   bool shares_weights(size_t i) const {
     return i > 0 && leaf(i).weights == leaf(i - 1).weights && leaf(i).clients == leaf(i - 1).clients;
@@ -75,5 +82,22 @@ class LeafTableBuilder {
   std::vector<size_t> sources_at_, weights_at_;
   size_t leaves_at_ = 0, end_ = 0;
 };
+
+/// The leaves of a `server_step`, those without elements left out, and how many tasks they make.
+inline std::vector<StepLeaf> step_leaves_of(const ModelLeaf* leaves, int64_t count, int64_t* tasks) {
+  std::vector<StepLeaf> entries;
+  *tasks = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    if (leaves[i].count == 0) continue;
+    uintptr_t bits = 0;
+    for (const void* data :
+         {leaves[i].model, leaves[i].mean, static_cast<const void*>(leaves[i].first_moment),
+          static_cast<const void*>(leaves[i].second_moment), static_cast<const void*>(leaves[i].out)})
+      bits |= reinterpret_cast<uintptr_t>(data);
+    entries.push_back({leaves[i], *tasks, bits % kAlignment == 0});
+    *tasks += (leaves[i].count + kTask - 1) / kTask;
+  }
+  return entries;
+}
 
 }  // namespace fastagg::cuda

@@ -10,6 +10,9 @@ namespace {
 
 /// Clients whose loads are under way together.
 constexpr int kInFlight = 4;
+/// Blocks that a multiprocessor shall hold at least: with kBlocks, too few registers were left for the loads of float32
+/// clients, of which then only two were under way, and 8-bit clients spilled.
+constexpr int kSumBlocks = 5;
 
 /// sums += weight_k * x_k for neighbouring clients, from index i on, in the precision of the sums.
 template <Code code, int clients, class T, int n>
@@ -19,7 +22,7 @@ FASTAGG_INLINE void add_clients(T (&sums)[n], const Source* sources, const doubl
   for (int k = 0; k < clients; ++k) {
     const Source source = global(sources)[k];
     x[k] = load_elements<code, n>(source, i);
-    weights[k] = static_cast<T>(global(client_weights)[k]) * static_cast<T>(scale_at<code>(source, i));
+    weights[k] = static_cast<T>(global(client_weights)[k]) * static_cast<T>(load_scale<code>(source, i));
   }
   for (int k = 0; k < clients; ++k)
     for (int j = 0; j < n; ++j) sums[j] = add_product(sums[j], weights[k], value_of<T>(x[k], j));
@@ -124,17 +127,7 @@ FASTAGG_INLINE bool fold(const TableLeaf& entry, int64_t begin, int64_t end, int
   return finite;
 }
 
-/// The index of the leaf that a task belongs to, at or behind `leaf`.
-FASTAGG_INLINE int64_t leaf_of(const LeafTable& table, int64_t leaf, int64_t task) {
-  int64_t end = table.count;
-  while (end - leaf > 1) {
-    const int64_t middle = leaf + (end - leaf) / 2;
-    (table.leaves[middle].first_task <= task ? leaf : end) = middle;
-  }
-  return leaf;
-}
-
-__global__ void __launch_bounds__(kThreads, kBlocks) weighted_sum_kernel(LeafTable table) {
+__global__ void __launch_bounds__(kThreads, kSumBlocks) weighted_sum_kernel(LeafTable table) {
   int64_t index = 0;
   for (int64_t task = blockIdx.x; task < table.tasks; task += gridDim.x) {
     index = leaf_of(table, index, task);

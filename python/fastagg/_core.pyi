@@ -8,6 +8,8 @@ import collections.abc
 import typing
 
 import numpy
+import numpy.typing
+import typing_extensions
 
 __all__: list[str] = [
     "DESCRIPTION_BYTES",
@@ -15,6 +17,7 @@ __all__: list[str] = [
     "MEANS_RANK",
     "MINIMUM_BLOCK",
     "PASS",
+    "Peers",
     "SharedMemoryGroup",
     "advise_huge_pages",
     "available_isas",
@@ -22,15 +25,37 @@ __all__: list[str] = [
     "cast",
     "force_isa",
     "get_num_threads",
+    "in_one_shot",
     "isa",
     "numpy_address",
     "numpy_addresses",
     "reduce",
     "reduce_float64",
+    "server_step",
     "set_num_threads",
+    "slice_of",
+    "sorted_mean",
+    "squared_distances",
+    "statistics",
     "stream_probe",
+    "tensor_addresses",
     "weighted_sum",
 ]
+
+class Peers:
+    """
+    The processes of a group's ranks, watched whatever they do.
+    """
+    def __init__(
+        self,
+        processes: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+        names: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+        rank: typing.SupportsInt | typing.SupportsIndex,
+    ) -> None: ...
+    def ended(self) -> int:
+        """
+        The rank of a process that has ended, or -1.
+        """
 
 class SharedMemoryGroup:
     """
@@ -46,22 +71,6 @@ class SharedMemoryGroup:
     ) -> SharedMemoryGroup:
         """
         Attaches to the segment that another process has created.
-        """
-    @staticmethod
-    def in_one_shot(
-        count: typing.SupportsInt | typing.SupportsIndex, ranks: typing.SupportsInt | typing.SupportsIndex
-    ) -> bool:
-        """
-        Whether every rank reduces everything itself.
-        """
-    @staticmethod
-    def slice_of(
-        count: typing.SupportsInt | typing.SupportsIndex,
-        rank: typing.SupportsInt | typing.SupportsIndex,
-        ranks: typing.SupportsInt | typing.SupportsIndex,
-    ) -> tuple[int, int]:
-        """
-        The elements that a rank owns: [begin, end).
         """
     def __init__(
         self,
@@ -135,6 +144,13 @@ def get_num_threads() -> int:
     Threads that an operation uses.
     """
 
+def in_one_shot(
+    count: typing.SupportsInt | typing.SupportsIndex, ranks: typing.SupportsInt | typing.SupportsIndex
+) -> bool:
+    """
+    Whether every rank reduces everything itself.
+    """
+
 def isa() -> str:
     """
     The instruction set in use.
@@ -166,9 +182,44 @@ def reduce_float64(
     Adds up arrays of float64, divides and multiplies; returns whether the result is finite, and its sum of squares.
     """
 
+def server_step(optimizer: tuple[typing.Any, ...], leaves: list[typing.Any]) -> None:
+    """
+    A server optimiser's step of leaves, their moments in place.
+    """
+
 def set_num_threads(count: typing.SupportsInt | typing.SupportsIndex) -> None:
     """
     Sets the threads that an operation uses; 0 restores the default.
+    """
+
+def slice_of(
+    count: typing.SupportsInt | typing.SupportsIndex,
+    rank: typing.SupportsInt | typing.SupportsIndex,
+    ranks: typing.SupportsInt | typing.SupportsIndex,
+) -> tuple[int, int]:
+    """
+    The elements that a rank owns: [begin, end).
+    """
+
+def sorted_mean(rule: tuple[typing.Any, ...], leaves: list[typing.Any]) -> list[int]:
+    """
+    Means of windows of the clients' sorted values; returns the indices of leaves with non-finite values.
+    """
+
+def squared_distances(
+    leaves: list[typing.Any],
+    clients: typing.SupportsInt | typing.SupportsIndex,
+    distances: typing.SupportsInt | typing.SupportsIndex,
+) -> bool:
+    """
+    Squared distances of all pairs of clients, over all leaves, as a matrix of float64; returns whether all values are finite.
+    """
+
+def statistics(
+    leaves: list[typing.Any], measured: list[typing.Any]
+) -> tuple[list[int], numpy.typing.NDArray[numpy.float64]]:
+    """
+    Weighted sums, and moments of the clients (leaves, clients, numbers); returns the indices of leaves with non-finite sums first.
     """
 
 def stream_probe(
@@ -180,6 +231,13 @@ def stream_probe(
 ) -> int:
     """
     Reads the sources side by side and overwrites `out`, without arithmetic: the benchmark's limit.
+    """
+
+def tensor_addresses(
+    exchange: typing_extensions.CapsuleType, types: tuple[typing.Any, ...], tensors: list[typing.Any]
+) -> list[typing.Any]:
+    """
+    Addresses of the leading tensors that are of one of these types and share the first one's dtype, device and shape, contiguous; `exchange` is their library's table for DLPack.
     """
 
 def weighted_sum(leaves: list[typing.Any]) -> list[int]:

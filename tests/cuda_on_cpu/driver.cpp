@@ -7,6 +7,8 @@
 #include <random>
 #include <vector>
 
+#include "core/sorting_network.h"
+#include "core/squared_distances.h"
 #include "core/weighted_sum.h"
 #include "cpu/operations.h"
 #include "cuda/leaf_table.h"
@@ -129,6 +131,47 @@ void compare_sums(Code from, int clients, int64_t count, uint8_t block_shift, in
            "weighted_sum", from, leaves[i].code, count, shift);
 }
 
+/// A window of clients of one code, sorted as they are or mixed, and the distances of all pairs.
+void compare_rows(Code from, int clients, int64_t count, uint8_t block_shift, int64_t shift) {
+  std::mt19937 random(5);
+  std::vector<Encoded> encoded;
+  std::vector<Source> sources;
+  encoded.reserve(clients);
+  for (int k = 0; k < clients; ++k) {
+    encoded.emplace_back(k == clients / 2 ? Code::float32 : from, count, block_shift, shift, random);
+    sources.push_back(encoded.back().source);
+  }
+  const std::vector<double> weights(clients, 1.0);
+  std::vector<double> mixing(static_cast<size_t>(clients) * clients, 0.25 / (clients - 1));
+  for (int k = 0; k < clients; ++k) mixing[k * (clients + 1)] = 0.75;
+  const auto network = sorting_network(clients, 0, clients);
+  const Code to = has_scales(from) ? Code::float32 : from;
+  Array out(encoded_bytes(to, count), shift * encoded_bytes(to, 1)), expected_out = out;
+  Leaf leaf{sources.data(), weights.data(), clients, Fold::mean, to, 1.0, 0, count, out.data(), nullptr};
+  const cuda::LeafTableBuilder builder(&leaf, 1);
+  std::vector<char> device(builder.bytes());
+  cuda::LeafTable table;
+  const std::vector<char> bytes = builder.bytes_for(device.data(), &table);
+  std::copy(bytes.begin(), bytes.end(), device.begin());
+  leaf.out = expected_out.data();
+  bool finite = true;
+  for (int window = 0; window < 4; ++window)
+    for (const double* mixed : {static_cast<const double*>(nullptr), static_cast<const double*>(mixing.data())}) {
+      const SortedMean op{static_cast<Window>(window),         2, clients, mixed, network.data(),
+                          static_cast<int64_t>(network.size())};
+      const bool launched = cuda::sorted_mean(op, table, nullptr) == cudaSuccess;
+      cpu::sorted_mean(op, &leaf, 1, &finite);
+      expect(launched && out == expected_out, "sorted_mean", from, to, count, shift);
+    }
+  const int64_t entries = int64_t{clients} * clients, parts = distance_parts(builder.tasks(), clients);
+  std::vector<double> sums(parts * entries), distances(entries), expected(entries);
+  const cuda::Distances op{clients, parts, sums.data(), distances.data()};
+  const bool launched = cuda::squared_distances(op, table, nullptr) == cudaSuccess;
+  cpu::squared_distances(&leaf, 1, clients, expected.data());
+  expect(launched && distances == expected && finite == (table.nonfinite[0] == 0), "squared_distances", from, to, count,
+         shift);
+}
+
 /// Three ranks' arrays of one code, encoded as another, with error feedback.
 void compare_reductions(Code from, Code to, Rounding rounding, int64_t count, uint8_t block_shift, int64_t shift) {
   std::mt19937 random(3);
@@ -141,14 +184,14 @@ void compare_reductions(Code from, Code to, Rounding rounding, int64_t count, ui
   }
   Array out(encoded_bytes(to, count), shift * encoded_bytes(to, 1)), scales(4 * ((count >> block_shift) + 1), 0);
   Array expected_out = out, expected_scales = scales;
-  std::vector<float> residual(count, 0.01f), error(count, 5), expected_error = error;
+  std::vector<float> residual(count + shift, 0.01f), error(count + shift, 5), expected_error = error;
   const std::vector<Stretch> stretches{{0, 11}, {17, 4096}};
   const auto reduction = [&](Array& codes, Array& blocks, std::vector<float>& taken) {
     Cast result{sources[0],   to,    block_shift,  rounding,
                 {7, 1, 2, 3}, count, codes.data(), reinterpret_cast<float*>(blocks.data())};
     result.stretches = stretches.data();
     result.stretch_count = static_cast<int64_t>(stretches.size());
-    return Reduction{sources.data(), 3, 3, {residual.data(), 0.5f, taken.data(), 2, true}, result};
+    return Reduction{sources.data(), 3, 3, {residual.data() + shift, 0.5f, taken.data() + shift, 2, true}, result};
   };
   int32_t nonfinite = 0;
   std::vector<double> squares(cuda::kMaximumBlocks);
@@ -158,8 +201,34 @@ void compare_reductions(Code from, Code to, Rounding rounding, int64_t count, ui
   const bool finite = cpu::reduce(reduction(expected_out, expected_scales, expected_error), 0, count, &expected_sum);
   expect(launched && finite == (nonfinite == 0) && std::abs(sum - expected_sum) <= 1e-12 * expected_sum &&
              out == expected_out && scales == expected_scales &&
-             memcmp(error.data(), expected_error.data(), count * sizeof(float)) == 0,
+             memcmp(error.data(), expected_error.data(), error.size() * sizeof(float)) == 0,
          "reduce", from, to, count, shift);
+}
+
+/// A step of one leaf, its moments in place.
+void compare_steps(Rule rule, Code code, int64_t count, int64_t shift) {
+  std::mt19937 random(4);
+  const Code moment = code == Code::float64 ? Code::float64 : Code::float32;
+  Encoded model(code, count, 0, shift, random), mean(code, count, 0, shift, random);
+  Encoded first(moment, count, 0, shift, random), second(moment, count, 0, shift, random);
+  const int64_t size = encoded_bytes(moment, 1);
+  for (int64_t i = size - 1; i < size * count; i += size) second.data.data()[i] &= 0x7f;  // none is negative
+  Array out(encoded_bytes(code, count), shift * encoded_bytes(code, 1));
+  Array expected = out, expected_first = first.data, expected_second = second.data;
+  const Optimizer optimizer{rule, 0.3, 0.9, 0.99, 1e-3};
+  const auto leaf = [&](Array& m, Array& v, Array& result) {
+    return ModelLeaf{model.data.data(), mean.data.data(), m.data(), v.data(), result.data(), code, count};
+  };
+  const ModelLeaf here = leaf(first.data, second.data, out);
+  cuda::StepTable table{};
+  const auto entries = cuda::step_leaves_of(&here, 1, &table.tasks);
+  table.leaves = entries.data();
+  table.count = 1;
+  const bool launched = cuda::server_step(optimizer, table, nullptr) == cudaSuccess;
+  const ModelLeaf there = leaf(expected_first, expected_second, expected);
+  cpu::server_step(optimizer, &there, 1);
+  expect(launched && out == expected && first.data == expected_first && second.data == expected_second, "server_step",
+         code, static_cast<Code>(rule), count, shift);
 }
 
 /// All pairs of codes, sizes around a warp, a block of scales and a task, aligned and not.
@@ -168,8 +237,13 @@ void compare_all() {
   for (int64_t shift = 0; shift < 2; ++shift) {
     for (int64_t count : {33, 1030}) {
       const uint8_t block_shift = count == 33 ? 5 : 8;
+      for (int rule = 0; rule < kRules; ++rule)
+        for (Code code : {Code::float64, Code::float32, Code::float16, Code::bfloat16})
+          compare_steps(static_cast<Rule>(rule), code, count, shift);
       for (int from = 0; from < kCodes; ++from) {
         compare_sums(static_cast<Code>(from), from % 12 + 8, count, block_shift, shift);
+        if (from != static_cast<int>(Code::state48))
+          compare_rows(static_cast<Code>(from), from % 12 + 8, count, block_shift, shift);
         for (int to = 0; to < kCodes; ++to)
           if (is_castable(static_cast<Code>(from)) && is_castable(static_cast<Code>(to)))
             for (Rounding rounding : {Rounding::nearest, Rounding::stochastic}) {

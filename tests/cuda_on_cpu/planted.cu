@@ -9,7 +9,7 @@ namespace {
 constexpr int kThreads = 64;
 
 __global__ void pass_on(int* values) {
-  __shared__ int shared[kThreads];
+  auto& shared = fastagg::cuda::block_shared<int[kThreads]>();
   shared[threadIdx.x] = values[threadIdx.x];
 #ifndef PLANT_MISSING_BARRIER
   __syncthreads();

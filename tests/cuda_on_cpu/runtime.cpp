@@ -1,11 +1,94 @@
 // Test-only: the calls of the CUDA runtime that the binding and the launchers make, on the host's memory. Device memory
 // is the host's, and everything is done when a call returns. The device is small, so that launches are small.
 #include <cuda_runtime_api.h>
+#include <fcntl.h>
 #include <stdlib.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 #include <cstring>
+#include <map>
+#include <mutex>
+#include <string>
+
+namespace {
+
+/// A device's memory that other processes can open: a file without a name.
+struct Shared {
+  pid_t process;
+  int descriptor;
+  size_t bytes;
+};
+std::mutex mutex;
+std::map<void*, Shared> shared;
+
+cudaError_t map(int descriptor, size_t bytes, pid_t process, void** data) {
+  *data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, descriptor, 0);
+  if (*data == MAP_FAILED) return cudaErrorMemoryAllocation;
+  const std::lock_guard<std::mutex> lock(mutex);
+  shared[*data] = {process, descriptor, bytes};
+  return cudaSuccess;
+}
+
+cudaError_t unmap(void* data) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = shared.find(data);
+  if (found == shared.end()) return cudaErrorInvalidValue;
+  munmap(data, found->second.bytes);
+  close(found->second.descriptor);
+  shared.erase(found);
+  return cudaSuccess;
+}
+
+}  // namespace
 
 extern "C" {
+
+cudaError_t cudaMalloc(void** data, size_t bytes) {
+  const int descriptor = memfd_create("cuda-on-cpu", MFD_CLOEXEC);
+  if (descriptor < 0 || ftruncate(descriptor, static_cast<off_t>(bytes)) != 0) return cudaErrorMemoryAllocation;
+  return map(descriptor, bytes, getpid(), data);
+}
+
+cudaError_t cudaFree(void* data) { return unmap(data); }
+
+cudaError_t cudaIpcGetMemHandle(cudaIpcMemHandle_t* handle, void* data) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  memset(handle, 0, sizeof *handle);
+  memcpy(handle, &shared.at(data), sizeof(Shared));
+  return cudaSuccess;
+}
+
+cudaError_t cudaIpcOpenMemHandle(void** data, cudaIpcMemHandle_t handle, unsigned) {
+  Shared theirs;
+  memcpy(&theirs, &handle, sizeof theirs);
+  const std::string path = "/proc/" + std::to_string(theirs.process) + "/fd/" + std::to_string(theirs.descriptor);
+  const int descriptor = open(path.c_str(), O_RDWR | O_CLOEXEC);
+  return descriptor < 0 ? cudaErrorInvalidValue : map(descriptor, theirs.bytes, theirs.process, data);
+}
+
+cudaError_t cudaIpcCloseMemHandle(void* data) { return unmap(data); }
+
+cudaError_t cudaMemset(void* data, int value, size_t bytes) {
+  memset(data, value, bytes);
+  return cudaSuccess;
+}
+
+cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t) {
+  return cudaMemset(data, value, bytes);
+}
+
+cudaError_t cudaHostAlloc(void** data, size_t bytes, unsigned) {
+  *data = malloc(bytes);
+  return *data == nullptr ? cudaErrorMemoryAllocation : cudaSuccess;
+}
+
+cudaError_t cudaFreeHost(void* data) {
+  free(data);
+  return cudaSuccess;
+}
+
+cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 
 cudaError_t cudaGetDeviceCount(int* count) {
   *count = 1;
@@ -58,10 +141,12 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpy
   return cudaSuccess;
 }
 
-cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t) {
-  memset(data, value, bytes);
+cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+  *status = cudaStreamCaptureStatusNone;
   return cudaSuccess;
 }
+
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) { return cudaSuccess; }
 
 cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 

@@ -12,6 +12,8 @@
 #include <thread>
 #include <vector>
 
+#include "core/sorting_network.h"
+#include "core/squared_distances.h"
 #include "core/weighted_sum.h"
 #include "cpu/dispatch.h"
 #include "cpu/operations.h"
@@ -211,6 +213,121 @@ void check_reduce(const fastagg::Kernels& kernels, Code from, Code to, int64_t c
   compare(expected_error, actual_error, "reduce (error)", kernels.name, from, to, count);
 }
 
+void check_server_step(const fastagg::Kernels& kernels, fastagg::Rule rule, Code code, int64_t count, bool special) {
+  const Code moment = code == Code::float64 ? Code::float64 : Code::float32;
+  const int64_t size = fastagg::encoded_bytes(code, count), shift = (count % 3) * fastagg::encoded_bytes(code, 1);
+  Encoded model(code, count, count % 4, special), mean(code, count, count % 2, special);
+  Encoded first(moment, count, count % 3, false), second(moment, count, 1, false);
+  for (int64_t i = 0; i < fastagg::encoded_bytes(moment, count); ++i)  // no second moment is negative
+    if (i % fastagg::encoded_bytes(moment, 1) == fastagg::encoded_bytes(moment, 1) - 1) second.data.data()[i] &= 0x7f;
+  const auto run = [&](const fastagg::Kernels& loops, Buffer& out, Buffer& m, Buffer& v, bool stream) {
+    memcpy(m.data(), first.data.data(), m.size);
+    memcpy(v.data(), second.data.data(), v.size);
+    loops.server_step({rule, 0.3, 0.9, 0.99, 1e-3},
+                      {model.data.data(), mean.data.data(), m.data(), v.data(), out.data(), code, count}, 0, count,
+                      stream);
+    canonicalise(out, code, count);
+    canonicalise(m, moment, count);
+    canonicalise(v, moment, count);
+  };
+  const int64_t moment_size = fastagg::encoded_bytes(moment, count);
+  for (const bool stream : {false, true}) {
+    Buffer expected(size, shift), actual(size, shift), expected_m(moment_size, 0), actual_m(moment_size, 0),
+        expected_v(moment_size, 0), actual_v(moment_size, 0);
+    run(*fastagg::scalar_kernels, expected, expected_m, expected_v, false);
+    run(kernels, actual, actual_m, actual_v, stream);
+    const auto number = static_cast<Code>(rule);  // what the report shows
+    compare(expected, actual, "server_step", kernels.name, code, number, count);
+    compare(expected_m, actual_m, "server_step (first moment)", kernels.name, code, number, count);
+    compare(expected_v, actual_v, "server_step (second moment)", kernels.name, code, number, count);
+  }
+}
+
+/// The network and the divisor of a window.
+struct WindowOf {
+  std::vector<fastagg::Comparator> network;
+  fastagg::SortedMean op;
+  double divisor;
+
+  WindowOf(fastagg::Window window, int rows, int left_out, const double* mixing)
+      : network(fastagg::sorting_network(rows, 0, rows)),
+        op{window, left_out, rows, mixing, network.data(), static_cast<int64_t>(network.size())},
+        divisor(window == fastagg::Window::middle    ? 2 - rows % 2
+                : window == fastagg::Window::trimmed ? rows - 2 * left_out
+                                                     : rows - left_out) {}
+};
+
+/// Clients of one code beside float32 ones, as they are and mixed in pairs.
+void check_rows(const fastagg::Kernels& kernels, Code from, Code to, int64_t count, int clients, bool special) {
+  std::vector<Encoded> encoded;
+  std::vector<fastagg::Source> sources;
+  encoded.reserve(clients);
+  for (int k = 0; k < clients; ++k) {
+    encoded.emplace_back(k % 3 == 1 ? Code::float32 : from, count, k % 4, special);
+    sources.push_back(encoded.back().source);
+  }
+  std::vector<double> mixing(static_cast<size_t>(clients) * clients);
+  for (int k = 0; k < clients; ++k) mixing[k * clients + k] = 0.75, mixing[k * clients + (k + 1) % clients] += 0.25;
+  std::vector<double> scratch(fastagg::kTileBytes / 8);  // of any tile of few rows
+  const int64_t size = fastagg::encoded_bytes(to, count);
+  for (int window = 0; window < 4; ++window)
+    for (const bool mixed : {false, true}) {
+      const WindowOf rule(static_cast<fastagg::Window>(window), clients, (clients - 1) / 3,
+                          mixed && !special ? mixing.data() : nullptr);
+      const auto run = [&](const fastagg::Kernels& loops, Buffer& out) {
+        const fastagg::Leaf leaf{sources.data(), nullptr,     clients, fastagg::Fold::mean, to,
+                                 rule.divisor,   uint16_t{0}, count,   out.data(),          nullptr};
+        return loops.sorted_mean(rule.op, leaf, 0, count, scratch.data(), mixed);
+      };
+      Buffer expected(size, 0), actual(size, 0);
+      const bool finite = run(*fastagg::scalar_kernels, expected);
+      if (run(kernels, actual) != finite) ++failures, std::printf("FAILED: finite flag\n");
+      canonicalise(expected, to, count), canonicalise(actual, to, count);
+      compare(expected, actual, "sorted_mean", kernels.name, from, to, count);
+    }
+  Buffer expected(8 * clients * clients, 0), actual(8 * clients * clients, 0);
+  const fastagg::Leaf leaf{sources.data(), nullptr, clients, fastagg::Fold::mean, to, 1, 0, count, nullptr, nullptr};
+  fastagg::scalar_kernels->squared_distances(leaf, 0, count, scratch.data(),
+                                             reinterpret_cast<double*>(expected.data()));
+  kernels.squared_distances(leaf, 0, count, scratch.data(), reinterpret_cast<double*>(actual.data()));
+  canonicalise(expected, Code::float64, clients * clients), canonicalise(actual, Code::float64, clients * clients);
+  compare(expected, actual, "squared_distances", kernels.name, from, to, count);
+}
+
+void check_statistics(const fastagg::Kernels& kernels, Code from, Code to, int64_t count, int clients, bool special) {
+  std::vector<Encoded> inputs;
+  inputs.reserve(clients);
+  std::vector<fastagg::Source> sources;
+  for (int k = 0; k < clients; ++k) {
+    inputs.emplace_back(from, count, k % 3, special && k % 2 == 0);
+    sources.push_back(inputs.back().source);
+  }
+  const std::vector<double> weights(clients, 0.75);
+  const fastagg::Measurement measurement{sources.data(), clients, to == Code::state48 ? 0.25 : 1.0};
+  const auto run = [&](const fastagg::Kernels& loops, Buffer& out, Buffer& companion, bool stream, Buffer& moments) {
+    const fastagg::Leaf leaf{sources.data(), weights.data(), clients,    fastagg::Fold::mean, to, 3.0,
+                             1234,           count,          out.data(), companion.data()};
+    std::vector<fastagg::Moments> found(clients);
+    const bool finite = loops.statistics(leaf, measurement, 0, count, stream, found.data());
+    memcpy(moments.data(), found.data(), moments.size);
+    canonicalise(out, to, count);
+    canonicalise(moments, Code::float64, clients * fastagg::kMoments);
+    return finite;
+  };
+  const int64_t bytes = fastagg::encoded_bytes(to, count), shift = (count % 3) * fastagg::encoded_bytes(to, 1);
+  const int64_t moments_bytes = clients * static_cast<int64_t>(sizeof(fastagg::Moments));
+  for (const bool stream : {false, true}) {
+    Buffer expected(bytes, shift), actual(bytes, shift), expected_low(2 * count, 0), actual_low(2 * count, 0),
+        expected_moments(moments_bytes, 0), actual_moments(moments_bytes, 0);
+    const bool finite = run(*fastagg::scalar_kernels, expected, expected_low, false, expected_moments);
+    if (run(kernels, actual, actual_low, stream, actual_moments) != finite)
+      ++failures, std::printf("FAILED: finite flag\n");
+    if (!(special && to == Code::state48)) compare(expected, actual, "statistics", kernels.name, from, to, count);
+    if (!special) compare(expected_low, actual_low, "statistics (low)", kernels.name, from, to, count);
+    compare(expected_moments, actual_moments, "statistics (moments)", kernels.name, from, to, count);
+  }
+}
+
 void check_isa(const std::string& name) {
   fastagg::force_isa(name);
   const fastagg::Kernels& kernels = fastagg::kernels();
@@ -227,6 +344,19 @@ void check_isa(const std::string& name) {
             check_cast(kernels, from, to, count, rounding, special);
         for (const bool special : {false, true}) check_reduce(kernels, from, to, count, special);
       }
+    for (const Code from : kInputs)
+      if (from != Code::state48)
+        for (const bool special : {false, true})
+          check_rows(kernels, from, fastagg::has_scales(from) ? Code::float32 : from, count, 1 + count % 19, special);
+    for (const Code from : kInputs)
+      for (const Code to : {Code::float64, Code::float32, Code::bfloat16, Code::state48})
+        for (const bool special : {false, true})
+          if (!fastagg::is_integer(from) && from != Code::state48)
+            check_statistics(kernels, from, to, count, 1 + count % 5, special);
+    for (int rule = 0; rule < fastagg::kRules; ++rule)
+      for (const Code code : {Code::float64, Code::float32, Code::float16, Code::bfloat16})
+        for (const bool special : {false, true})
+          check_server_step(kernels, static_cast<fastagg::Rule>(rule), code, count, special);
   }
   std::printf("%-7s %ld comparisons with the scalar loops\n", name.c_str(), comparisons - before);
 }

@@ -73,7 +73,7 @@ void reduce_all(SharedMemory& group, int rank, int ranks) {
       halves.residual = residual.data();
       halves.error = error.data();
       group.reduce_scatter(halves, wait);
-      const comm::Slice own = comm::slice_of(count, rank, ranks);
+      const Slice own = slice_of(count, rank, ranks);
       expect(is_mean(y, own.begin, own.end), "a slice's mean");
       group.all_gather(exchange_of(y, wire), wait);
       expect(is_mean(y, 0, count), "the slices of all");

@@ -1,0 +1,134 @@
+// The loop of `sorted_mean`, compiled once for each instruction set: a tile of all clients' values is decoded into the
+// first-level cache, sorted there row against row, and summed. Every client is read once.
+#pragma once
+#include "core/sorted_mean.h"
+#include "core/sorting_network.h"
+#include "rows.h"
+
+namespace fastagg {
+namespace {  // the loops of another instruction set must never be linked in these ones' place
+
+/// rows[r] = sum_k mixing[r][k] * clients[k], in float64, in the order of the clients.
+template <class Lanes, Code work>
+void mix_rows(const SortedMean& op, int32_t clients, const Element<work>* values, Element<work>* rows, int64_t stride,
+              int64_t count) {
+  using D = typename Lanes::D;
+  for (int32_t r = 0; r < op.rows; ++r) {
+    const double* shares = op.mixing + int64_t{r} * clients;
+    for (int64_t i = 0; i < count; i += Lanes::width) {
+      const SortedColumn<Lanes, work> column{values + i, stride};
+      D sum[Lanes::halves] = {};
+      for (int32_t k = 0; k < clients; ++k) {
+        if (shares[k] == 0) continue;
+        D x[Lanes::halves];
+        column.row(k, x);
+        for (int h = 0; h < Lanes::halves; ++h) sum[h] = add_product(sum[h], broadcast<D>(shares[k]), x[h]);
+      }
+      if constexpr (work == Code::float64) Lanes::template store_float64<false>(rows, r * stride + i, sum);
+      else Lanes::template store_float32<false>(rows, r * stride + i, Lanes::narrow(sum));
+    }
+  }
+}
+
+/// A vector of the type that values are sorted in.
+template <class Lanes, Code work>
+using Sortable = std::conditional_t<work == Code::float64, typename Lanes::D, typename Lanes::F>;
+
+/// Rows that are sorted in registers: an instruction set has that many, or more.
+constexpr int32_t kRegisterRows = 16;
+
+template <class Lanes, int32_t rows, class V, size_t... c>
+FASTAGG_INLINE void exchange(V (&sorted)[rows], std::index_sequence<c...>) {
+  [[maybe_unused]] constexpr auto network = fixed_network<rows>();
+  (compare_exchange<Lanes>(sorted[network[c].low], sorted[network[c].high]), ...);
+}
+
+/// Sorts every column in registers, and stores the rows of the window.
+template <class Lanes, Code work, int32_t rows>
+void sort_in_registers(const SortedMean& op, Element<work>* values, int64_t stride, int64_t count) {
+  const int32_t first = first_row(op.window, rows, op.left_out), last = last_row(op.window, rows, op.left_out);
+  using V = Sortable<Lanes, work>;
+  for (int64_t i = 0; i < count; i += sizeof(V) / sizeof(*values)) {
+    V sorted[rows];
+    for (int32_t r = 0; r < rows; ++r) sorted[r] = load_bytes<V>(values + r * stride + i);
+    exchange<Lanes, rows>(sorted, std::make_index_sequence<count_of_comparators<rows>()>{});
+    for (int32_t r = 0; r < rows; ++r)
+      if (first <= r && r < last) store_bytes(values + r * stride + i, sorted[r]);
+  }
+}
+
+/// Sorts every column by the network, row against row in the cache.
+template <class Lanes, Code work>
+void sort_in_cache(const SortedMean& op, Element<work>* values, int64_t stride, int64_t count) {
+  using V = Sortable<Lanes, work>;
+  for (int64_t c = 0; c < op.comparators; ++c) {
+    Element<work>*low = values + op.network[c].low * stride, *high = values + op.network[c].high * stride;
+    for (int64_t i = 0; i < count; i += sizeof(V) / sizeof(*values)) {
+      V x = load_bytes<V>(low + i), y = load_bytes<V>(high + i);
+      compare_exchange<Lanes>(x, y);
+      store_bytes(low + i, x);
+      store_bytes(high + i, y);
+    }
+  }
+}
+
+template <class Lanes, Code work, size_t... rows>
+void sort_columns(const SortedMean& op, Element<work>* values, int64_t stride, int64_t count,
+                  std::index_sequence<rows...>) {
+  if (op.rows > kRegisterRows) return sort_in_cache<Lanes, work>(op, values, stride, count);
+  ((op.rows == rows + 1 ? sort_in_registers<Lanes, work, rows + 1>(op, values, stride, count) : void()), ...);
+}
+
+/// Asks for the clients' next tile, which comes while this one is sorted. (Tiles of many clients gained nothing.)
+inline void prefetch_tile(const Leaf& leaf, int64_t begin, int64_t count) {
+  for (int32_t k = 0; k < leaf.clients; ++k) {
+    const Source& source = leaf.sources[k];
+    const auto* next = static_cast<const char*>(source.data) + encoded_bytes(source.code, begin + count);
+    for (int64_t byte = 0; byte < encoded_bytes(source.code, count); byte += 64) __builtin_prefetch(next + byte);
+  }
+}
+
+/// The sums of the columns' windows.
+template <class Lanes, Code work>
+void sum_windows(const SortedMean& op, const Element<work>* rows, int64_t stride, int64_t count, double* sums) {
+  for (int64_t i = 0; i < count; i += Lanes::width) {
+    typename Lanes::D sum[1][Lanes::halves];
+    sum_of_window<Lanes, work>(op, SortedColumn<Lanes, work>{rows + i, stride}, sum[0]);
+    KeepSums{sums}.template put<Lanes, 1>(i, sum);
+  }
+}
+
+template <class Lanes, Code work>
+bool sorted_mean_of(const SortedMean& op, const Leaf& leaf, int64_t begin, int64_t end, void* scratch, bool stream) {
+  const int32_t clients = op.mixing == nullptr ? 0 : leaf.clients;
+  const int64_t columns = tile_columns((op.rows + clients) * static_cast<int64_t>(sizeof(Element<work>)));
+  Element<work>* const rows = static_cast<Element<work>*>(scratch);
+  Element<work>* const decoded = rows + (clients == 0 ? 0 : op.rows * columns);
+  double sums[kMostColumns];
+  bool finite = true;
+  for (; begin < end; begin += columns) {
+    const int64_t count = end - begin < columns ? end - begin : columns, whole = padded<Lanes>(count);
+    if (!decode_rows<Lanes, work>(leaf, begin, count, decoded, columns)) {
+      finite = false;
+      for (int32_t k = 0; k < leaf.clients; ++k)
+        for (int64_t i = k * columns; i < k * columns + count; ++i) decoded[i] = sortable(decoded[i]);
+    }
+    if (leaf.clients <= kRegisterRows) prefetch_tile(leaf, begin, count);
+    if (clients != 0) mix_rows<Lanes, work>(op, clients, decoded, rows, columns, whole);
+    sort_columns<Lanes, work>(op, rows, columns, whole, std::make_index_sequence<kRegisterRows>{});
+    sum_windows<Lanes, work>(op, rows, columns, whole, sums);
+    store_sums<Lanes>({leaf, begin, count, sums, false}, stream);
+  }
+  return finite;
+}
+
+/// `sorted_mean` of the elements [begin, end) of a leaf, `begin` a multiple of kChunk; true if all clients' values are
+/// finite. `scratch` is for scratch_bytes(); with `stream`, the result bypasses the cache.
+template <class Lanes>
+bool sorted_mean(const SortedMean& op, const Leaf& leaf, int64_t begin, int64_t end, void* scratch, bool stream) {
+  return is_wide(leaf) ? sorted_mean_of<Lanes, Code::float64>(op, leaf, begin, end, scratch, stream)
+                       : sorted_mean_of<Lanes, Code::float32>(op, leaf, begin, end, scratch, stream);
+}
+
+}  // namespace
+}  // namespace fastagg
