@@ -11,8 +11,8 @@ from inputs import Inputs, leaves_of
 
 _ENDS, _SAMPLES = 64, 4096
 # Half a unit in the last place of 1.0: what one rounding to the result's dtype may cost.
-_HALF_ULPS = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
-_SMALLEST = {"float32": 2.0**-149, "float16": 2.0**-24, "bfloat16": 2.0**-133}
+HALF_ULPS = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+SMALLEST = {"float32": 2.0**-149, "float16": 2.0**-24, "bfloat16": 2.0**-133}
 
 
 def check_mean(answer: Any, inputs: Inputs, tolerance: float, integer_rule: bool) -> None:
@@ -35,9 +35,9 @@ def check_mean(answer: Any, inputs: Inputs, tolerance: float, integer_rule: bool
             continue
         dtype = str(like.dtype).removeprefix("torch.")
         error = np.abs(decode(given, where) - weights @ clients)
-        allowed = tolerance * (weights @ np.abs(clients)) + _SMALLEST[dtype]
+        allowed = tolerance * (weights @ np.abs(clients)) + SMALLEST[dtype]
         if dtype != "float32":
-            allowed = allowed + _HALF_ULPS[dtype] * np.abs(weights @ clients)
+            allowed = allowed + HALF_ULPS[dtype] * np.abs(weights @ clients)
         assert (error <= allowed).all(), f"off by {error.max():.3g} where {allowed[error.argmax()]:.3g} is allowed"
 
 

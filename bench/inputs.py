@@ -84,13 +84,13 @@ def _room(case: Case, update: Any) -> Any:
 
 def _shapes(case: Case) -> dict[str, tuple[int, ...]]:
     if case.layout == "ResNet-50":
-        return dict(_resnet50(width=64 if case.elements > 10_000_000 else 8))
+        return dict(resnet50(width=64 if case.elements > 10_000_000 else 8))
     if case.layout == "small leaves":
         return {f"leaf{index}": (SMALL_LEAF,) for index in range(case.elements // SMALL_LEAF)}
     return {"": (case.elements,)}
 
 
-def _resnet50(width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+def resnet50(width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     """A ResNet-50's 161 parameters and 53 integer scalars: 24,999,704 elements at width 64, with 728 classes."""
     yield from _convolution("conv1", 3, width, 7)
     channels = width

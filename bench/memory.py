@@ -41,7 +41,7 @@ def extra_bytes(case: Case, contender: str, quick: bool) -> int:
     return int(done.stdout.split()[-1])
 
 
-def _peak_of(call: Callable[[], Any]) -> int:
+def peak_of(call: Callable[[], Any]) -> int:
     """How far the resident memory rises above what it was before the call."""
     gc.collect()
     _give_back_free_memory()
@@ -71,7 +71,7 @@ def _measure_call(case: Case, name: str) -> int:
     contender = next(one for one in CONTENDERS[case.operation] if one.name == name)
     small = replace(case, elements=min(case.elements, 100_000))
     contender.prepare(Inputs(small))()  # what is loaded and started once is not the call's
-    return _peak_of(contender.prepare(Inputs(case)))
+    return peak_of(contender.prepare(Inputs(case)))
 
 
 def _measure_accumulator(case: Case, clients: int) -> int:
@@ -85,7 +85,7 @@ def _measure_accumulator(case: Case, clients: int) -> int:
             update.fill(client)
             accumulator.add(update, 1.0)
 
-    peak = _peak_of(add_all)
+    peak = peak_of(add_all)
     assert accumulator.result()[-1] == (clients - 1) / 2
     return peak
 

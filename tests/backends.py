@@ -65,7 +65,7 @@ class Cuda(Backend):
 @contextmanager
 def isa(name: str) -> Iterator[None]:
     """Forces an instruction set for a while, without any other module in the CPU's place."""
-    before, override = _core.isa(), _backend._cpu_override
+    before, override = _core.isa(), _backend.backend_for("cpu")
     _core.force_isa(name)
     _backend.override_cpu(None)
     try:

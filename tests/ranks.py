@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import transports
 from namespaces import Host
 
 PROLOGUE = """
@@ -20,11 +21,12 @@ rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 torch.set_num_threads(1)
 fastagg.set_num_threads(1)
 timeout = datetime.timedelta(seconds=float(os.environ.get("TIMEOUT", "60")))
-dist.init_process_group("gloo", init_method=os.environ["MEET"], rank=rank, world_size=world, timeout=timeout)
+backend = "cpu:gloo,cuda:nccl" if torch.cuda.device_count() >= world else "gloo"  # NCCL wants a device for each
+dist.init_process_group(backend, init_method=os.environ["MEET"], rank=rank, world_size=world, timeout=timeout)
 def gathered(x):
-    everyone = [torch.empty_like(x) for _ in range(world)]
-    dist.all_gather(everyone, x)
-    return everyone
+    everyone = [torch.empty_like(x, device="cpu") for _ in range(world)]
+    dist.all_gather(everyone, x.cpu())
+    return [one.to(x.device) for one in everyone]
 """
 
 EPILOGUE = """
@@ -49,7 +51,12 @@ class Ranks:
             host = hosts[rank * len(hosts) // world] if hosts else None
             self.processes.append(
                 subprocess.Popen(
-                    [*(host.command if host else ()), sys.executable, "-c", PROLOGUE + program + EPILOGUE],
+                    [
+                        *(host.command if host else ()),
+                        sys.executable,
+                        "-c",
+                        PROLOGUE + transports.PROLOGUE + program + EPILOGUE,
+                    ],
                     env={**common, **(host.environment if host else {}), "RANK": str(rank)},
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE,
@@ -57,7 +64,7 @@ class Ranks:
                 )
             )
 
-    def outputs(self, timeout: float = 120) -> list[tuple[int, str, str]]:
+    def outputs(self, timeout: float = 300) -> list[tuple[int, str, str]]:
         """Exit status, standard output and errors of every rank, which are ended if they do not end."""
         found = []
         for process in self.processes:

@@ -715,3 +715,35 @@ def test_mappings_of_any_kind_merge() -> None:
     one.merge(other)
     one.merge(pickle.loads(pickle.dumps(other)))
     assert np.allclose(one.result()["a"], 7 / 3)
+
+
+@by_dtype
+def test_low_memory_gives_the_same_bits_from_half_the_memory(backend: Backend, dtype: np.dtype) -> None:
+    random = generator(31)
+    columns, weights = [normal(random, 333, dtype) for _ in range(5)], counts(random, 5)
+    frugal = filled(backend.put_all(columns), weights, low_memory=True, batch=2)
+    usual = filled(backend.put_all(columns), weights, batch=2)
+    assert_same_bits(backend.get(frugal.result()), backend.get(usual.result()))
+    for accumulator in (frugal, usual):
+        accumulator.merge(filled(backend.put_all(columns), weights))
+    assert_same_bits(backend.get(frugal.result()), backend.get(usual.result()))
+    assert (frugal._spare is None) == (dtype != np.float64)  # float64 sums can overflow, so they are kept twice
+    assert usual._spare is not None
+
+
+@pytest.mark.parametrize("policy", ["raise", "drop"])
+def test_low_memory_is_untouched_by_a_refused_update(backend: Backend, policy: str) -> None:
+    good = {"a": np.arange(100, dtype=np.float32), "b": np.arange(3)}
+    wrong = {"a": np.where(np.arange(100) == 99, np.inf, 0).astype(np.float32), "b": np.arange(3) + 7}
+    put = lambda update: {name: backend.put(x) for name, x in update.items()}  # noqa: E731
+    accumulator = fastagg.Accumulator(low_memory=True, nan_policy=policy)
+    accumulator.add(put(good), 2)
+    before = accumulator.state_dict()["sums"].copy()
+    if policy == "raise":
+        with pytest.raises(ValueError, match=r"client 1, leaf 'a': holds a NaN"):
+            accumulator.add(put(wrong))
+    else:
+        with pytest.warns(fastagg.DroppedUpdateWarning, match="client 1, leaf 'a'"):
+            accumulator.add(put(wrong))
+    assert_same_bits(accumulator.state_dict()["sums"], before)
+    assert accumulator.count == 1

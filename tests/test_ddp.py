@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("torch")
 
 from ranks import Ranks, run_ranks
+from transports import by_transport, on
 
 TRAINING = """
 import copy, pickle
@@ -16,6 +17,7 @@ from sklearn.datasets import load_digits
 from torch.nn.parallel import DistributedDataParallel
 from fastagg.ddp import AllReduceState, all_reduce_hook
 
+torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = False, True
 digits = load_digits()
 x, y = torch.tensor(digits.data[:1600] / 16, dtype=torch.float32), torch.tensor(digits.target[:1600])
 torch.manual_seed(0)
@@ -43,7 +45,8 @@ plain, _ = train(None)
 for options in ({}, {"gradient_as_bucket_view": True}, {"static_graph": True}, {"find_unused_parameters": True}):
     exact, state = train("fp32", **options)
     assert torch.allclose(exact, plain, atol=2e-5), (options, (exact - plain).abs().max())
-    assert state.transport == "shared memory" and not state.found_inf and state.wire_bytes > 0
+    assert state.transport == ("peer memory" if few else "shared memory")
+    assert not state.found_inf and state.wire_bytes > 0
 for wire, bound in (("fp16", 1e-3), ("bf16", 2e-2), ("int8", 5e-2)):
     mean, state = train(wire)
     assert (mean - plain).abs().max() < bound, (wire, (mean - plain).abs().max())
@@ -64,14 +67,15 @@ for value, expected in ((1.0, False), (float("inf"), True), (1.0, False)):
 """
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_training_is_the_same_within_the_wires_error(world: int) -> None:
+@pytest.mark.parametrize(("world", "transport"), [(2, "shared memory"), (3, "shared memory"), (2, "peer memory")])
+def test_training_is_the_same_within_the_wires_error(world: int, transport: str) -> None:
     pytest.importorskip("sklearn")
-    run_ranks(TRAINING, world)
+    run_ranks(TRAINING, world, **on(transport))
 
 
-def test_found_inf_agrees_on_all_ranks() -> None:
-    run_ranks(FOUND_INF, 2)
+@by_transport
+def test_found_inf_agrees_on_all_ranks(transport: str) -> None:
+    run_ranks(FOUND_INF, 2, **on(transport))
 
 
 LOST = """
@@ -85,14 +89,15 @@ try:
         if step == 3 and rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         model(torch.ones(2, 400)).sum().backward()
+        synchronize()
 except fastagg.PeerError as error:
     print(error.rank, flush=True)
     os._exit(0)
 """
 
 
-@pytest.mark.parametrize("transport", ["", "backend"], ids=["shared memory", "backend"])
+@by_transport
 def test_a_lost_rank_is_a_peer_error_in_backward(transport: str) -> None:
-    outputs = Ranks(LOST, 3, TIMEOUT="15", FASTAGG_TRANSPORT=transport).outputs()
+    outputs = Ranks(LOST, 3, TIMEOUT="15", **on(transport)).outputs()
     assert [status for status, _, _ in outputs] == [0, -signal.SIGKILL, 0], outputs
     assert outputs[0][1] == outputs[2][1] == "1\n"

@@ -335,10 +335,7 @@ def test_drop_counts_integers_of_the_others_only() -> None:
 
 
 def test_drop_of_everyone_is_an_error() -> None:
-    with (
-        pytest.warns(fastagg.DroppedUpdateWarning),
-        pytest.raises(ValueError, match=r"none is left|every contributing client"),
-    ):
+    with pytest.raises(ValueError, match=r"every contributing client .* client 0, the array; client 1, the array"):
         fastagg.fedavg([np.array([np.nan])] * 2, nan_policy="drop")
 
 
@@ -379,7 +376,7 @@ def test_differing_floats_need_dtype() -> None:
         fastagg.fedavg([{"a": one}, {"a": other.astype(np.float64)}])
 
 
-@pytest.mark.parametrize("dtype", ["int32", "complex64", "fp8_e4m3", 3, object()], ids=str)
+@pytest.mark.parametrize("dtype", ["int32", "complex64", "fp8_e4m3", 3, pytest.param(object(), id="object")])
 def test_a_result_dtype_that_is_no_float(dtype: Any) -> None:
     with pytest.raises(TypeError, match=r"dtype"):
         fastagg.fedavg(list(two()), dtype=dtype)

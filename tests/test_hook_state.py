@@ -7,11 +7,14 @@ import pytest
 pytest.importorskip("torch")
 
 from ranks import run_ranks
+from transports import by_transport, on
 
 SETTING = """
 import copy, io, pickle
 from torch.nn.parallel import DistributedDataParallel
 from fastagg.ddp import AllReduceState, GradScaler, all_reduce_hook
+
+kind = torch.get_default_device().type
 
 def model_of(cap=25, **options):
     torch.manual_seed(0)
@@ -63,8 +66,9 @@ for cap in (25, 0.005):
 """
 
 
-def test_residuals_hold_what_rounding_took_whatever_the_buckets() -> None:
-    run_ranks(SETTING + FEEDBACK, 2)
+@by_transport
+def test_residuals_hold_what_rounding_took_whatever_the_buckets(transport: str) -> None:
+    run_ranks(SETTING + FEEDBACK, 2, **on(transport))
 
 
 PLACES = """
@@ -90,8 +94,9 @@ assert len({one.item() for one in every_norm}) == 1
 """
 
 
-def test_random_numbers_belong_to_parameters_and_the_norm_is_the_gradients() -> None:
-    run_ranks(SETTING + PLACES, 2)
+@by_transport
+def test_random_numbers_belong_to_parameters_and_the_norm_is_the_gradients(transport: str) -> None:
+    run_ranks(SETTING + PLACES, 2, **on(transport))
 
 
 INFINITE = """
@@ -109,8 +114,9 @@ assert not state.found_inf and gradients(model).isfinite().all()
 """
 
 
-def test_a_step_that_found_inf_leaves_the_residuals_alone() -> None:
-    run_ranks(SETTING + INFINITE, 2)
+@by_transport
+def test_a_step_that_found_inf_leaves_the_residuals_alone(transport: str) -> None:
+    run_ranks(SETTING + INFINITE, 2, **on(transport))
 
 
 RESUMED = """
@@ -189,8 +195,8 @@ def trained(scaler_of, error_feedback):
     return torch.cat([parameter.detach().reshape(-1) for parameter in model.parameters()]), found
 
 options = dict(init_scale=1024.0, growth_interval=2)
-torchs = lambda state: torch.amp.GradScaler("cpu", **options)
-ours = lambda state: GradScaler(state, "cpu", **options)
+torchs = lambda state: torch.amp.GradScaler(kind, **options)
+ours = lambda state: GradScaler(state, kind, **options)
 for error_feedback in (False, True):
     expected, found = trained(torchs, error_feedback)
     actual, also_found = trained(ours, error_feedback)
@@ -202,7 +208,7 @@ for error_feedback in (False, True):
 model = model_of()
 state = AllReduceState(wire="fp16")
 model.register_comm_hook(state, all_reduce_hook)
-scaler = GradScaler(state, "cpu")
+scaler = GradScaler(state, kind)
 scaler.scale(model(torch.ones(8, 40)).sum()).backward()
 try:
     scaler.scale(model(torch.ones(8, 40)).sum()).backward()
@@ -214,8 +220,9 @@ os._exit(0)
 """
 
 
-def test_our_scaler_unscales_in_the_hook_and_agrees_with_torchs() -> None:
-    run_ranks(SETTING + SCALED, 2)
+@by_transport
+def test_our_scaler_unscales_in_the_hook_and_agrees_with_torchs(transport: str) -> None:
+    run_ranks(SETTING + SCALED, 2, **on(transport))
 
 
 OWED = """
@@ -227,17 +234,18 @@ for dtype, wire in ((torch.bfloat16, "bf16"), (torch.float16, "int8")):
     x = torch.full((1, 16), 1 + rank / 128).to(dtype)
     exact = sum(gathered(x.double())) / world
     total = torch.zeros(1, 16, dtype=torch.float64)
-    for step in range(200):
+    steps = 60 if few else 200
+    for step in range(steps):
         model.zero_grad()
         model(x).sum().backward()
         total += model.module.weight.grad
-    assert (total / 200 - exact).abs().max() < 1e-3 / 4, (dtype, wire, total / 200, exact)
+    assert (total / steps - exact).abs().max() < 1e-3 / 4, (dtype, wire, total / steps, exact)
 """
 
 
-@pytest.mark.parametrize("transport", ["", "backend"])
+@by_transport
 def test_gradients_of_16_bits_lose_nothing_over_time(transport: str) -> None:
-    run_ranks(SETTING + OWED, 2, FASTAGG_TRANSPORT=transport)
+    run_ranks(SETTING + OWED, 2, **on(transport))
 
 
 WIDE = """
@@ -245,7 +253,7 @@ WIDE = """
 model = DistributedDataParallel(torch.nn.Linear(100, 400, bias=False, dtype=torch.float64))
 state = AllReduceState(wire="fp32")
 model.register_comm_hook(state, all_reduce_hook)
-scaler = GradScaler(state, "cpu", init_scale=3.0)
+scaler = GradScaler(state, kind, init_scale=3.0)
 torch.manual_seed(rank)
 x = torch.randn(5, 100, dtype=torch.float64)
 scaler.scale(model(x).sum()).backward()
@@ -255,9 +263,10 @@ os._exit(0)
 """
 
 
+@by_transport
 @pytest.mark.parametrize("world", [2, 3])
-def test_gradients_of_float64_are_unscaled_in_float64(world: int) -> None:
-    run_ranks(SETTING + WIDE, world)
+def test_gradients_of_float64_are_unscaled_in_float64(world: int, transport: str) -> None:
+    run_ranks(SETTING + WIDE, world, **on(transport))
 
 
 SHARED = """

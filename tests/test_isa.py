@@ -12,6 +12,7 @@ from processes import output_of, run
 from reference import assert_same_bits
 
 AVAILABLE = _core.available_isas()
+UNAVAILABLE = [name for name in ("avx2", "avx512", "neon") if name not in AVAILABLE]
 
 
 @pytest.mark.parametrize("name", ["scalar", "avx2", "avx512", "neon"])
@@ -32,7 +33,7 @@ def test_the_best_one_runs_unless_forced() -> None:
     assert output_of(program, FASTAGG_ISA="") == AVAILABLE[0]
 
 
-@pytest.mark.parametrize("name", ["avx1024", "AVX2", "sse", " scalar", *({"avx512", "neon", "avx2"} - set(AVAILABLE))])
+@pytest.mark.parametrize("name", ["avx1024", "AVX2", "sse", " scalar", *UNAVAILABLE])
 def test_an_unavailable_one_is_an_error_that_lists_those_available(name: str) -> None:
     program = "import numpy as np, fastagg; fastagg.fedavg([np.ones(3)])"
     done = run(program, FASTAGG_ISA=name)

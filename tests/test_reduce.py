@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import backends
 import fastagg
 from fastagg import _backend, _core
+from fastagg._arithmetic import DeviceArithmetic, HostArithmetic
 from fastagg._codes import WIRES, Code
 from reference import assert_same_bits
 
@@ -20,7 +22,11 @@ NEAREST = (False, (0, 0, 0, 0), 1.0)
 
 def reduce(backend: backends.Backend, operands: Any, norm: bool = True) -> tuple[bool, float]:
     """The operation on a backend's arrays."""
-    return _backend.backend_for("cuda" if backend.name == "cuda" else "cpu").reduce(operands, 0, norm, True)
+    device = "cuda" if backend.name == "cuda" else "cpu"
+    native = _backend.backend_for(device)
+    arithmetic = HostArithmetic() if native is None else DeviceArithmetic(native, torch.device(device), 0)
+    arithmetic.reduce(operands, norm=norm, check=True)
+    return bool(arithmetic.finite), float(arithmetic.squares)
 
 
 def reduced(

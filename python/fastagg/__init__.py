@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 from fastagg._backend import get_num_threads, set_num_threads
 from fastagg._build import __version__, build_info
-from fastagg._errors import CudaError, DroppedUpdateWarning, PeerError
+from fastagg._errors import CudaError, DroppedUpdateWarning, NonFiniteUpdateError, PeerError
 from fastagg.accumulator import Accumulator
 from fastagg.averaging import fedavg
 from fastagg.quantization import Quantized, dequantize, quantize
+from fastagg.statistics import Statistics
 
 if TYPE_CHECKING:
     from fastagg.broadcasting import broadcast_optimizer_state, broadcast_parameters
@@ -20,8 +21,10 @@ __all__ = [
     "CudaError",
     "DistributedOptimizer",
     "DroppedUpdateWarning",
+    "NonFiniteUpdateError",
     "PeerError",
     "Quantized",
+    "Statistics",
     "__version__",
     "all_reduce",
     "broadcast_optimizer_state",
@@ -43,8 +46,17 @@ _NEED_TORCH = {
 }
 
 
+# What `import fastagg` leaves out and `fastagg.server.FedAdam` fetches.
+_SUBMODULES = (
+    *("asynchronous", "ddp", "files", "flower", "nvflare", "outliers", "plots", "ranks", "ray", "report", "robust"),
+    *("server", "statistics", "trees"),
+)
+
+
 def __getattr__(name: str) -> Any:
-    """What needs torch is fetched at first use."""
+    """What needs more than NumPy, or more than most need, is fetched at first use."""
+    if name in _SUBMODULES:
+        return import_module(f"fastagg.{name}")
     if name not in _NEED_TORCH:
         raise AttributeError(f"module 'fastagg' has no attribute {name!r}")
     try:

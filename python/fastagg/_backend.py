@@ -7,12 +7,16 @@ import secrets
 from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
+import numpy as np
+
 from fastagg import _core
 from fastagg._extras import CUDA_COMMAND
 
 # csrc/bindings/operands.h reads these.
 # (sources, their code or None, weights, divisor, count, fold, out, companion, code, dither)
 LeafOperands = tuple[list[Any], int | None, list[float], float, int, int, int, int, int, int]
+# (sources, their code or None, factor of the reference)
+MeasurementOperands = tuple[list[Any], int | None, float]
 # (data, companion, code, block_shift)
 SourceOperands = tuple[int, int, int, int]
 # (seed, step, tensor, rank)
@@ -25,53 +29,139 @@ ReductionOperands = tuple[
     list[SourceOperands], float, int, float, int, float, bool, CastOperands, int, Sequence[tuple[int, int]]
 ]
 
+# (window, left out, rows, mixing: rows * clients numbers or None)
+WindowOperands = tuple[int, int, int, list[float] | None]
+# (rule, learning rate, beta_1, beta_2, tau)
+OptimizerOperands = tuple[int, float, float, float, float]
+# (model, mean, first moment, second moment, out, code, count)
+ModelLeafOperands = tuple[int, int, int, int, int, int, int]
+
 MEAN, MAXIMUM = 0, 1
+# The rules of `server_step`, in the order of `enum class Rule` of csrc/core/types.h.
+ADD, INTERPOLATE, MOMENTUM, ADAGRAD, ADAM, YOGI = range(6)
+
+# The windows of `sorted_mean`, in the order of `enum class Window`.
+MIDDLE, TRIMMED, NEAR_MEDIAN, NEAR_TRIMMED = range(4)
 
 
 class Backend(Protocol):
-    """The operations of one native module."""
+    """The operations of `_cuda`, queued on a stream.
+
+    `nonfinite` is the address of an int32 on the device that is raised if a result is not finite, `squares` that of
+    MAXIMUM_BLOCKS float64 to which sums of squares are added; 0 for neither.
+    """
+
+    MAXIMUM_BLOCKS: int
+    MAXIMUM_RANKS: int
+    PEER_CONTROL_BYTES: int
+    DIFFERS: int
+    PeerMemory: Any
 
     def weighted_sum(self, leaves: list[LeafOperands], stream: int, check: bool) -> list[int]:
-        """Does the leaves; returns the indices of those with non-finite sums, if asked to check."""
+        """Does the leaves; if asked to check, waits and returns the indices of those with non-finite sums."""
         ...
 
-    def cast(self, operands: CastOperands, stream: int, check: bool) -> bool:
-        """Casts; returns whether nothing became infinite or NaN, if asked to check."""
+    def cast(self, operands: CastOperands, stream: int, nonfinite: int) -> None:
+        """Casts."""
         ...
 
-    def reduce(self, operands: ReductionOperands, stream: int, norm: bool, check: bool) -> tuple[bool, float]:
-        """Adds up, divides and encodes; returns whether the result is finite, and its sum of squares, if asked."""
+    def reduce(self, operands: ReductionOperands, stream: int, nonfinite: int, squares: int) -> None:
+        """Adds up, divides and encodes."""
+        ...
+
+    def reduce_float64(
+        self,
+        sources: list[int],
+        divisor: float,
+        factor: float,
+        out: int,
+        count: int,
+        stream: int,
+        nonfinite: int,
+        squares: int,
+    ) -> None:
+        """Adds up float64 arrays: sum / divisor * factor."""
+        ...
+
+    def server_step(self, optimizer: OptimizerOperands, leaves: list[ModelLeafOperands], stream: int) -> None:
+        """A server optimiser's step of the leaves, their moments in place."""
+        ...
+
+    def sorted_mean(self, rule: WindowOperands, leaves: list[LeafOperands], stream: int) -> list[int]:
+        """Does the leaves, waits, and returns the indices of those with non-finite values."""
+        ...
+
+    def squared_distances(self, leaves: list[LeafOperands], clients: int, distances: int, stream: int) -> bool:
+        """Waits, and writes the matrix to the host's memory; returns whether all values are finite."""
+        ...
+
+    def all_reduce(
+        self,
+        exchange: tuple[Any, ...],
+        peers: tuple[Any, ...],
+        description: int,
+        stream: int,
+        nonfinite: int,
+        squares: int,
+    ) -> None:
+        """Reduces over ranks whose devices reach each other's memory."""
+        ...
+
+    def peer_blocks(self, device: int) -> int:
+        """Blocks of threads of an all-reduce on a device."""
         ...
 
 
-class _CPU:
-    """`_core`: it has no streams, and checks at no cost."""
-
-    def weighted_sum(self, leaves: list[LeafOperands], stream: int, check: bool) -> list[int]:
-        flagged = _core.weighted_sum(leaves)
-        return flagged if check else []
-
-    def cast(self, operands: CastOperands, stream: int, check: bool) -> bool:
-        return _core.cast(operands)
-
-    def reduce(self, operands: ReductionOperands, stream: int, norm: bool, check: bool) -> tuple[bool, float]:
-        return _core.reduce(operands, norm)
-
-
-_cpu = _CPU()
-_cpu_override: Backend | None = None
+_in_the_place_of_the_cpu: Backend | None = None
 _cuda: Backend | None = None
 
 
-def backend_for(device: str) -> Backend:
-    """The backend of a device such as "cpu" or "cuda:0".
+def backend_for(device: str) -> Backend | None:
+    """The backend of a device such as "cuda:0"; None for the CPU, whose operations `_core` does at once.
 
     Raises:
         RuntimeError: this build has no CUDA backend.
     """
-    if device == "cpu":
-        return _cpu_override or _cpu
-    return _load_cuda()
+    return _in_the_place_of_the_cpu if device == "cpu" else _load_cuda()
+
+
+def weighted_sum(leaves: list[LeafOperands], device: str, stream: int, check: bool) -> list[int]:
+    """Does the leaves of a device; returns the indices of those with non-finite sums, if asked to check."""
+    backend = backend_for(device)
+    if backend is not None:
+        return backend.weighted_sum(leaves, stream, check)
+    flagged = _core.weighted_sum(leaves)
+    return flagged if check else []
+
+
+def server_step(optimizer: OptimizerOperands, leaves: list[ModelLeafOperands], device: str, stream: int) -> None:
+    """Steps the leaves of a device towards the clients' mean, their moments in place."""
+    backend = backend_for(device)
+    if backend is not None:
+        backend.server_step(optimizer, leaves, stream)
+    else:
+        _core.server_step(optimizer, leaves)
+
+
+def sorted_mean(rule: WindowOperands, leaves: list[LeafOperands], device: str, stream: int) -> list[int]:
+    """Writes the leaves' means of sorted values; returns the indices of those with non-finite values."""
+    backend = backend_for(device)
+    return _core.sorted_mean(rule, leaves) if backend is None else backend.sorted_mean(rule, leaves, stream)
+
+
+def squared_distances(
+    leaves: list[LeafOperands], clients: int, distances: np.ndarray, device: str, stream: int
+) -> bool:
+    """Writes all pairs' squared distances into a float64 matrix; returns whether all values are finite."""
+    backend, address = backend_for(device), _core.numpy_address(distances)
+    if backend is None:
+        return _core.squared_distances(leaves, clients, address)
+    return backend.squared_distances(leaves, clients, address, stream)
+
+
+def statistics(leaves: list[LeafOperands], measured: list[MeasurementOperands]) -> tuple[list[int], np.ndarray]:
+    """`weighted_sum` on the CPU, and float64 moments (leaves, clients, numbers) of the sources that are measured."""
+    return _core.statistics(leaves, measured)
 
 
 def _load_cuda() -> Backend:
@@ -87,9 +177,9 @@ def _load_cuda() -> Backend:
 
 
 def override_cpu(backend: Backend | None) -> None:
-    """Lets another module do the CPU's work: the tests run the CUDA kernels on the CPU through it."""
-    global _cpu_override
-    _cpu_override = backend
+    """Lets a device's module do the CPU's work: the tests run the CUDA kernels on the CPU through it."""
+    global _in_the_place_of_the_cpu
+    _in_the_place_of_the_cpu = backend
 
 
 def draw_seed() -> int:

@@ -7,6 +7,7 @@ import contextlib
 import torch
 
 from fastagg import _core
+from fastagg._arithmetic import HostArithmetic
 from fastagg._encoded_rows import EncodedRows
 from fastagg._exchange import Exchange, Outcome
 from fastagg._private_group import PrivateGroup
@@ -40,9 +41,10 @@ class BackendTransport:
         """See `Transport`; `agreed`: the ranks have compared their descriptions already."""
         group, count = self._group, exchange.tensor.numel()
         descriptions = None if agreed else self._begin_to_agree(exchange.description)
-        arithmetic = EncodedRows(exchange, group.rank, group.world)
-        in_one_shot = _core.SharedMemoryGroup.in_one_shot(count, group.world)
-        rounds = (one_shot_rounds if in_one_shot else shared_rounds)(group, arithmetic, self._buffers, count)
+        arithmetic = HostArithmetic()
+        rows = EncodedRows(exchange, group.rank, group.world, arithmetic)
+        in_one_shot = _core.in_one_shot(count, group.world)
+        rounds = (one_shot_rounds if in_one_shot else shared_rounds)(group, rows, self._buffers, count)
         rounds[0].encode()
         if descriptions is not None:
             descriptions.compare()
@@ -50,7 +52,7 @@ class BackendTransport:
         squares = arithmetic.squares
         if exchange.norm and not in_one_shot:
             squares = sum(group.gather(squares)) * exchange.factor**2
-        return Outcome(arithmetic.finite, arithmetic.sent_bytes, squares)
+        return Outcome(arithmetic.finite, rows.sent_bytes, squares)
 
     def _begin_to_agree(self, description: str) -> _Descriptions:
         self._descriptions = _Descriptions(self._group, description)

@@ -11,6 +11,8 @@ import typer
 from rich.console import Console
 
 from fastagg._extras import EXTRAS
+from fastagg.files.command import average_command
+from fastagg.report.command import report_command
 
 application = typer.Typer(
     help="Weighted FedAvg, fused gradient allreduce and FP16 quantisation.",
@@ -18,6 +20,10 @@ application = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+application.command("average")(average_command)
+application.command("report")(report_command)
 
 
 def _require(extra: str) -> None:
@@ -69,9 +75,19 @@ def bench(
     # One word: as two, pytest would take the folder for one of tests.
     options = [f"--results={output}", *(["--quick"] if quick else [])]
     # Nothing is written beside the installed benchmarks, which may be read-only.
-    status = pytest.main([str(folder), "-p", "no:cacheprovider", "--benchmark-only", *options])
-    ranks = subprocess.run([sys.executable, str(folder / "all_reduce.py"), *options], check=False)
-    sys.exit(status or ranks.returncode)
+    status = int(pytest.main([str(folder), "-p", "no:cacheprovider", "--benchmark-only", *options]))
+    for name in ("all_reduce", *_federated_benchmarks()):
+        done = subprocess.run([sys.executable, str(folder / f"{name}.py"), *options], check=False)
+        status = status or done.returncode
+    sys.exit(status)
+
+
+def _federated_benchmarks() -> list[str]:
+    """The benchmarks of robust rules and of federated rounds, where what they compare with is installed."""
+    missing = [extra for extra in ("flower", "nvflare") if EXTRAS[extra].missing]
+    for extra in missing:
+        print(f"no federated rounds: {EXTRAS[extra].adds} needs {', '.join(EXTRAS[extra].missing)}")
+    return [] if "flower" in missing else ["robust"] if missing else ["robust", "federated"]
 
 
 def _bench_folder() -> Path:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fastagg import _core
+from fastagg._arithmetic import Arithmetic
 from fastagg._backend import SourceOperands
 from fastagg._codes import ELEMENT_BYTES, Code
 from fastagg._exchange import NO_KEY, Exchange
@@ -21,18 +22,19 @@ class EncodedRows:
     """Encodes, adds up and decodes the elements [begin, end) of an exchange's tensor.
 
     Attributes:
-        finite: whether the result is, as far as it has been written.
-        squares: the sum of the squares of what was reduced here, if wanted.
+        arithmetic: by which it does so. It finds whether the result is finite, as far as it has been written, and the
+            sum of the squares of what was reduced here, if that is wanted.
         sent_bytes: what was handed to others.
     """
 
-    def __init__(self, exchange: Exchange, rank: int, world: int) -> None:
+    def __init__(self, exchange: Exchange, rank: int, world: int, arithmetic: Arithmetic) -> None:
         self._exchange, self._wide = exchange, exchange.encoding.wire == Code.FLOAT64
+        self.arithmetic = arithmetic
         self._share = float(world if exchange.mean else 1)
         self._factor = exchange.encoded_factor(world)
-        self._own_slice = _core.SharedMemoryGroup.slice_of(exchange.tensor.numel(), rank, world)
+        self._own_slice = _core.slice_of(exchange.tensor.numel(), rank, world)
         self._loses_in_the_tensor = exchange.feedback is not None and exchange.code in (Code.FLOAT16, Code.BFLOAT16)
-        self.finite, self.squares, self.sent_bytes = True, 0.0, 0
+        self.sent_bytes = 0
 
     def row_bytes(self, begin: int, end: int) -> int:
         """The size of a row."""
@@ -51,54 +53,54 @@ class EncodedRows:
         exchange = self._exchange
         values = exchange.tensor[begin:end]
         if self._wide:
-            row.view(torch.float64).copy_(values)
+            row[: 8 * (end - begin)].view(torch.float64).copy_(values)
             return
         feedback = _NO_FEEDBACK
         if exchange.feedback:
             residual, factor, error = exchange.feedback
             feedback = (residual[begin:].data_ptr(), factor, error[begin:].data_ptr(), 1 / self._factor, False)
         source = (values.data_ptr(), 0, exchange.code, 0)
-        self._reduce([source], 1 / self._factor, feedback, self._encoded(row, begin, end, exchange.encoding.key), begin)
+        result = self._encoded(row, begin, end, exchange.encoding.key)
+        self._reduce([source], 1 / self._factor, feedback, result, begin)
 
     def encode_mean(self, rows: Sequence[torch.Tensor], row: torch.Tensor, begin: int, end: int) -> None:
         """The mean (or sum) of what all ranks have encoded, for all of them."""
         exchange = self._exchange
         if self._wide:
-            self.squares += self._reduce_float64(rows, self._share, 1.0, row)[1]
+            self._reduce_float64(rows, self._share, 1.0, row[: 8 * (end - begin)], norm=exchange.norm)
             return
         error = exchange.feedback.error[begin:].data_ptr() if exchange.feedback else 0
         key = (*exchange.encoding.key[:3], _core.MEANS_RANK)
         # What is lost here is this rank's alone to feed back: as its share of the next sum.
         feedback = (0, 0.0, error, self._share, True)
         result = self._encoded(row, begin, end, key)
-        _, squares = self._reduce(self._sources(rows, end - begin), self._share * self._factor, feedback, result, begin)
-        self.squares += squares
+        sources = self._sources(rows, end - begin)
+        self._reduce(sources, self._share * self._factor, feedback, result, begin, norm=exchange.norm)
 
     def write_mean(self, rows: Sequence[torch.Tensor], begin: int, end: int) -> None:
         """The mean (or sum) of what all ranks have encoded, into the tensor."""
         exchange = self._exchange
         if self._wide:
             out = exchange.tensor[begin:end]
-            self._note(*self._reduce_float64(rows, self._share, exchange.factor, out))
+            self._reduce_float64(rows, self._share, exchange.factor, out, norm=exchange.norm, check=True)
             return
         for first, last in self._split_at_own_slice(begin, end):
             out = exchange.tensor[first:last]
             sources = [_source_from(exchange.encoding.source(row, end - begin), first - begin) for row in rows]
             result = (sources[0], exchange.code, 0, out.data_ptr(), 0, last - first, False, NO_KEY, 1.0)
             divisor, feedback = self._share * self._factor / exchange.factor, self._feedback_of_result(first, last)
-            self._note(*self._reduce(sources, divisor, feedback, result, first))
+            self._reduce(sources, divisor, feedback, result, first, norm=exchange.norm, check=True)
 
     def decode(self, row: torch.Tensor, begin: int, end: int) -> None:
         """What a rank has encoded for all, into the tensor."""
         exchange = self._exchange
         out = exchange.tensor[begin:end]
         if self._wide:
-            self.finite &= self._reduce_float64([row], 1.0, exchange.factor, out)[0]
+            self._reduce_float64([row], 1.0, exchange.factor, out, check=True)
             return
         source = exchange.encoding.source(row, end - begin)
-        self.finite &= _core.cast(
-            (source, exchange.code, 0, out.data_ptr(), 0, end - begin, False, NO_KEY, exchange.factor)
-        )
+        count = end - begin
+        self.arithmetic.cast((source, exchange.code, 0, out.data_ptr(), 0, count, False, NO_KEY, exchange.factor))
 
     def _split_at_own_slice(self, begin: int, end: int) -> list[tuple[int, int]]:
         """The range in parts that are this rank's to feed back, or not."""
@@ -114,10 +116,6 @@ class EncodedRows:
             return _NO_FEEDBACK
         return 0, 0.0, exchange.feedback.error[begin:].data_ptr(), self._share / exchange.factor, True
 
-    def _note(self, finite: bool, squares: float) -> None:
-        self.finite &= finite
-        self.squares += squares
-
     def _sources(self, rows: Sequence[torch.Tensor], count: int) -> list[tuple[int, int, int, int]]:
         return [self._exchange.encoding.source(row, count) for row in rows]
 
@@ -128,15 +126,34 @@ class EncodedRows:
         values = self._exchange.code if self._exchange.ceiling is None else self._exchange.ceiling
         return (0, 0, values, 0), wire, shift, codes, scales, end - begin, encoding.stochastic, key, 1.0
 
-    def _reduce(self, sources: Any, divisor: float, feedback: Any, result: Any, begin: int) -> tuple[bool, float]:
+    def _reduce(
+        self,
+        sources: Any,
+        divisor: float,
+        feedback: Any,
+        result: Any,
+        begin: int,
+        *,
+        norm: bool = False,
+        check: bool = False,
+    ) -> None:
         first, stretches = begin + self._exchange.first, self._exchange.stretches
-        return _core.reduce((sources, divisor, *feedback, result, first, stretches), self._exchange.norm)
+        operands = (sources, divisor, *feedback, result, first, stretches)
+        self.arithmetic.reduce(operands, norm=norm, check=check)
 
     def _reduce_float64(
-        self, rows: Sequence[torch.Tensor], divisor: float, factor: float, out: torch.Tensor
-    ) -> tuple[bool, float]:
+        self,
+        rows: Sequence[torch.Tensor],
+        divisor: float,
+        factor: float,
+        out: torch.Tensor,
+        *,
+        norm: bool = False,
+        check: bool = False,
+    ) -> None:
         count = out.numel() * out.element_size() // ELEMENT_BYTES[Code.FLOAT64]
-        return _core.reduce_float64([row.data_ptr() for row in rows], divisor, factor, out.data_ptr(), count)
+        addresses = [row.data_ptr() for row in rows]
+        self.arithmetic.reduce_float64(addresses, divisor, factor, out.data_ptr(), count, norm=norm, check=check)
 
 
 def _source_from(source: SourceOperands, skipped: int) -> SourceOperands:

@@ -22,5 +22,9 @@ class PeerError(RuntimeError):
         return PeerError, (self.rank, str(self))
 
 
+class NonFiniteUpdateError(ValueError):
+    """An update holds a NaN or an infinity, and `nan_policy` is "raise"."""
+
+
 class DroppedUpdateWarning(UserWarning):
     """A client's update was left out because of `nan_policy="drop"`; the message names it and its leaf."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -29,7 +29,7 @@ class Encoding(NamedTuple):
         return encoded_bytes(self.wire, count) + self._scales_bytes(count)
 
     def row_bytes(self, count: int) -> int:
-        """Bytes of a row of `count` elements: codes, then scales, each padded to 8 bytes so that rows are aligned."""
+        """Bytes of a row of `count` elements: codes, then scales, each padded to 16 bytes so that rows are aligned."""
         return _padded(encoded_bytes(self.wire, count)) + _padded(self._scales_bytes(count))
 
     def source(self, row: torch.Tensor, count: int) -> SourceOperands:
@@ -62,7 +62,7 @@ class Exchange(NamedTuple):
     """Multiplies the result once it is decoded: a loss scale's inverse."""
     feedback: Feedback | None = None
     norm: bool = False
-    """Whether the sum of the result's squares is wanted."""
+    """Whether the sum of the result's squares is wanted; on a device, whether the result is finite, too."""
     first: int = 0
     """The place of the first element in a larger tensor, which the stretches refer to."""
     stretches: Sequence[tuple[int, int]] = ()
@@ -84,26 +84,49 @@ class Exchange(NamedTuple):
             text = f"{text[: _core.DESCRIPTION_BYTES - 20]} {hashlib.sha256(text.encode()).hexdigest()[:16]}"
         return self._replace(description=text)
 
+    def sent_bytes(self, rank: int, world: int) -> int:
+        """Encoded bytes, scales included, that a rank hands to others."""
+        count = self.tensor.numel()
+        slices = [_core.slice_of(count, owner, world) for owner in range(world)]
+        sizes = [self.encoding.wire_bytes(end - begin) for begin, end in slices]
+        if _core.in_one_shot(count, world):
+            return sum(sizes) * (world - 1)
+        return sum(sizes) - sizes[rank] + sizes[rank] * (world - 1)
+
+    def operands(self, world: int) -> tuple[Any, ...]:
+        """As `exchange_of` in csrc/bindings/operands.h reads it."""
+        wire, shift, stochastic, key = self.encoding
+        feedback = self.feedback
+        return (
+            *(self.tensor.data_ptr(), self.code, self.tensor.numel()),
+            *(wire, shift, stochastic, key, self.mean, self.encoded_factor(world), self.factor),
+            *((feedback.residual.data_ptr(), feedback.factor, feedback.error.data_ptr()) if feedback else (0, 0.0, 0)),
+            *(self.norm, self.stretches, self.description),
+        )
+
     def encoded_factor(self, world: int) -> float:
         """The power of two that keeps a mean's terms inside float16: without it one large value would be infinite."""
         return 2.0 ** -(world - 1).bit_length() if self.mean and self.encoding.wire == Code.FLOAT16 else 1.0
 
 
 class Outcome(NamedTuple):
-    """What an all-reduce found and cost."""
+    """What an all-reduce found and cost. On a device it is a tensor that tells, once the stream has come there."""
 
-    finite: bool
+    finite: bool | torch.Tensor
     wire_bytes: int
     """Encoded bytes, scales included, that this rank handed to others."""
-    squares: float
+    squares: float | torch.Tensor
     """The sum of the result's squares, if wanted."""
 
 
 class Transport(Protocol):
     """One way to reduce tensors over a group."""
 
-    name: str
-    reason: str
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def reason(self) -> str: ...
 
     def all_reduce(self, exchange: Exchange) -> Outcome:
         """Reduces one tensor in place."""
@@ -115,4 +138,4 @@ def _name_of(code: Code) -> str:
 
 
 def _padded(size: int) -> int:
-    return -(-size // 8) * 8
+    return -(-size // 16) * 16

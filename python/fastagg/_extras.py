@@ -31,8 +31,10 @@ EXTRAS = {
         Extra("cli", "the command line", ("rich", "typer")),
         Extra("bench", "fastagg bench", ("matplotlib", "pytest", "pytest_benchmark", "torch")),
         Extra("demo", "fastagg demo", ("matplotlib", "sklearn")),
-        Extra("flower", "Flower, which fastagg bench compares with", ("flwr",)),
-        Extra("nvflare", "NVFlare, which fastagg bench compares with", ("nvflare",)),
+        Extra("report", "outlier detection and reports", ("jinja2", "matplotlib", "sklearn")),
+        Extra("flower", "Flower's strategies", ("flwr",)),
+        Extra("nvflare", "NVFlare's aggregator and filters", ("nvflare",)),
+        Extra("ray", "aggregation on a Ray cluster", ("ray",)),
     )
 }
 

@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 
 from fastagg._named_tensors import batches, dense_strides
+from fastagg._threads import Work
 from fastagg._transports import channel_of
-from fastagg.communication import Work, all_reduce
+from fastagg.communication import all_reduce
 
 
 class FusedGradients:

@@ -93,7 +93,7 @@ class HierarchicalTransport:
 
     def _slice_of(self, exchange: Exchange, whole: torch.Tensor, code: Code) -> Exchange:
         """The exchange of this rank's slice with the other hosts' ranks."""
-        begin, end = _core.SharedMemoryGroup.slice_of(whole.numel(), self._inside.rank, self._inside.world)
+        begin, end = _core.slice_of(whole.numel(), self._inside.rank, self._inside.world)
         feedback = exchange.feedback
         if feedback is not None:
             feedback.error.zero_()  # the other slices' errors are others'

@@ -57,8 +57,9 @@ class Meeting:
 
 def _timeout_of(group: dist.ProcessGroup) -> float:
     """Seconds that the group waits for a peer."""
-    try:
-        options = group._get_backend(torch.device("cpu")).options
-        return float(options._timeout.total_seconds())
-    except (AttributeError, RuntimeError):
-        return float(dist.constants.default_pg_timeout.total_seconds())
+    for device in ("cpu", "cuda"):  # the group may have a backend for one of them only
+        try:
+            return float(group._get_backend(torch.device(device)).options._timeout.total_seconds())
+        except (AttributeError, RuntimeError):
+            continue
+    return float(dist.constants.default_pg_timeout.total_seconds())

@@ -13,20 +13,26 @@ from fastagg._exchange import Feedback
 class Layout:
     """The parameters of a bucket, and their residuals in its order: one flat tensor, and one for the next step's."""
 
-    def __init__(self, names: list[str], sizes: list[int], places: list[int]) -> None:
-        self.names, self.sizes = names, sizes
+    def __init__(self, names: list[str], sizes: list[int], places: list[int], device: torch.device) -> None:
+        self.names, self.sizes, self._device, self._factor = names, sizes, device, 1.0
         self.stretches = [(sum(sizes[:index]), place) for index, place in enumerate(places)]
         self.residual = self.error = torch.empty(0)
 
     def feedback(self, views: dict[str, torch.Tensor], factor: float) -> Feedback:
         """This bucket's residuals, at first use those of the parameters' former buckets, and where the next ones go."""
         if self.residual.numel() == 0:
-            parts = [_checked(name, views.get(name), size) for name, size in zip(self.names, self.sizes, strict=True)]
-            self.residual, self.error = torch.cat(parts), torch.zeros(sum(self.sizes))
+            parts = [
+                _checked(name, views.get(name), size, self._device)
+                for name, size in zip(self.names, self.sizes, strict=True)
+            ]
+            self.residual, self.error = torch.cat(parts), torch.zeros(sum(self.sizes), device=self._device)
+        self._factor = factor
         return Feedback(self.residual, factor, self.error)
 
-    def commit(self) -> dict[str, torch.Tensor]:
-        """Makes the errors the residuals; returns each parameter's."""
+    def commit(self, finite: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        """Makes the errors the residuals, if they are finite; returns each parameter's."""
+        if finite is not None:  # the host does not know it yet: the device chooses
+            torch.where(finite, self.error, self.residual * self._factor, out=self.error)
         self.residual, self.error = self.error, self.residual
         return dict(zip(self.names, torch.split(self.residual, self.sizes), strict=True))
 
@@ -62,7 +68,8 @@ class Residuals:
                 if id(parameter) not in self._known:
                     self._number(parameter)
             names, places = zip(*(self._known[id(parameter)] for parameter in parameters), strict=True)
-            self._layouts[key] = Layout(list(names), [parameter.numel() for parameter in parameters], list(places))
+            sizes = [parameter.numel() for parameter in parameters]
+            self._layouts[key] = Layout(list(names), sizes, list(places), parameters[0].device)
         self._is_complete |= is_last
         return self._layouts[key]
 
@@ -78,10 +85,13 @@ class Residuals:
         """
         return layout.feedback(self._views, scale / self._scale * (world / self._world if self._world else 1.0))
 
-    def commit(self, layouts: Sequence[Layout], world: int, scale: float) -> None:
+    def commit(self, layouts: Sequence[Layout], world: int, scale: float, finite: bool | torch.Tensor) -> None:
         """Makes the errors of a step, in all its buckets, the residuals. Former buckets are forgotten."""
+        if finite is False:  # they are those of numbers that nobody uses
+            return
+        chooses = finite if isinstance(finite, torch.Tensor) else None
         self._layouts = {key: layout for key, layout in self._layouts.items() if layout in layouts}
-        self._views = {name: view for layout in layouts for name, view in layout.commit().items()}
+        self._views = {name: view for layout in layouts for name, view in layout.commit(chooses).items()}
         self._world, self._scale = world, scale
 
     def state_dict(self) -> dict[str, Any]:
@@ -125,10 +135,10 @@ class Residuals:
         self._elements += parameter.numel()
 
 
-def _checked(name: str, residual: torch.Tensor | None, size: int) -> torch.Tensor:
+def _checked(name: str, residual: torch.Tensor | None, size: int, device: torch.device) -> torch.Tensor:
     """A parameter's residual, flat; zeros if it has none yet."""
     if residual is None:
-        return torch.zeros(size)
+        return torch.zeros(size, device=device)
     if residual.numel() != size:
         raise ValueError(f"parameter {name}: expected a residual of {size} elements, got {residual.numel()}")
-    return residual.reshape(-1).float()
+    return residual.reshape(-1).to(device, torch.float32)

@@ -82,24 +82,24 @@ def run(rounds: list[Round]) -> None:
             rounds[index - 3].close()
 
 
-def shared_rounds(group: PrivateGroup, arithmetic: EncodedRows, buffers: Buffers, count: int) -> list[Round]:
+def shared_rounds(group: PrivateGroup, encoded: EncodedRows, buffers: Buffers, count: int) -> list[Round]:
     """Rounds that consist of a piece of every rank's slice."""
-    slices = [_core.SharedMemoryGroup.slice_of(count, rank, group.world) for rank in range(group.world)]
-    size = _passes(_round_elements(arithmetic, count) / group.world)
+    slices = [_core.slice_of(count, rank, group.world) for rank in range(group.world)]
+    size = _passes(_round_elements(encoded, count) / group.world)
     starts = range(0, max(slices[0][1], 1), size)  # the first slice is the largest
     rounds = [[(min(begin + start, end), min(begin + start + size, end)) for begin, end in slices] for start in starts]
-    return [_SharedRound(group, arithmetic, buffers, number, pieces) for number, pieces in enumerate(rounds)]
+    return [_SharedRound(group, encoded, buffers, number, pieces) for number, pieces in enumerate(rounds)]
 
 
-def one_shot_rounds(group: PrivateGroup, arithmetic: EncodedRows, buffers: Buffers, count: int) -> list[Round]:
+def one_shot_rounds(group: PrivateGroup, encoded: EncodedRows, buffers: Buffers, count: int) -> list[Round]:
     """Rounds of which every rank reduces everything."""
-    size = _passes(_round_elements(arithmetic, count))
+    size = _passes(_round_elements(encoded, count))
     pieces = [(start, min(start + size, count)) for start in range(0, max(count, 1), size)]
-    return [_OneShotRound(group, arithmetic, buffers, number, piece) for number, piece in enumerate(pieces)]
+    return [_OneShotRound(group, encoded, buffers, number, piece) for number, piece in enumerate(pieces)]
 
 
-def _round_elements(arithmetic: EncodedRows, count: int) -> float:
-    whole = max(arithmetic.wire_bytes(0, count), 1)
+def _round_elements(encoded: EncodedRows, count: int) -> float:
+    whole = max(encoded.wire_bytes(0, count), 1)
     return count * min(max(whole / _ROUNDS, _SMALLEST), _LARGEST) / whole
 
 
@@ -110,12 +110,12 @@ def _passes(elements: float) -> int:
 
 class _SharedRound:
     def __init__(
-        self, group: PrivateGroup, arithmetic: EncodedRows, buffers: Buffers, number: int, pieces: list[Piece]
+        self, group: PrivateGroup, encoded: EncodedRows, buffers: Buffers, number: int, pieces: list[Piece]
     ) -> None:
-        self._group, self._arithmetic, self._pieces = group, arithmetic, pieces
+        self._group, self._encoded, self._pieces = group, encoded, pieces
         self._tags = 2 * number, 2 * number + 1  # of values and of means
-        sizes = [arithmetic.row_bytes(*piece) for piece in pieces]
-        self._sizes_on_wire = [arithmetic.wire_bytes(*piece) for piece in pieces]
+        sizes = [encoded.row_bytes(*piece) for piece in pieces]
+        self._sizes_on_wire = [encoded.wire_bytes(*piece) for piece in pieces]
         self._values = buffers.rows("values", number, [sizes[group.rank]] * group.world)
         self._means = buffers.rows("means", number, sizes)
         self._sent = buffers.rows("sent", number, sizes)
@@ -123,7 +123,7 @@ class _SharedRound:
 
     def encode(self) -> None:
         for row, piece in zip(self._sent, self._pieces, strict=True):
-            self._arithmetic.encode(row, *piece)
+            self._encoded.encode(row, *piece)
 
     def expect(self) -> None:
         self._arriving = self._group.receive_all(self._values, self._tags[0])
@@ -131,33 +131,31 @@ class _SharedRound:
 
     def send_values(self) -> None:
         self._leaving = self._group.send_all(self._sent, self._tags[0])
-        self._arithmetic.count_sent(sum(self._sizes_on_wire) - self._sizes_on_wire[self._group.rank])
+        self._encoded.count_sent(sum(self._sizes_on_wire) - self._sizes_on_wire[self._group.rank])
 
     def reduce(self) -> None:
         self._group.wait(self._arriving)
         rank = self._group.rank
-        self._arithmetic.encode_mean(self._values, self._means[rank], *self._pieces[rank])
+        self._encoded.encode_mean(self._values, self._means[rank], *self._pieces[rank])
         self._leaving += self._group.send_all([self._means[rank]] * self._group.world, self._tags[1])
-        self._arithmetic.count_sent(self._sizes_on_wire[rank] * (self._group.world - 1))
+        self._encoded.count_sent(self._sizes_on_wire[rank] * (self._group.world - 1))
 
     def gather(self) -> None:
         self._group.wait(self._means_arriving)
         for row, piece in zip(self._means, self._pieces, strict=True):
-            self._arithmetic.decode(row, *piece)
+            self._encoded.decode(row, *piece)
 
     def close(self) -> None:
         self._group.wait(self._leaving)
 
 
 class _OneShotRound:
-    def __init__(
-        self, group: PrivateGroup, arithmetic: EncodedRows, buffers: Buffers, number: int, piece: Piece
-    ) -> None:
-        self._group, self._arithmetic, self._piece, self._tag = group, arithmetic, piece, 2 * number
-        self._values = buffers.rows("values", number, [arithmetic.row_bytes(*piece)] * group.world)
+    def __init__(self, group: PrivateGroup, encoded: EncodedRows, buffers: Buffers, number: int, piece: Piece) -> None:
+        self._group, self._encoded, self._piece, self._tag = group, encoded, piece, 2 * number
+        self._values = buffers.rows("values", number, [encoded.row_bytes(*piece)] * group.world)
 
     def encode(self) -> None:
-        self._arithmetic.encode(self._values[self._group.rank], *self._piece)
+        self._encoded.encode(self._values[self._group.rank], *self._piece)
 
     def expect(self) -> None:
         self._arriving = self._group.receive_all(self._values, self._tag)
@@ -165,11 +163,11 @@ class _OneShotRound:
     def send_values(self) -> None:
         world = self._group.world
         self._leaving = self._group.send_all([self._values[self._group.rank]] * world, self._tag)
-        self._arithmetic.count_sent(self._arithmetic.wire_bytes(*self._piece) * (world - 1))
+        self._encoded.count_sent(self._encoded.wire_bytes(*self._piece) * (world - 1))
 
     def reduce(self) -> None:
         self._group.wait(self._arriving)
-        self._arithmetic.write_mean(self._values, *self._piece)
+        self._encoded.write_mean(self._values, *self._piece)
 
     def gather(self) -> None:
         pass

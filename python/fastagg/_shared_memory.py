@@ -40,15 +40,7 @@ class SharedMemoryTransport:
         return self._memory.tell_lost(name)
 
     def _run(self, phase: Phase, exchange: Exchange) -> Outcome:
-        wire, shift, stochastic, key = exchange.encoding
-        feedback = exchange.feedback
-        operands = (
-            *(exchange.tensor.data_ptr(), exchange.code, exchange.tensor.numel()),
-            *(wire, shift, stochastic, key, exchange.mean, exchange.encoded_factor(self._world), exchange.factor),
-            *((feedback.residual.data_ptr(), feedback.factor, feedback.error.data_ptr()) if feedback else (0, 0.0, 0)),
-            *(exchange.norm, exchange.stretches, exchange.description),
-        )
-        return Outcome(*phase(operands, self._timeout))
+        return Outcome(*phase(exchange.operands(self._world), self._timeout))
 
 
 def host_of_this_process() -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from fastagg import _core
 from fastagg._codes import ELEMENT_BYTES, Code, code_of_dtype, name_of
 
-_HUGE = 4 << 20  # bytes from which a fresh block is worth huge pages
+HUGE = 4 << 20  # bytes from which a fresh block is worth huge pages
 
 
 class View(NamedTuple):
@@ -73,6 +73,10 @@ class Kind(Protocol):
 
     def empty(self, shape: tuple[int, ...], dtype: Any, device: str) -> Any:
         """A new array, its contents undefined."""
+        ...
+
+    def zeros(self, shape: tuple[int, ...], dtype: Any, device: str) -> Any:
+        """A new array of zeros."""
         ...
 
     def stream(self, device: str) -> int:
@@ -149,6 +153,10 @@ class NumPy:
         """See `Kind`. NumPy itself asks for huge pages."""
         return np.empty(shape, dtype)
 
+    def zeros(self, shape: tuple[int, ...], dtype: Any, device: str) -> Any:
+        """See `Kind`."""
+        return np.zeros(shape, dtype)
+
     def stream(self, device: str) -> int:
         """See `Kind`."""
         return 0
@@ -176,13 +184,20 @@ class Torch:
 
         self.torch = torch
         self.plain = (torch.Tensor, torch.nn.Parameter)
+        self.exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)  # from torch 2.10 on
         self.cpu = torch.device("cpu")
 
     def adopt(self, array: Any) -> Any:
-        """CUDA memory of another library, in place."""
-        return (
-            self.torch.utils.dlpack.from_dlpack(array) if hasattr(array, "__dlpack__") else self.torch.as_tensor(array)
-        )
+        """CUDA memory of another library, in place; what is queued there comes before what we queue."""
+        if hasattr(array, "__dlpack__"):
+            return self.torch.utils.dlpack.from_dlpack(array)
+        tensor = self.torch.as_tensor(array)
+        stream = array.__cuda_array_interface__.get("stream")  # torch does not look at it
+        if stream is not None:
+            current = self.torch.cuda.current_stream(tensor.device)
+            theirs: Any = self.torch.cuda.ExternalStream  # torch has no types for it
+            current.wait_stream(theirs(stream, tensor.device))
+        return tensor
 
     def view(self, array: Any) -> View:
         """See `Kind`."""
@@ -212,6 +227,11 @@ class Torch:
 
     def addresses(self, arrays: list[Any]) -> list[int]:
         """See `Kind`."""
+        if self.exchange is not None and not any(map(self.torch.Tensor.is_neg, arrays)):
+            return _core.tensor_addresses(self.exchange, self.plain, arrays)
+        return self._addresses_one_by_one(arrays)
+
+    def _addresses_one_by_one(self, arrays: list[Any]) -> list[int]:
         first, plain = arrays[0], self.plain
         addresses: list[int] = []
         if first.layout is not self.torch.strided or first.device.type not in ("cpu", "cuda"):
@@ -248,9 +268,13 @@ class Torch:
         """See `Kind`."""
         on_cpu = device == "cpu"
         tensor = self.torch.empty(shape, dtype=dtype, device=self.cpu if on_cpu else device)
-        if on_cpu and tensor.nbytes >= _HUGE:
+        if on_cpu and tensor.nbytes >= HUGE:
             _core.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
         return tensor
+
+    def zeros(self, shape: tuple[int, ...], dtype: Any, device: str) -> Any:
+        """See `Kind`."""
+        return self.torch.zeros(shape, dtype=dtype, device=device)
 
     def stream(self, device: str) -> int:
         """See `Kind`."""
@@ -322,9 +346,15 @@ class CuPy:
         with self.cupy.cuda.Device(int(device.removeprefix("cuda:"))):
             return self.cupy.empty(shape, dtype)
 
-    def stream(self, device: str) -> int:
+    def zeros(self, shape: tuple[int, ...], dtype: Any, device: str) -> Any:
         """See `Kind`."""
-        return int(self.cupy.cuda.get_current_stream().ptr)
+        with self.cupy.cuda.Device(int(device.removeprefix("cuda:"))):
+            return self.cupy.zeros(shape, dtype)
+
+    def stream(self, device: str) -> int:
+        """See `Kind`. CuPy keeps a current stream for each device."""
+        with self.cupy.cuda.Device(int(device.removeprefix("cuda:"))):
+            return int(self.cupy.cuda.get_current_stream().ptr)
 
     def dtype_named(self, name: str) -> Any:
         """See `Kind`."""

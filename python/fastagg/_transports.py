@@ -1,4 +1,4 @@
-"""Chooses how the ranks of a group exchange, and keeps their exchanges in order."""
+"""Chooses how the ranks of a group exchange."""
 
 from __future__ import annotations
 
@@ -8,65 +8,34 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from collections.abc import Sequence
 
+import torch
 import torch.distributed as dist
 
-from fastagg._backend import draw_seed
+from fastagg import _peer_memory
+from fastagg._backend import Backend, backend_for, draw_seed
 from fastagg._backend_transport import BackendTransport
 from fastagg._build import TRANSPORT_VARIABLE
+from fastagg._collectives import CollectiveTransport
 from fastagg._exchange import Transport
 from fastagg._hierarchy import HierarchicalTransport
 from fastagg._meeting import Meeting
 from fastagg._private_group import PrivateGroup
 from fastagg._shared_memory import host_of_this_process, meet
+from fastagg._streams import DeviceLine
+from fastagg._threads import Line
 
 _log = logging.getLogger("fastagg")
-
-Result = TypeVar("Result")
-
-
-class Line:
-    """A group's exchanges one after the other, in the order in which they were asked for."""
-
-    def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="fastagg-all-reduce")
-        self._busy, self._counting = threading.Lock(), threading.Lock()
-        self._waiting = 0
-        self._thread_id: int | None = None
-
-    def submit(self, work: Callable[[], Result]) -> Future[Result]:
-        """Does the work in the line's own thread."""
-        with self._counting:
-            self._waiting += 1
-        return self._thread.submit(self._do_waiting, work)
-
-    def run(self, work: Callable[[], Result]) -> Result:
-        """Does the work here and now if nothing waits: a thread takes longer to wake than a small message takes."""
-        if threading.get_ident() == self._thread_id:
-            return work()  # called back from the line itself, between two exchanges
-        if self._waiting:
-            return self.submit(work).result()
-        with self._busy:
-            return work()
-
-    def _do_waiting(self, work: Callable[[], Result]) -> Result:
-        self._thread_id = threading.get_ident()
-        try:
-            with self._busy:
-                return work()
-        finally:
-            with self._counting:
-                self._waiting -= 1
+_CPU = torch.device("cpu")
+_ASKED = f"{TRANSPORT_VARIABLE}=backend asks for it"
 
 
 class Channel:
     """How a group's ranks exchange, in which order, and the seeds that they share."""
 
-    def __init__(self, transport: Transport, seed: int) -> None:
-        self.transport, self.line, self._seed = transport, Line(), seed
+    def __init__(self, transport: Transport, line: Line | DeviceLine, seed: int) -> None:
+        self.transport, self.line, self._seed = transport, line, seed
         self._calls = itertools.count()
 
     def next_seed(self) -> tuple[int, int, int]:
@@ -75,11 +44,11 @@ class Channel:
 
 
 class _Door:
-    """Where a group's channel is opened: other groups' ranks need not wait for it."""
+    """Where a group's channels are opened, one a device: other groups' ranks need not wait for it."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.channel: Channel | None = None
+        self.channels: dict[torch.device, Channel] = {}
 
 
 _doors: weakref.WeakKeyDictionary[dist.ProcessGroup, _Door] = weakref.WeakKeyDictionary()
@@ -110,38 +79,77 @@ def group_of(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
     return group
 
 
-def channel_of(group: dist.ProcessGroup) -> Channel:
-    """The group's channel, opened at first use by all its ranks together.
+def channel_of(group: dist.ProcessGroup, device: torch.device = _CPU) -> Channel:
+    """The group's channel for tensors on a device, opened at first use by all its ranks together.
 
     Raises:
         PeerError: a rank did not come.
-        ValueError: FASTAGG_TRANSPORT names no transport, on any rank.
+        ValueError: FASTAGG_TRANSPORT names no transport, on any rank; or the group has no backend for the device.
     """
     with _lock:
         door = _doors.setdefault(group, _Door())
     with door.lock:
-        if door.channel is None:
-            door.channel = _open(Meeting.of(group))
-            name, reason = door.channel.transport.name, door.channel.transport.reason
+        if device not in door.channels:
+            backend = backend_for(str(device))
+            meeting = Meeting.of(group)
+            channel = _open(meeting) if backend is None else _open_on(device, backend, group, meeting)
+            name, reason = channel.transport.name, channel.transport.reason
             _log.debug("group of %d ranks: %s, because %s", dist.get_world_size(group), name, reason)
-        return door.channel
+            door.channels[device] = channel
+        return door.channels[device]
 
 
 def _open(meeting: Meeting) -> Channel:
-    own = [host_of_this_process(), os.environ.get(TRANSPORT_VARIABLE, ""), draw_seed()]
+    hosts, asked, seed = _gather_facts(meeting, _CPU)
+    met = _meet_over_memory(meeting, hosts) if not any(asked) else _ASKED
+    transport = BackendTransport(PrivateGroup(meeting), met) if isinstance(met, str) else met
+    return Channel(transport, Line(), seed)
+
+
+def _open_on(device: torch.device, backend: Backend, group: dist.ProcessGroup, meeting: Meeting) -> Channel:
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("the group's first all_reduce of CUDA tensors cannot be captured: make the call once before")
+    hosts, asked, seed = _gather_facts(meeting, device)
+    if any(asked):
+        met: Transport | str = _ASKED
+    elif len(set(hosts)) > 1:
+        met = "not all ranks are on one host"
+    else:
+        met = _peer_memory.meet(meeting, backend, device)
+    transport = _over_collectives(group, meeting, backend, device, met) if isinstance(met, str) else met
+    return Channel(transport, DeviceLine(device), seed)
+
+
+def _over_collectives(
+    group: dist.ProcessGroup, meeting: Meeting, backend: Backend, device: torch.device, reason: str
+) -> CollectiveTransport:
+    names = dist.get_backend_config(group)  # "nccl", or "cpu:gloo,cuda:nccl"
+    by_device = dict(one.split(":") for one in names.split(",") if ":" in one)
+    name = by_device.get(device.type, names)
+    if device.type == "cuda" and name != "nccl":
+        raise ValueError(f"group: CUDA tensors need the backend nccl, got {name}; peer memory is no way, for {reason}")
+    if meeting.world > backend.MAXIMUM_RANKS:
+        raise ValueError(f"group: expected at most {backend.MAXIMUM_RANKS} ranks for CUDA tensors, got {meeting.world}")
+    return CollectiveTransport(group, name, meeting, backend, reason)
+
+
+def _gather_facts(meeting: Meeting, device: torch.device) -> tuple[Sequence[str], Sequence[str], int]:
+    """Every rank's host and the transport that it asks for, and a seed for all."""
+    own = [host_of_this_process(), os.environ.get(TRANSPORT_VARIABLE, ""), draw_seed(), device.type]
     found = [json.loads(one) for one in meeting.gather(json.dumps(own).encode())]
-    hosts, asked, seeds = zip(*found, strict=True)
-    met = _meet_over_memory(meeting, hosts, asked)
-    return Channel(BackendTransport(PrivateGroup(meeting), met) if isinstance(met, str) else met, seeds[0])
-
-
-def _meet_over_memory(meeting: Meeting, hosts: Sequence[str], asked: Sequence[str]) -> Transport | str:
-    """A transport that shares memory, or the reason why there is none: the same on all ranks."""
+    hosts, asked, seeds, types = zip(*found, strict=True)
+    for name, theirs in zip(meeting.names, types, strict=True):
+        if theirs != device.type:
+            rank = meeting.names[meeting.rank]
+            raise ValueError(f"rank {name} has {theirs} tensors; rank {rank} has {device.type} tensors")
     for name, one in zip(meeting.names, asked, strict=True):
         if one not in ("", "backend"):
             raise ValueError(f"{TRANSPORT_VARIABLE} on rank {name}: expected backend, or nothing, got {one!r}")
-    if any(asked):
-        return f"{TRANSPORT_VARIABLE}=backend asks for it"
+    return hosts, asked, seeds[0]
+
+
+def _meet_over_memory(meeting: Meeting, hosts: Sequence[str]) -> Transport | str:
+    """A transport that shares memory, or the reason why there is none: the same on all ranks."""
     if len(set(hosts)) == 1:
         return meet(meeting)
     if len(set(hosts)) < len(hosts):

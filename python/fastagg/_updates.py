@@ -6,7 +6,7 @@ import copy
 import math
 from array import array
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fastagg._tensor import kind_of
@@ -145,6 +145,22 @@ class Structure:
         except (AttributeError, TypeError):  # a mapping that cannot be built or written
             return named
         return result
+
+
+def as_list(updates: Iterable[Any]) -> list[Any]:
+    """K updates as a list.
+
+    Raises:
+        TypeError, ValueError: they are a single mapping, no sequence, or none.
+    """
+    if isinstance(updates, Mapping):
+        raise TypeError("updates: expected a sequence of updates, got a single mapping")
+    if not hasattr(updates, "__iter__"):
+        raise TypeError(f"updates: expected a sequence of updates, got {type(updates).__name__}")
+    listed = list(updates)
+    if not listed:
+        raise ValueError("updates: expected at least one, got none")
+    return listed
 
 
 def as_weights(weights: Any, count: int) -> list[float]:

@@ -10,18 +10,30 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastagg._backend import MAXIMUM, MEAN, LeafOperands, backend_for
+from fastagg._backend import MAXIMUM, MEAN, LeafOperands, MeasurementOperands, statistics, weighted_sum
 from fastagg._codes import ELEMENT_BYTES, FLOATS, Code, name_of
-from fastagg._errors import DroppedUpdateWarning
+from fastagg._errors import DroppedUpdateWarning, NonFiniteUpdateError
 from fastagg._tensor import Kind, kind_named
 from fastagg._updates import Structure, as_weights
-from fastagg.averaging import LeafInputs, check_devices, check_out, check_policies, gather, is_finite
+from fastagg.averaging import (
+    LeafInputs,
+    check_devices,
+    check_measurable,
+    check_out,
+    check_policies,
+    gather,
+    is_finite,
+    measured_names,
+    nonfinite_leaves,
+    scale_weights,
+)
 from fastagg.quantization import Quantized
+from fastagg.statistics import MOMENTS, Statistics, by_client
 
 _ALIGNMENT = 64
 _STATE_KEYS = {
     *("version", "structure", "leaves", "device", "sums", "folds", "added", "count", "total_weight", "dropped"),
-    *("nan_policy", "integer_policy", "batch"),
+    *("nan_policy", "integer_policy", "batch", "low_memory"),
 }
 # Beyond these, sums of float32 values could leave the range of float64; counts of examples are far inside.
 _LARGEST_WEIGHT, _SMALLEST_WEIGHT = 2.0**300, 2.0**-300
@@ -34,6 +46,14 @@ class DroppedUpdate(NamedTuple):
     client: int
     leaf: Any
     reason: str
+
+
+class _Measured(NamedTuple):
+    """What a fold has found of one client: float64 (floating leaves, MOMENTS)."""
+
+    client: int
+    weight: float
+    moments: np.ndarray
 
 
 class _Leaf(NamedTuple):
@@ -88,7 +108,15 @@ class Accumulator:
             in the order of `add`.
     """
 
-    def __init__(self, *, nan_policy: str = "raise", integer_policy: str = "max", batch: int = 1) -> None:
+    def __init__(
+        self,
+        *,
+        nan_policy: str = "raise",
+        integer_policy: str = "max",
+        batch: int = 1,
+        low_memory: bool = False,
+        stats: bool = False,
+    ) -> None:
         """An empty accumulator.
 
         Args:
@@ -96,28 +124,39 @@ class Accumulator:
             integer_policy: "max", "first" or "round", as in `fedavg`.
             batch: updates to hold by reference and fold in one pass. 1 keeps nothing of an update once `add` has
                 returned; more is faster, for callers who leave their arrays alone until they are folded.
+            low_memory: look every update through first and keep the sums once: 6 bytes an element in place of 12, for
+                a little more time. Updates with fp64 leaves keep them twice all the same: their sums can overflow.
+            stats: keep `statistics`, gathered as updates are folded: 72 bytes a client and floating leaf. For updates
+                on the CPU.
         """
         check_policies(nan_policy, integer_policy)
         if not isinstance(batch, int) or batch < 1:
             raise ValueError(f"batch: expected an integer of 1 or more, got {batch!r}")
         self.nan_policy, self.integer_policy, self.batch = nan_policy, integer_policy, batch
+        self.low_memory, self.stats = low_memory, stats
         self._lock = threading.RLock()
+        self._sums: Any = None
+        self._spare: Any = None
+        self._device = "cpu"
+        self._unused: list[tuple[str, Any]] = []
         self.reset()
 
     def reset(self) -> None:
-        """Forgets everything that was added."""
+        """Forgets everything that was added; the memory of the sums stays for updates of the same size."""
         with self._lock:
+            blocks = [(self._device, block) for block in (self._sums, self._spare) if block is not None]
+            self._unused = blocks or self._unused
             self._structure: Structure | None = None
             self._leaves: list[_Leaf] = []
             self._device = "cpu"
-            self._sums: Any = None
-            self._spare: Any = None
+            self._sums = self._spare = None
             self._pending: list[tuple[int, list[LeafInputs], float]] = []
             self._added = 0
             self._count = 0
             self._total = 0.0
             self._folds = 0
             self.dropped: list[DroppedUpdate] = []
+            self._measured: list[_Measured] = []
 
     @property
     def count(self) -> int:
@@ -132,6 +171,31 @@ class Accumulator:
         with self._lock:
             self._fold()
             return self._total
+
+    @property
+    def statistics(self) -> Statistics:
+        """The `Statistics` of all updates that contributed, under their clients' numbers.
+
+        Cosines and distances are to the mean of what had been folded by then, the client's own batch included: the
+        first of `batch` = 1 has distance 0. Updates still held by `batch` are folded first.
+
+        Raises:
+            ValueError: the accumulator was made without `stats`, or nothing was added.
+        """
+        with self._lock:
+            self._fold()
+            if not self.stats:
+                raise ValueError("statistics: expected an Accumulator(stats=True)")
+            self._check_not_empty()
+            assert self._structure is not None
+            floats = self._floats()
+            return Statistics.from_moments(
+                [measured.client for measured in self._measured],
+                measured_names(self._structure, floats),
+                [self._leaves[index].elements for index in floats],
+                [measured.weight for measured in self._measured],
+                np.stack([measured.moments for measured in self._measured]),
+            )
 
     def add(self, update: Any, weight: float = 1.0) -> None:
         """Adds one client's update.
@@ -162,7 +226,8 @@ class Accumulator:
 
         Raises:
             TypeError: other is no Accumulator.
-            ValueError: its structure, shapes, dtypes or integer policy differ.
+            ValueError: its structure, shapes, dtypes or integer policy differ, or it has no statistics where this one
+                has.
         """
         if not isinstance(other, Accumulator):
             raise TypeError(f"other: expected an Accumulator, got {type(other).__name__}")
@@ -181,6 +246,8 @@ class Accumulator:
                 self._count += other._count
                 self._total = math.fsum((self._total, other._total))
             self.dropped.extend(dropped._replace(client=self._added + dropped.client) for dropped in other.dropped)
+            if self.stats:
+                self._measured.extend(one._replace(client=self._added + one.client) for one in other._measured)
             self._added += other._added
 
     def result(self, *, out: Any = None) -> Any:
@@ -190,24 +257,52 @@ class Accumulator:
             ValueError: nothing was added, or nothing but weights of 0; or `out` does not fit.
         """
         with self._lock:
-            self._fold()
-            if self._structure is None or self._count == 0:
-                raise ValueError("nothing was added, so there is no mean")
-            base = self._kind().address(self._sums)
-            inputs = [self._as_inputs(leaf, base) for leaf in self._leaves]
+            if out is not None:
+                self._fold()  # it may lie where an update that waits does
+            self._check_not_empty()
+            structure = self._structure
+            assert structure is not None
+            inputs = [self._as_inputs(leaf) for leaf in self._leaves]
             if out is None:
                 arrays = [leaf.kind.empty(leaf.shape, leaf.dtype, leaf.device) for leaf in inputs]
                 views = [leaf.kind.writable_view(array) for leaf, array in zip(inputs, arrays, strict=True)]
             else:
-                views = check_out(inputs, self._structure, out)
-            leaves: list[LeafOperands] = []
-            for leaf, source, view in zip(self._leaves, inputs, views, strict=True):
-                fold = MEAN if leaf.state in (Code.STATE48, Code.FLOAT64) else MAXIMUM
-                leaves.append(
-                    (source.sources, None, [1.0], self._total, leaf.elements, fold, view.address, 0, leaf.code, 0)
-                )
-            backend_for(self._device).weighted_sum(leaves, self._stream(), False)
-            return self._structure.build(arrays) if out is None else out
+                views = check_out(inputs, structure, out)
+            addresses = [view.address for view in views]
+            if self._write_mean(addresses):
+                self._fold()  # drops or raises
+                self._check_not_empty()
+                self._write_mean(addresses)
+            return structure.build(arrays) if out is None else out
+
+    def _check_not_empty(self) -> None:
+        if not (self._count or self._pending):
+            raise ValueError("nothing was added, so there is no mean")
+
+    def _write_mean(self, addresses: list[int]) -> list[int]:
+        """Writes the mean of all that was added and of all that waits; returns the leaves that are not finite there."""
+        weights = self._weights()
+        scaled, _ = scale_weights(weights)
+        total = math.fsum((self._total, *(weight for _, _, weight in self._pending))) * (scaled[0] / weights[0])
+        leaves: list[LeafOperands] = []
+        for index, (leaf, address) in enumerate(zip(self._leaves, addresses, strict=True)):
+            sources, fold = self._sources(index)
+            leaves.append((sources, None, scaled, total, leaf.elements, fold, address, 0, leaf.code, 0))
+        check = bool(self._pending) and self.nan_policy != "propagate"
+        return weighted_sum(leaves, self._device, self._stream(), check)
+
+    def _weights(self) -> list[float]:
+        """Those of the sums, where there are any, and of the updates that wait."""
+        return [1.0] * bool(self._count) + [weight for _, _, weight in self._pending]
+
+    def _sources(self, index: int) -> tuple[list[Any], int]:
+        """A leaf's sums, where there are any, and what the updates that wait hold for it; and how they are folded."""
+        leaf = self._leaves[index]
+        sources: list[Any] = [leaf.operands(self._kind().address(self._sums))] if self._count else []
+        for _, inputs, _ in self._pending:
+            given = inputs[index]
+            sources.append(given.sources[0] if given.code is None else (given.sources[0], 0, given.code, 0))
+        return self._folded(leaf, sources)
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of everything held, as plain values and one NumPy array of bytes, for `load_state_dict`."""
@@ -230,6 +325,8 @@ class Accumulator:
                 "nan_policy": self.nan_policy,
                 "integer_policy": self.integer_policy,
                 "batch": self.batch,
+                "low_memory": self.low_memory,
+                "statistics": [tuple(measured) for measured in self._measured] if self.stats else None,
             }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -245,6 +342,7 @@ class Accumulator:
             leaves = [_Leaf.described(leaf) for leaf in state["leaves"]]
             check_policies(state["nan_policy"], state["integer_policy"])
             saved = None if state["sums"] is None else np.asarray(state["sums"])
+            measured = _measured_of(state.get("statistics"), leaves, state["count"])  # older states have none
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"state: damaged: {error}") from error
         _check_sums(saved, leaves, state["count"])
@@ -258,13 +356,14 @@ class Accumulator:
             self._count, self._total = state["count"], state["total_weight"]
             self.dropped = [DroppedUpdate(*dropped) for dropped in state["dropped"]]
             self.nan_policy, self.integer_policy = state["nan_policy"], state["integer_policy"]
-            self.batch = state["batch"]
+            self.batch, self.low_memory = state["batch"], state["low_memory"]
+            self.stats, self._measured = measured is not None, measured or []
 
     def __getstate__(self) -> dict[str, Any]:
         return self.state_dict()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._lock = threading.RLock()
+        Accumulator.__init__(self)
         self.load_state_dict(state)
 
     def __repr__(self) -> str:
@@ -281,6 +380,7 @@ class Accumulator:
             except (TypeError, ValueError) as error:
                 raise type(error)(str(error).replace("client 0", f"client {client}", 1)) from None
         device = check_devices(inputs, structure)
+        check_measurable(device, self.stats)
         if self._structure is None:
             if contributes:
                 self._leaves, self._structure, self._device = _lay_out(inputs, self.integer_policy), structure, device
@@ -301,10 +401,13 @@ class Accumulator:
     def _fold(self) -> None:
         """Adds the updates that wait. A non-finite one is dropped or raised; then the others still wait."""
         while self._pending:
-            flagged = self._combine_pending()
-            offenders = self._offenders(flagged) if flagged else {}
+            offenders = self._nonfinite_pending() if self._in_place else {}
+            if not offenders:
+                flagged = self._combine_pending()
+                offenders = self._offenders(flagged) if flagged else {}
             if not offenders:
                 self._swap()
+                self._measured.extend(self._found)
                 self._count += len(self._pending)
                 self._total = math.fsum((self._total, *(weight for _, _, weight in self._pending)))
                 self._pending.clear()
@@ -315,44 +418,74 @@ class Accumulator:
                 self._structure, self._spare = None, None
             self._report(offenders, structure)
 
+    @property
+    def _in_place(self) -> bool:
+        """Whether sums are added to where they lie."""
+        return self.low_memory and all(leaf.code != Code.FLOAT64 for leaf in self._leaves)
+
+    def _nonfinite_pending(self) -> dict[int, int]:
+        """The waiting clients with a non-finite value, and their first such leaf."""
+        if self.nan_policy == "propagate":
+            return {}
+        flagged = {client: nonfinite_leaves(inputs, 0, self._stream()) for client, inputs, _ in self._pending}
+        return {client: leaves[0] for client, leaves in flagged.items() if leaves}
+
     def _combine_pending(self) -> list[int]:
-        """Writes sums + pending updates to the spare block; returns the leaves that are not finite there."""
-        sums = [self._kind().address(self._sums)] if self._count else []
-        weights = [1.0] * len(sums) + [weight for _, _, weight in self._pending]
-        base, dither = self._spare_address(), bit_reversed(self._folds)
-        leaves: list[LeafOperands] = []
-        for index, leaf in enumerate(self._leaves):
-            sources: list[Any] = [leaf.operands(address) for address in sums]
-            for _, inputs, _ in self._pending:
-                given = inputs[index]
-                sources.append(given.sources[0] if given.code is None else (given.sources[0], 0, given.code, 0))
-            leaves.append(self._leaf_operands(leaf, sources, weights, base, dither))
-        return backend_for(self._device).weighted_sum(leaves, self._stream(), self.nan_policy != "propagate")
+        """Writes sums + pending updates to the next block of sums; returns the leaves that are not finite there."""
+        weights, base = self._weights(), self._next_address()
+        leaves = [
+            self._leaf_operands(leaf, *self._sources(index), weights, base) for index, leaf in enumerate(self._leaves)
+        ]
+        check = self.nan_policy != "propagate" and not self._in_place
+        if not self.stats:
+            self._found: list[_Measured] = []
+            return weighted_sum(leaves, self._device, self._stream(), check)
+        flagged, moments = statistics(leaves, self._measurements())
+        of_clients = by_client(moments, self._floats(), len(self._pending))
+        self._found = [
+            _Measured(client, weight, found)
+            for (client, _, weight), found in zip(self._pending, of_clients, strict=True)
+        ]
+        return flagged if check else []
+
+    def _measurements(self) -> list[MeasurementOperands]:
+        """The updates that wait, to be compared with the sums that they join."""
+        factor = 1 / math.fsum((self._total, *(weight for _, _, weight in self._pending)))
+        return [
+            (self._sources(index)[0][bool(self._count) :] if leaf.code in FLOATS else [], None, factor)
+            for index, leaf in enumerate(self._leaves)
+        ]
+
+    def _floats(self) -> list[int]:
+        """The leaves that have statistics."""
+        return [index for index, leaf in enumerate(self._leaves) if leaf.code in FLOATS]
 
     def _combine(self, bases: list[int]) -> None:
         """Sets the sums to the total of several blocks of sums."""
-        spare, dither = self._spare_address(), bit_reversed(self._folds)
-        weights = [1.0] * len(bases)
+        following, weights = self._next_address(), [1.0] * len(bases)
         leaves = [
-            self._leaf_operands(leaf, [leaf.operands(base) for base in bases], weights, spare, dither)
+            self._leaf_operands(leaf, *self._folded(leaf, [leaf.operands(base) for base in bases]), weights, following)
             for leaf in self._leaves
         ]
-        backend_for(self._device).weighted_sum(leaves, self._stream(), False)
+        weighted_sum(leaves, self._device, self._stream(), False)
         self._swap()
 
     def _swap(self) -> None:
-        """Makes what was written to the spare block valid."""
-        self._sums, self._spare = self._spare, self._sums
+        """Makes the next block of sums the valid one."""
+        if self._spare is not None:
+            self._sums, self._spare = self._spare, None if self._in_place else self._sums
         self._folds += 1
 
+    def _folded(self, leaf: _Leaf, sources: list[Any]) -> tuple[list[Any], int]:
+        """The sources that count for a leaf, and how they are folded."""
+        if leaf.state in (Code.STATE48, Code.FLOAT64):
+            return sources, MEAN
+        return sources[:1] if self.integer_policy == "first" else sources, MAXIMUM
+
     def _leaf_operands(
-        self, leaf: _Leaf, sources: list[Any], weights: list[float], base: int, dither: int
+        self, leaf: _Leaf, sources: list[Any], fold: int, weights: list[float], base: int
     ) -> LeafOperands:
-        fold = MEAN
-        if leaf.state not in (Code.STATE48, Code.FLOAT64):
-            fold = MAXIMUM
-            sources = sources[:1] if self.integer_policy == "first" else sources
-        out, companion = base + leaf.offset, leaf.companion(base)
+        out, companion, dither = base + leaf.offset, leaf.companion(base), bit_reversed(self._folds)
         return sources, None, weights, 1.0, leaf.elements, fold, out, companion, leaf.state, dither
 
     def _offenders(self, flagged: list[int]) -> dict[int, int]:
@@ -372,7 +505,7 @@ class Accumulator:
             client: f"client {client}, {structure.leaf_name(index)}: {_REASON}" for client, index in offenders.items()
         }
         if self.nan_policy == "raise":
-            raise ValueError("; ".join(messages.values()))
+            raise NonFiniteUpdateError("; ".join(messages.values()))
         for client, index in offenders.items():
             names = structure.names
             self.dropped.append(DroppedUpdate(client, names[index] if names else None, _REASON))
@@ -381,6 +514,8 @@ class Accumulator:
     def _check_mergeable(self, other: Accumulator) -> None:
         if other.integer_policy != self.integer_policy:
             raise ValueError(f"other: expected integer_policy {self.integer_policy!r}, got {other.integer_policy!r}")
+        if self.stats and other._count and not other.stats:
+            raise ValueError("other: expected an Accumulator(stats=True), as this one is")
         if self._structure is None or other._structure is None:
             return
         if not self._structure.has_names_of(other._structure):
@@ -398,12 +533,14 @@ class Accumulator:
         """Takes over the structure of an accumulator that is merged into an empty one."""
         self._structure, self._leaves, self._device = other._structure, other._leaves, other._device
 
-    def _as_inputs(self, leaf: _Leaf, base: int) -> LeafInputs:
-        """A leaf's sums in the block of memory at `base`."""
-        kind, source = kind_named(leaf.kind), leaf.operands(base)
-        return LeafInputs([source], None, kind, leaf.dtype, leaf.code, leaf.shape, self._device, [self._sums])
+    def _as_inputs(self, leaf: _Leaf) -> LeafInputs:
+        """A leaf as `check_out` looks at it: the sums are ours alone, so `out` cannot overlap them."""
+        return LeafInputs([], None, kind_named(leaf.kind), leaf.dtype, leaf.code, leaf.shape, self._device, [])
 
-    def _spare_address(self) -> int:
+    def _next_address(self) -> int:
+        """Where the next sums are written."""
+        if self._in_place and self._sums is not None:
+            return self._kind().address(self._sums)
         if self._spare is None:
             last = self._leaves[-1]
             self._spare = self._allocate(last.offset + _state_bytes(last.state, last.elements))
@@ -411,6 +548,10 @@ class Accumulator:
 
     def _allocate(self, size: int) -> Any:
         """A block of bytes on the updates' device, at a cache line."""
+        while self._unused:
+            device, block = self._unused.pop()
+            if device == self._device and len(block) == size:
+                return block
         kind = self._kind()
         block = kind.empty((size + _ALIGNMENT,), kind.dtype_for(Code.UINT8), self._device)
         unaligned = -self._kind().address(block) % _ALIGNMENT
@@ -449,6 +590,21 @@ def _check_sums(sums: np.ndarray | None, leaves: list[_Leaf], count: int) -> Non
         offset = _aligned(end)
     if sums.dtype != np.uint8 or sums.shape != (end,):
         raise ValueError(f"state: damaged: expected {end} bytes of sums, got {sums.dtype} {sums.shape}")
+
+
+def _measured_of(saved: Any, leaves: list[_Leaf], count: int) -> list[_Measured] | None:
+    """Saved statistics; None for none.
+
+    Raises:
+        ValueError: they are not those of as many updates with these leaves.
+    """
+    if saved is None:
+        return None
+    measured = [_Measured(client, weight, np.array(moments, np.float64)) for client, weight, moments in saved]
+    shape = (sum(leaf.code in FLOATS for leaf in leaves), MOMENTS)
+    if len(measured) != count or any(one.moments.shape != shape for one in measured):
+        raise ValueError(f"expected statistics of {count} updates, each of shape {shape}")
+    return measured
 
 
 def _as_weight(weight: Any, client: int) -> float:

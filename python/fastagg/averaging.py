@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from fastagg import _overlap
-from fastagg._backend import MAXIMUM, MEAN, LeafOperands, backend_for
+from fastagg._backend import MAXIMUM, MEAN, LeafOperands, MeasurementOperands, statistics, weighted_sum
 from fastagg._codes import FLOATS, Code, code_of_dtype, float_code, name_of
-from fastagg._errors import DroppedUpdateWarning
+from fastagg._errors import DroppedUpdateWarning, NonFiniteUpdateError
 from fastagg._tensor import Kind, View, adopt, kind_of
-from fastagg._updates import Structure, as_weights
+from fastagg._updates import Structure, as_list, as_weights
 from fastagg.quantization import Quantized, device_of, source_operands
+from fastagg.statistics import Statistics, by_client
 
 NAN_POLICIES = ("raise", "drop", "propagate")
 INTEGER_POLICIES = ("max", "first", "round")
+NONFINITE = "holds a NaN or an infinity"
 
 
 class LeafInputs(NamedTuple):
@@ -47,6 +49,7 @@ def fedavg(
     dtype: Any = None,
     nan_policy: str = "raise",
     integer_policy: str = "max",
+    stats: bool = False,
 ) -> Any:
     """The weighted mean of K updates.
 
@@ -71,52 +74,100 @@ def fedavg(
         integer_policy: for integer and bool leaves: "max", "first" (the first contributing client's) or "round" (the
             weighted mean rounded to nearest even; in float64, so exact while the sum of weights times values stays
             below 2**53).
+        stats: also return the `Statistics` of all K clients, those of weight 0 and those dropped included, gathered in
+            the same pass; for updates on the CPU.
 
     Returns:
-        The mean, in the structure, libraries, dtypes and devices of the first update; or `out`.
+        The mean, in the structure, libraries, dtypes and devices of the first update; or `out`. With `stats`, the pair
+        (mean, Statistics), whose cosines and distances are to this mean.
 
     Raises:
         TypeError: updates that are no arrays, or differ in kind or dtype.
-        ValueError: no updates, wrong weights, differing names, shapes or devices, an `out` that does not fit (all
-            before anything is written), or under "raise" a client with a NaN or an infinity (`out` is then undefined).
+        ValueError: no updates, wrong weights, differing names, shapes or devices, an `out` that does not fit, `stats`
+            of updates on a CUDA device (all before anything is written), or under "raise" a client with a NaN or an
+            infinity (`out` is then undefined).
     """
+    average = _averaged(updates, weights, out, dtype, nan_policy, integer_policy, stats)
+    for client, leaf_name in average.dropped.items():
+        warnings.warn(f"client {client} dropped: {leaf_name} {NONFINITE}", DroppedUpdateWarning, stacklevel=2)
+    return average.mean if average.statistics is None else (average.mean, average.statistics)
+
+
+def mean_and_dropped(
+    updates: Iterable[Any], weights: Any, out: Any, dtype: Any, nan_policy: str, integer_policy: str
+) -> tuple[Any, dict[int, str]]:
+    """The mean of `fedavg`, and the clients that "drop" left out, each with the name of its first such leaf."""
+    average = _averaged(updates, weights, out, dtype, nan_policy, integer_policy, stats=False)
+    return average.mean, average.dropped
+
+
+class _Average(NamedTuple):
+    """A mean, the clients that were dropped with the names of their leaves, and statistics if they were wanted."""
+
+    mean: Any
+    dropped: dict[int, str]
+    statistics: Statistics | None
+
+
+def _averaged(
+    updates: Iterable[Any],
+    weights: Any,
+    out: Any,
+    dtype: Any,
+    nan_policy: str,
+    integer_policy: str,
+    stats: bool,
+) -> _Average:
     check_policies(nan_policy, integer_policy)
-    if isinstance(updates, Mapping):
-        raise TypeError("updates: expected a sequence of updates, got a single mapping")
-    if not hasattr(updates, "__iter__"):
-        raise TypeError(f"updates: expected a sequence of updates, got {type(updates).__name__}")
-    updates = list(updates)
-    if not updates:
-        raise ValueError("updates: expected at least one, got none")
+    updates = as_list(updates)
     weights = as_weights(weights, len(updates))
     structure = Structure(updates[0])
     target = None if dtype is None else float_code(dtype)
     inputs = [gather(column, structure, index, target) for index, column in enumerate(structure.columns(updates))]
     device = check_devices(inputs, structure)
-    results, addresses = _results(inputs, structure, out, updates[0])
+    check_measurable(device, stats)
+    results, addresses = results_for(inputs, structure, out, updates[0])
 
-    mean = _Mean(inputs, addresses, device, integer_policy)
+    mean = _Mean(inputs, addresses, device, integer_policy, stats)
     flagged = mean.run(weights, check=nan_policy != "propagate")
-    if flagged:
-        offenders = mean.offenders(weights, flagged, every=nan_policy == "drop")
-        if offenders and nan_policy == "raise":
-            client, index = next(iter(offenders.items()))
-            raise ValueError(f"client {client}, {structure.leaf_name(index)}: holds a NaN or an infinity")
-        if offenders:
-            mean.run(_without(weights, offenders, structure), check=False)
-    return out if out is not None else results
+    offenders = mean.offenders(weights, flagged, every=nan_policy == "drop") if flagged else {}
+    if offenders and nan_policy == "raise":
+        client, index = next(iter(offenders.items()))
+        raise NonFiniteUpdateError(f"client {client}, {structure.leaf_name(index)}: {NONFINITE}")
+    if offenders:
+        mean.run(_without(weights, offenders, structure), check=False)
+    dropped = {client: structure.leaf_name(index) for client, index in offenders.items()}
+    return _Average(results, dropped, mean.statistics(structure, weights) if stats else None)
 
 
 class _Mean:
     """One `fedavg` whose operands have been checked."""
 
-    def __init__(self, inputs: list[LeafInputs], outs: list[int], device: str, integer_policy: str) -> None:
-        self.inputs, self.outs, self.integer_policy = inputs, outs, integer_policy
-        self.backend = backend_for(device)
-        self.stream = inputs[0].kind.stream(device)
+    def __init__(
+        self, inputs: list[LeafInputs], outs: list[int], device: str, integer_policy: str, stats: bool
+    ) -> None:
+        self.inputs, self.outs, self.integer_policy, self.stats = inputs, outs, integer_policy, stats
+        self.device, self.stream = device, inputs[0].kind.stream(device)
 
     def run(self, weights: list[float], check: bool) -> list[int]:
-        """Writes the mean; returns the leaves whose sums are not finite."""
+        """Writes the mean, and measures the clients if asked to; returns the leaves whose sums are not finite."""
+        leaves = self._operands(weights)
+        if not self.stats:
+            return weighted_sum(leaves, self.device, self.stream, check)
+        measured: list[MeasurementOperands] = [
+            (leaf.sources if leaf.is_float else [], leaf.code, 1.0) for leaf in self.inputs
+        ]
+        flagged, self.moments = statistics(leaves, measured)
+        return flagged if check else []
+
+    def statistics(self, structure: Structure, weights: list[float]) -> Statistics:
+        """What the last run has found of all clients."""
+        floats = [index for index, leaf in enumerate(self.inputs) if leaf.is_float]
+        elements = [math.prod(self.inputs[index].shape) for index in floats]
+        names, moments = measured_names(structure, floats), by_client(self.moments, floats, len(weights))
+        return Statistics.from_moments(range(len(weights)), names, elements, weights, moments)
+
+    def _operands(self, weights: list[float]) -> list[LeafOperands]:
         contributing = None if min(weights) > 0 else [client for client, weight in enumerate(weights) if weight > 0]
         scaled, total = scale_weights(weights if contributing is None else [weights[client] for client in contributing])
         normalised: list[float] | None = None
@@ -133,7 +184,7 @@ class _Mean:
                 sources = sources[:1] if self.integer_policy == "first" else sources
             count = math.prod(leaf.shape)
             leaves.append((sources, leaf.code, leaf_weights, divisor, count, fold, out, 0, leaf.result_code, 0))
-        return self.backend.weighted_sum(leaves, self.stream, check)
+        return leaves
 
     def offenders(self, weights: list[float], flagged: list[int], every: bool) -> dict[int, int]:
         """The clients with a non-finite value and their first such leaf: every one, or just the first found."""
@@ -200,6 +251,7 @@ def _gather_one_by_one(column: list[Any], structure: Structure, index: int, targ
             if isinstance(leaf, Quantized):
                 kind, dtype, leaf_shape, leaf_device = leaf._kind, leaf.dtype, leaf.shape, device_of(leaf)
                 sources.append(source_operands(leaf))
+                owners.append(leaf)
             else:
                 kind, array = adopt(leaf)
                 view = kind.view(array)
@@ -258,9 +310,17 @@ def _result_dtype(kind: Kind, dtypes: list[Any], leaf_name: str, target: Code | 
 
 def is_finite(leaf: LeafInputs, client: int, stream: int) -> bool:
     """Whether a client's leaf holds no NaN and no infinity."""
-    source, code = leaf.sources[client], leaf.code
-    operands = ([source], code, [1.0], 1.0, math.prod(leaf.shape), MEAN, 0, 0, Code.FLOAT32, 0)
-    return not backend_for(leaf.device).weighted_sum([operands], stream, True)
+    return not nonfinite_leaves([leaf], client, stream)
+
+
+def nonfinite_leaves(inputs: list[LeafInputs], client: int, stream: int) -> list[int]:
+    """The floating leaves in which a client holds a NaN or an infinity."""
+    floats = [index for index, leaf in enumerate(inputs) if leaf.is_float]
+    leaves: list[LeafOperands] = []
+    for leaf in (inputs[index] for index in floats):
+        source, code = leaf.sources[client], leaf.code
+        leaves.append(([source], code, [1.0], 1.0, math.prod(leaf.shape), MEAN, 0, 0, Code.FLOAT32, 0))
+    return [floats[index] for index in weighted_sum(leaves, inputs[0].device, stream, True)] if leaves else []
 
 
 def scale_weights(weights: list[float]) -> tuple[list[float], float]:
@@ -289,6 +349,17 @@ def check_devices(inputs: list[LeafInputs], structure: Structure) -> str:
     return device
 
 
+def check_measurable(device: str, stats: bool) -> None:
+    """Raises ValueError where statistics are asked for that no kernel gathers."""
+    if stats and device != "cpu":
+        raise ValueError(f"stats: expected updates on the CPU, got device {device}")
+
+
+def measured_names(structure: Structure, floats: list[int]) -> list[Any]:
+    """The names of the floating leaves in statistics."""
+    return ["array" if structure.container is None else structure.names[index] for index in floats]
+
+
 def check_policies(nan_policy: str, integer_policy: str) -> None:
     """Raises ValueError for a policy that does not exist."""
     if nan_policy not in NAN_POLICIES:
@@ -297,7 +368,7 @@ def check_policies(nan_policy: str, integer_policy: str) -> None:
         raise ValueError(f"integer_policy: expected one of {', '.join(INTEGER_POLICIES)}, got {integer_policy!r}")
 
 
-def _results(inputs: list[LeafInputs], structure: Structure, out: Any, first: Any) -> tuple[Any, list[int]]:
+def results_for(inputs: list[LeafInputs], structure: Structure, out: Any, first: Any) -> tuple[Any, list[int]]:
     """New arrays for the result, or those of `out`, with their addresses."""
     if out is None:
         arrays = [leaf.kind.empty(leaf.shape, leaf.dtype, leaf.device) for leaf in inputs]
@@ -333,18 +404,13 @@ def check_out(inputs: list[LeafInputs], structure: Structure, out: Any) -> list[
 
 
 def _without(weights: list[float], offenders: dict[int, int], structure: Structure) -> list[float]:
-    """The weights with those of the offenders set to 0, after a warning for each.
+    """The weights with those of the offenders set to 0.
 
     Raises:
         ValueError: nobody is left.
     """
     kept = [0.0 if client in offenders else weight for client, weight in enumerate(weights)]
-    for client, index in offenders.items():
-        warnings.warn(
-            f"client {client} dropped: {structure.leaf_name(index)} holds a NaN or an infinity",
-            DroppedUpdateWarning,
-            stacklevel=3,
-        )
     if not any(kept):
-        raise ValueError("every contributing client holds a NaN or an infinity, so none is left to average")
+        who = "; ".join(f"client {client}, {structure.leaf_name(index)}" for client, index in offenders.items())
+        raise ValueError(f"every contributing client {NONFINITE}, so none is left to average: {who}")
     return kept

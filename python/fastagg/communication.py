@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import concurrent.futures
-import datetime
 from collections.abc import Sequence
-from concurrent.futures import Future
 from typing import Any
 
 import torch
@@ -14,43 +11,12 @@ import torch.distributed as dist
 from fastagg._backend import RandomKey
 from fastagg._codes import FLOATS, WIRES, Code, code_of_dtype, wire_name
 from fastagg._exchange import NO_KEY, Encoding, Exchange, Outcome, Transport
+from fastagg._streams import DeviceWork
+from fastagg._threads import Work
 from fastagg._transports import channel_of, group_of
 from fastagg.quantization import block_shift, check_block, random_key
 
 OPERATIONS = ("mean", "sum")
-
-
-class Work:
-    """An all-reduce that is under way."""
-
-    def __init__(self, future: Future[None]) -> None:
-        self._future = future
-
-    def wait(self, timeout: datetime.timedelta | None = None) -> bool:
-        """Waits until the tensors hold the result; raises what went wrong, or TimeoutError if it takes longer."""
-        try:
-            self._future.result(None if timeout is None else timeout.total_seconds())
-        except concurrent.futures.TimeoutError as error:  # a TimeoutError from Python 3.11 on only
-            raise TimeoutError(f"the all-reduce has taken longer than {timeout}") from error
-        return True
-
-    def is_completed(self) -> bool:
-        """Whether the tensors hold the result, or something went wrong."""
-        return self._future.done()
-
-    def get_future(self) -> torch.futures.Future[None]:
-        """Torch's future of the same, for `then` and `torch.futures.wait_all`."""
-        future: torch.futures.Future[None] = torch.futures.Future()
-
-        def tell(done: Future[None]) -> None:
-            error = done.exception()
-            if error is None:
-                future.set_result(None)
-            else:
-                future.set_exception(error)  # type: ignore[arg-type]
-
-        self._future.add_done_callback(tell)
-        return future
 
 
 def all_reduce(
@@ -63,7 +29,7 @@ def all_reduce(
     block: int | None = None,
     group: dist.ProcessGroup | None = None,
     async_op: bool = False,
-) -> Work | None:
+) -> Work | DeviceWork | None:
     """Replaces tensors by their mean or sum over all ranks of a group, in place.
 
     ``x = decode(encode(sum_r(decode(encode(x_r))) / world))``
@@ -71,10 +37,14 @@ def all_reduce(
     Every rank encodes its values, each slice is added up in rank order by one rank in float32 or wider, and what that
     rank has encoded is decoded by all: all ranks end with the same bits. Two ranks, and ranks with few elements, each
     add up everything themselves, and the sum is not encoded again. Ranks of one host exchange through shared memory,
-    others through Gloo.
+    others through Gloo; CUDA tensors through the memory that their devices share, else through NCCL.
+
+    CUDA tensors: the work is queued behind the current stream's, the host does not wait for it, and it can be captured
+    into a CUDA graph once the same call has been made outside (docs/all_reduce.md tells the rest). A rank that is lost
+    is an error of the next call, and the tensors hold NaN.
 
     Args:
-        tensor_or_tensors: a CPU tensor of fp32, fp16, bf16 or fp64, or a sequence of them.
+        tensor_or_tensors: a tensor of fp32, fp16, bf16 or fp64 on a CPU or CUDA device, or a sequence of them.
         op: "mean" or "sum".
         wire: how values travel, as in `quantize`. "fp32" keeps every bit of fp32, and of fp64 tensors too.
         rounding: "nearest" or "stochastic", as in `quantize`; ranks round with random numbers of their own.
@@ -88,8 +58,9 @@ def all_reduce(
 
     Raises:
         TypeError: no tensors, or of a dtype without a wire.
-        ValueError: wrong arguments; or ranks that differ in shape, dtype, wire or op, on every rank.
-        PeerError: a rank has died or hung.
+        ValueError: wrong arguments, or tensors of several devices; or ranks that differ in shape, dtype, wire or op,
+            on every rank.
+        PeerError: a rank has died or hung. Over NCCL it is NCCL that finds it.
     """
     tensors = _tensors(tensor_or_tensors)
     if op not in OPERATIONS:
@@ -97,7 +68,8 @@ def all_reduce(
     group = group_of(group)
     wire, block = wire_name(wire), check_block(wire_name(wire), block)
     random_key(wire, rounding, seed)  # wrong arguments are errors before ranks wait for each other
-    channel = channel_of(group)
+    device = tensors[0][0].device if tensors else torch.device("cpu")
+    channel = channel_of(group, device)
     key = random_key(wire, rounding, channel.next_seed() if seed is None else seed)
 
     def reduce_all() -> None:
@@ -107,9 +79,10 @@ def all_reduce(
             subject = f"tensor {index} of {len(tensors)}, shape {tuple(tensor.shape)}"
             reduce_tensor(channel.transport, exchange.described(subject))
 
+    own = [tensor for tensor, _ in tensors]
     if async_op:
-        return Work(channel.line.submit(reduce_all))
-    channel.line.run(reduce_all)
+        return channel.line.begin(reduce_all, own)
+    channel.line.run(reduce_all, own)
     return None
 
 
@@ -133,19 +106,22 @@ def _tensors(given: Any) -> list[tuple[torch.Tensor, Code]]:
     """The tensors and their codes.
 
     Raises:
-        TypeError, ValueError: one is no dense floating CPU tensor.
+        TypeError, ValueError: one is no dense floating tensor on a CPU or CUDA device, or they are not all on one.
     """
     tensors = [given] if isinstance(given, torch.Tensor) else given
     if not isinstance(tensors, Sequence):
         raise TypeError(f"expected a tensor or a sequence of tensors, got {type(given).__name__}")
-    checked = []
+    checked: list[tuple[torch.Tensor, Code]] = []
     for index, tensor in enumerate(tensors):
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"tensor {index}: expected a torch.Tensor, got {type(tensor).__name__}")
         code = code_of_dtype(tensor.dtype)
         if code not in FLOATS:
             raise TypeError(f"tensor {index}: expected a floating dtype (fp32, fp16, bf16, fp64), got {tensor.dtype}")
-        if tensor.layout is not torch.strided or tensor.device.type != "cpu":
-            raise ValueError(f"tensor {index}: expected a dense CPU tensor, got {tensor.layout} on {tensor.device}")
+        if tensor.layout is not torch.strided or tensor.device.type not in ("cpu", "cuda"):
+            expected = "a dense tensor on a CPU or CUDA device"
+            raise ValueError(f"tensor {index}: expected {expected}, got {tensor.layout} on {tensor.device}")
+        if checked and tensor.device != checked[0][0].device:
+            raise ValueError(f"tensor {index}: expected {checked[0][0].device} like tensor 0, got {tensor.device}")
         checked.append((tensor, Code(code)))
     return checked

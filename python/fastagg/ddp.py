@@ -8,8 +8,6 @@ anything.
 """
 
 # No annotations from the future: torch compares the hook's with its own class.
-import contextlib
-from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,7 +27,7 @@ def all_reduce_hook(
     state: AllReduceState,
     bucket: dist.GradBucket,  # type: ignore[name-defined]
 ) -> torch.futures.Future[torch.Tensor]:
-    """Averages a bucket over the group's ranks in a thread of its own, in the order of the buckets.
+    """Averages a bucket over the group's ranks in a thread of its own, or on a stream, in the order of the buckets.
 
     ``gradient = decode(encode(sum_r(decode(encode(gradient_r + residual_r))) / world))``
 
@@ -45,29 +43,20 @@ def all_reduce_hook(
     group = group_of(state.process_group)
     gradients = bucket.buffer()
     code = code_of_dtype(gradients.dtype)
-    if code not in FLOATS or gradients.device.type != "cpu":
-        raise TypeError(f"expected floating gradients on the CPU, got {gradients.dtype} on {gradients.device}")
-    channel = channel_of(group)
+    if code not in FLOATS or gradients.device.type not in ("cpu", "cuda"):
+        device = gradients.device
+        raise TypeError(f"expected floating gradients on a CPU or CUDA device, got {gradients.dtype} on {device}")
+    channel = channel_of(group, gradients.device)
     exchange = state.begin_bucket(group, channel.transport.name, bucket, Code(code))
-    future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
 
     def reduce() -> None:
         try:
             state.end_bucket(channel.transport.all_reduce(exchange), is_last=bucket.is_last())
-            future.set_result(gradients)
-        except Exception as error:
+        except Exception:
             state.gradients_are_used()  # they are lost: the next step begins anew
-            future.set_exception(error)  # type: ignore[arg-type]
             raise
 
-    _raise_from_backward(channel.line.submit(reduce))
-    return future
-
-
-def _raise_from_backward(work: Future[None]) -> None:
-    """Raises what went wrong as it is, at the end of backward: through torch's future it would be a RuntimeError."""
-    with contextlib.suppress(RuntimeError):  # there is no backward: a rank that has joined early takes part with zeros
-        torch.autograd.Variable._execution_engine.queue_callback(work.result)
+    return channel.line.begin_future(reduce, gradients)
 
 
 class GradScaler(torch.amp.GradScaler):
@@ -106,7 +95,7 @@ class GradScaler(torch.amp.GradScaler):
         """
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self._state.check_unscaled([parameter for parameter in parameters if parameter.grad is not None])
-        return {found_inf.device: found_inf.fill_(float(self._state.found_inf))}
+        return {found_inf.device: self._state.tell_found_inf(found_inf)}
 
 
 def __getattr__(name: str) -> Any:

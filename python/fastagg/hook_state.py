@@ -18,7 +18,8 @@ class AllReduceState:
     """What `all_reduce_hook` needs, and what it found in the last step. It pickles, its group left out.
 
     Attributes:
-        found_inf: whether an averaged gradient is infinite or NaN; the same on every rank.
+        found_inf: whether an averaged gradient is infinite or NaN; the same on every rank. Where the gradients are on
+            a device, a look at this and the norm waits for it; `GradScaler` does not look.
         grad_norm: the averaged gradient's L2 norm, the same on every rank; found on the way, without another pass.
         wire_bytes: encoded bytes, scales included, that this rank handed to others.
         transport: how the ranks exchange; None before the first step.
@@ -57,12 +58,30 @@ class AllReduceState:
         self.error_feedback, self.block = error_feedback, check_block(self.wire, block)
         random_key(self.wire, rounding, (seed, 0, 0))
         self.seed, self.steps = seed, 0
-        self.found_inf, self.grad_norm, self.wire_bytes = False, 0.0, 0
+        self._finite: bool | torch.Tensor = True
+        self._squares: float | torch.Tensor = 0.0
+        self.wire_bytes = 0
         self.transport: str | None = None
         self.loss_scale: float | None = None
         self._residuals = Residuals(named_parameters)
         self._step = _Step(1, 1.0)
         self._unscaled = False
+
+    @property
+    def found_inf(self) -> bool:
+        """Whether an averaged gradient of the last step is infinite or NaN."""
+        return not self._finite
+
+    @property
+    def grad_norm(self) -> float:
+        """The last step's averaged gradient's L2 norm."""
+        return math.sqrt(self._squares)
+
+    def tell_found_inf(self, out: torch.Tensor) -> torch.Tensor:
+        """Writes whether the last step has found infinity or NaN to a float32 tensor; the host does not wait for it."""
+        if isinstance(self._finite, torch.Tensor):
+            return out.copy_(~self._finite)
+        return out.fill_(float(self.found_inf))
 
     def begin_bucket(self, group: dist.ProcessGroup, transport: str, bucket: Any, code: Code) -> Exchange:
         """The exchange of a bucket's gradients."""
@@ -84,14 +103,14 @@ class AllReduceState:
     def end_bucket(self, outcome: Outcome, *, is_last: bool) -> None:
         """Notes what the exchange of a bucket has found."""
         step = self._step
-        step.finite &= outcome.finite
+        step.finite = outcome.finite & step.finite
         step.wire_bytes += outcome.wire_bytes
-        step.squares += outcome.squares
+        step.squares = outcome.squares + step.squares
         if not is_last:
             return
-        self.found_inf, self.wire_bytes, self.grad_norm = not step.finite, step.wire_bytes, math.sqrt(step.squares)
-        if step.finite and step.layouts:  # else the errors are those of numbers that nobody uses
-            self._residuals.commit(step.layouts, step.world, step.scale)
+        self._finite, self._squares, self.wire_bytes = step.finite, step.squares, step.wire_bytes
+        if step.layouts:
+            self._residuals.commit(step.layouts, step.world, step.scale, step.finite)
 
     def gradients_are_used(self) -> None:
         """After the optimizer's step: gradients that the hook has unscaled are not wanted any more."""
@@ -124,6 +143,7 @@ class AllReduceState:
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {name: value for name, value in self.__dict__.items() if name not in ("_residuals", "_step")}
+        kept.update(_finite=bool(self._finite), _squares=float(self._squares))  # numbers, which every machine can load
         return {**kept, "process_group": None, "names": self._residuals.names, "state_dict": self.state_dict()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -160,5 +180,7 @@ class _Step:
 
     def __init__(self, world: int, scale: float) -> None:
         self.world, self.scale = world, scale
-        self.finite, self.wire_bytes, self.squares = True, 0, 0.0
+        self.finite: bool | torch.Tensor = True
+        self.squares: float | torch.Tensor = 0.0
+        self.wire_bytes = 0
         self.layouts: list[Layout] = []

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from fastagg import _core
-from fastagg._backend import SourceOperands, backend_for, draw_seed
+from fastagg._backend import CastOperands, SourceOperands, backend_for, draw_seed
 from fastagg._codes import FLOATS, WIRES, Code, float_code, wire_name
 from fastagg._tensor import Kind, View, adopt, kind_of
 
@@ -32,11 +32,11 @@ class Quantized:
         shape: the shape of the original.
         dtype: the dtype of the original, which `dequantize` gives back.
         block: elements that share a scale, or None.
-        nonfinite: whether a value was, or became, infinite or NaN.
+        nonfinite: whether a value was, or became, infinite or NaN. On a CUDA device the first look waits for it.
         seed: the (seed, step, tensor) of stochastic rounding, or None.
     """
 
-    __slots__ = ("_data", "_kind", "_scales", "block", "dtype", "nonfinite", "seed", "shape", "wire")
+    __slots__ = ("_data", "_kind", "_nonfinite", "_scales", "block", "dtype", "seed", "shape", "wire")
 
     def __init__(
         self,
@@ -59,8 +59,16 @@ class Quantized:
         self._data = kind.view(data)
         self._scales = None if scales is None else adopt(scales)[0].view(scales)
         self.dtype = kind.dtype_for(float_code(dtype))
-        self.block, self.nonfinite, self.seed = block, nonfinite, seed
+        self.block, self.seed = block, seed
+        self._nonfinite: Any = nonfinite  # or an array of one int32 on the device that tells
         _check_layout(self)
+
+    @property
+    def nonfinite(self) -> bool:
+        """Whether a value was, or became, infinite or NaN."""
+        if not isinstance(self._nonfinite, bool):
+            self._nonfinite = bool(self._kind.to_numpy(self._nonfinite)[0])
+        return self._nonfinite
 
     @property
     def data(self) -> Any:
@@ -137,9 +145,18 @@ def quantize(
     words = (*key, 0) if key else (0, 0, 0, 0)
     shift = block_shift(block)
     operands = (source, code, shift, out._data.address, scales, view.elements, key is not None, words, 1.0)
-    finite = backend_for(view.device).cast(operands, kind.stream(view.device), True)
-    out.nonfinite, out.seed = not finite, key
+    out._nonfinite, out.seed = _cast(operands, kind, view.device), key
     return out
+
+
+def _cast(operands: CastOperands, kind: Kind, device: str) -> Any:
+    """Casts; returns whether something became infinite or NaN, or on a device the array that will tell."""
+    backend = backend_for(device)
+    if backend is None:
+        return not _core.cast(operands)
+    flag = kind.zeros((1,), kind.dtype_named("int32"), device)
+    backend.cast(operands, kind.stream(device), kind.address(flag))
+    return flag
 
 
 def dequantize(q: Quantized, *, out: Any = None) -> Any:
@@ -173,7 +190,11 @@ def dequantize(q: Quantized, *, out: Any = None) -> Any:
     if _overlap(view, data) or (q._scales is not None and _overlap(view, q._scales)):
         raise ValueError("out: overlaps the codes or scales")
     operands = (source_operands(q), view.code, 0, view.address, 0, view.elements, False, (0, 0, 0, 0), 1.0)
-    backend_for(data.device).cast(operands, kind.stream(data.device), False)
+    backend = backend_for(data.device)
+    if backend is None:
+        _core.cast(operands)
+    else:
+        backend.cast(operands, kind.stream(data.device), 0)
     return out
 
 
@@ -240,9 +261,19 @@ def check_block(wire: str, block: int | None) -> int | None:
     return block
 
 
-def _data_shape(wire: str, shape: tuple[int, ...], count: int) -> tuple[int, ...]:
-    per_byte = {"int4": 2, "sign": 8}.get(wire)
-    return shape if per_byte is None else (-(-count // per_byte),)
+class CodesLayout(NamedTuple):
+    """The arrays that hold an array's codes."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+    scales: int  # how many float32, 0 for none
+
+
+def codes_layout(kind: Kind, wire: str, shape: tuple[int, ...], block: int | None) -> CodesLayout:
+    """How an array of that shape is laid out on a wire."""
+    count, per_byte = math.prod(shape), {"int4": 2, "sign": 8}.get(wire)
+    data_shape = shape if per_byte is None else (-(-count // per_byte),)
+    return CodesLayout(data_shape, _data_dtype(kind, wire), -(-count // block) if block else 0)
 
 
 def _data_dtype(kind: Kind, wire: str) -> Any:
@@ -257,10 +288,11 @@ def _named_dtype(kind: Kind, name: str) -> Any:
 
 
 def _allocate(kind: Kind, view: View, wire: str, block: int | None, dtype: Any) -> Quantized:
-    data = kind.empty(_data_shape(wire, view.shape, view.elements), _data_dtype(kind, wire), view.device)
+    layout = codes_layout(kind, wire, view.shape, block)
+    data = kind.empty(layout.shape, layout.dtype, view.device)
     scales = None
     if block is not None:
-        scales = kind.empty((-(-view.elements // block),), _named_dtype(kind, "float32"), view.device)
+        scales = kind.empty((layout.scales,), _named_dtype(kind, "float32"), view.device)
     return Quantized(data, scales, wire=wire, shape=view.shape, dtype=dtype, block=block)
 
 
@@ -284,13 +316,12 @@ def _check_out(out: Quantized, kind: Kind, view: View, wire: str, block: int | N
 
 def _check_layout(q: Quantized) -> None:
     """Raises ValueError or TypeError unless the arrays hold what the wire, the shape and the block ask for."""
-    kind, data, count = q._kind, q._data, math.prod(q.shape)
-    expected_shape = _data_shape(q.wire, q.shape, count)
-    expected_dtype = _data_dtype(kind, q.wire)
-    if data.shape != expected_shape:
-        raise ValueError(f"data: expected shape {expected_shape} for {q.wire} of {q.shape}, got {data.shape}")
-    if q.data.dtype != expected_dtype:
-        raise TypeError(f"data: expected {expected_dtype} for {q.wire}, got {q.data.dtype}")
+    kind, data = q._kind, q._data
+    layout = codes_layout(kind, q.wire, q.shape, q.block)
+    if data.shape != layout.shape:
+        raise ValueError(f"data: expected shape {layout.shape} for {q.wire} of {q.shape}, got {data.shape}")
+    if q.data.dtype != layout.dtype:
+        raise TypeError(f"data: expected {layout.dtype} for {q.wire}, got {q.data.dtype}")
     if not _has_scales(q.wire):
         if q.scales is not None or q.block is not None:
             raise ValueError(f"scales: {q.wire} has none")
@@ -300,7 +331,7 @@ def _check_layout(q: Quantized) -> None:
     scales = q._scales
     if scales is None or kind_of(scales.owner) is not kind:
         raise TypeError(f"scales: expected a {kind.name} float32 array, got {type(q.scales).__name__}")
-    if scales.code != Code.FLOAT32 or scales.shape != (-(-count // block),) or scales.device != data.device:
+    if scales.code != Code.FLOAT32 or scales.shape != (layout.scales,) or scales.device != data.device:
         raise ValueError(
-            f"scales: expected {-(-count // block)} float32 on {data.device}, got {q.scales.dtype} {scales.shape}"
+            f"scales: expected {layout.scales} float32 on {data.device}, got {q.scales.dtype} {scales.shape}"
         )
