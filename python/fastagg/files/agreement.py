@@ -1,0 +1,49 @@
+"""Whether checkpoints have the same leaves, and what those of their mean are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fastagg._codes import FLOATS, Code
+from fastagg.files.checkpoints import Checkpoint, LeafDescription
+
+
+def leaves_of_mean(checkpoints: Sequence[Checkpoint], target: Code | None) -> dict[str, LeafDescription]:
+    """The leaves of the mean: the first file's, the floating ones of the dtype `target` if that is given.
+
+    Raises:
+        TypeError, ValueError: a file's leaves differ from the first one's, or it has none; the message names both.
+    """
+    first = checkpoints[0]
+    if not first:
+        raise ValueError(f"{first.path}: the file has no leaves")
+    for checkpoint in checkpoints[1:]:
+        _check_names(checkpoint, first)
+    for checkpoint in checkpoints:
+        for name, expected in first.leaves.items():
+            _check_leaf(f"{checkpoint.path}: leaf {name!r}", checkpoint.leaves[name], expected, target)
+    return {name: _mean_of(leaf, target) for name, leaf in first.leaves.items()}
+
+
+def _check_names(checkpoint: Checkpoint, first: Checkpoint) -> None:
+    for what, one, other in (("missing", first, checkpoint), ("unexpected", checkpoint, first)):
+        if names := [name for name in one if name not in other.leaves]:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise ValueError(f"{checkpoint.path}: {what} leaf {names[0]!r}{more} (expected those of {first.path})")
+
+
+def _check_leaf(who: str, leaf: LeafDescription, expected: LeafDescription, target: Code | None) -> None:
+    if leaf.shape != expected.shape:
+        raise ValueError(f"{who}: expected shape {expected.shape} like the first file's, got {leaf.shape}")
+    if leaf.dtype == expected.dtype:
+        return
+    floats = leaf.code in FLOATS and expected.code in FLOATS
+    if floats and (target is not None or leaf.wire is not None):
+        return
+    hint = " (dtype= or --dtype says what the result shall be)" if floats else ""
+    raise TypeError(f"{who}: expected dtype {expected.dtype} like the first file's, got {leaf.dtype}{hint}")
+
+
+def _mean_of(leaf: LeafDescription, target: Code | None) -> LeafDescription:
+    dtype = leaf.dtype if target is None or leaf.code not in FLOATS else target.name.lower()
+    return LeafDescription(dtype, leaf.shape)

@@ -1,0 +1,113 @@
+"""The command `fastagg average`."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+from fastagg._codes import WIRES, float_code
+from fastagg._errors import DroppedUpdateWarning
+from fastagg.averaging import INTEGER_POLICIES, NAN_POLICIES
+from fastagg.files import Averaged, average
+
+
+def _one_of(names: Any) -> Callable[[str | None], str | None]:
+    """A check that an option is one of some names."""
+
+    def check(value: str | None) -> str | None:
+        if value is not None and value not in names:
+            raise typer.BadParameter(f"expected one of {', '.join(names)}, got {value!r}")
+        return value
+
+    return check
+
+
+def _floating(value: str | None) -> str | None:
+    """Checks that an option is a floating dtype."""
+    try:
+        if value is not None:
+            float_code(value)
+    except TypeError as error:
+        raise typer.BadParameter(str(error)) from None
+    return value
+
+
+def average_command(
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            help=".safetensors, .npz, .pt or .pth files, or directories with an index of shards, also mixed."
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The same suffixes; a directory if the first input is sharded.")
+    ],
+    weight: Annotated[
+        list[float] | None,
+        typer.Option("--weight", "-w", help="One for each file, in their order; without, all count the same."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the output.")] = False,
+    nan_policy: Annotated[
+        str, typer.Option(callback=_one_of(NAN_POLICIES), help="For a file with a NaN or an infinity.")
+    ] = "raise",
+    integer_policy: Annotated[
+        str, typer.Option(callback=_one_of(INTEGER_POLICIES), help="For integer and bool leaves.")
+    ] = "max",
+    dtype: Annotated[
+        str | None, typer.Option(callback=_floating, help="Of floating leaves; without, the first file's.")
+    ] = None,
+    wire: Annotated[
+        str | None, typer.Option(callback=_one_of(WIRES), help="Quantise floating leaves (.safetensors only).")
+    ] = None,
+    allow_negative: Annotated[bool, typer.Option("--allow-negative", help="Permit negative weights.")] = False,
+    normalize: Annotated[bool, typer.Option(help="Divide by the sum of the weights.")] = True,
+) -> None:
+    """Average checkpoint files of any size into a new one."""
+    if weight and len(weight) != len(files):
+        raise typer.BadParameter(f"expected {len(files)}, one for each file, got {len(weight)}", param_hint="--weight")
+    try:
+        with warnings.catch_warnings(), _progress_bar() as bar:
+            warnings.simplefilter("ignore", DroppedUpdateWarning)  # said below
+            task = bar.add_task("averaging", total=None)
+            done = average(
+                files,
+                output,
+                weight or None,
+                wire=wire,
+                nan_policy=nan_policy,
+                integer_policy=integer_policy,
+                dtype=dtype,
+                normalize=normalize,
+                allow_negative=allow_negative,
+                force=force,
+                progress=lambda read, total: bar.update(task, completed=read, total=total),
+            )
+    except OSError as error:
+        sys.exit(f"fastagg average: {error if error.filename is None else f'{error.filename}: {error.strerror}'}")
+    except (ImportError, TypeError, ValueError) as error:
+        sys.exit(f"fastagg average: {error}")
+    _report(done, sum(map(bool, weight)) if weight else len(files))
+
+
+def _progress_bar() -> Progress:
+    """Bytes and their rate on a terminal, nothing elsewhere."""
+    console = Console(stderr=True)
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+def _report(done: Averaged, contributing: int) -> None:
+    for path, leaf in done.dropped.items():
+        print(f"dropped {path}: leaf {leaf!r} holds a NaN or an infinity", file=sys.stderr)
+    rate = done.bytes_read / max(done.seconds, 1e-9) / 1e9
+    print(
+        f"wrote {done.output}: {done.leaves} leaves of {contributing - len(done.dropped)} files, "
+        f"{done.bytes_read / 1e9:.3g} GB read in {done.seconds:.2f} s, {rate:.3g} GB/s"
+    )

@@ -1,0 +1,82 @@
+"""Reading .pt and .pth files: state_dicts of plain tensors, loaded without running what the file says."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastagg._codes import Code, code_of_dtype, name_of
+from fastagg._tensor import kind_named
+from fastagg.files.checkpoints import Checkpoint, LeafDescription
+from fastagg.files.mapped_file import spans_of_mapping
+
+
+class TorchCheckpoint(Checkpoint):
+    """One file that torch.save wrote of a state_dict, mapped; its tensors as NumPy arrays."""
+
+    def __init__(self, path: Path) -> None:
+        """Loads the names, with weights_only.
+
+        Raises:
+            ImportError: PyTorch is not installed.
+            OSError: it cannot be read.
+            TypeError: it holds something else than tensors, or a dtype that fastagg has no arithmetic for.
+            ValueError: it is truncated, no such file, or needs code to run.
+        """
+        super().__init__(path)
+        self._tensors = _load(path)
+        self.mapped = spans_of_mapping(path)
+        for name, tensor in self._tensors.items():
+            self.leaves[name] = _describe(path, name, tensor)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        import torch
+
+        tensor = self._tensors[name].detach().resolve_neg().contiguous()
+        if code_of_dtype(tensor.dtype) == Code.BFLOAT16:
+            array = tensor.view(torch.int16).numpy().view(kind_named("numpy").dtype_for(Code.BFLOAT16))
+        else:
+            array = tensor.numpy()
+        array.flags.writeable = False
+        return np.asarray(array)
+
+
+def _load(path: Path) -> Mapping[str, Any]:
+    with path.open("rb"):  # what cannot be opened is said as for every other file
+        pass
+    try:
+        import torch
+    except ImportError:
+        raise ModuleNotFoundError(f"{path}: .pt files need PyTorch: pip install 'fastagg[torch]'") from None
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError:
+        raise ValueError(
+            f"{path}: not loaded, for it is damaged or holds more than tensors and plain values (expected a "
+            "state_dict that torch.save wrote)"
+        ) from None
+    except Exception as error:  # torch raises what it likes for a damaged archive
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path}: no valid .pt file: {reason}") from None
+    if not isinstance(loaded, Mapping):
+        raise TypeError(f"{path}: expected a state_dict, got {type(loaded).__name__}")
+    return loaded
+
+
+def _describe(path: Path, name: Any, tensor: Any) -> LeafDescription:
+    import torch
+
+    if not isinstance(tensor, torch.Tensor):
+        hint = f": save the state_dict under {name!r} alone" if isinstance(tensor, Mapping) else ""
+        raise TypeError(f"{path}: leaf {name!r}: expected a tensor, got {type(tensor).__name__}{hint}")
+    if not isinstance(name, str):
+        raise TypeError(f"{path}: leaf {name!r}: expected a text as its name")
+    if code_of_dtype(tensor.dtype) is None or tensor.layout is not torch.strided:
+        raise TypeError(f"{path}: leaf {name!r}: {tensor.layout} {tensor.dtype} is not supported")
+    if code_of_dtype(tensor.dtype) == Code.BFLOAT16:
+        kind_named("numpy").dtype_for(Code.BFLOAT16)  # may be missing
+    return LeafDescription(name_of(tensor.dtype), tuple(tensor.shape))

@@ -1,0 +1,183 @@
+"""Flower's serialised arrays, read where their bytes lie and written without a copy.
+
+An `Array` holds the bytes of an .npy file. bf16 and quantised leaves, which .npy cannot hold, travel as
+`Array(dtype, shape, stype="fastagg.<wire>" or "fastagg.<wire>.<block>", data=scales + codes)`, dtype and shape being
+the leaf's own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import io
+import math
+from collections.abc import Collection, Mapping
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord
+
+from fastagg import _core
+from fastagg._codes import WIRES, code_of_dtype, name_of, wire_name
+from fastagg._npy import NpyHeader, npy_header, read_npy_header
+from fastagg._tensor import HUGE, kind_named
+from fastagg.quantization import Quantized, codes_layout, dequantize
+from fastagg.server.buffers import is_buffer
+
+Leaf = np.ndarray | Quantized
+
+_CHUNK = 1 << 16  # elements of a temporary that stays in the cache
+_NUMPY = "numpy.ndarray"
+_OURS = "fastagg"
+
+
+class FreshArrays:
+    """New arrays for a record: `views` are NumPy arrays to write, `record()` is what is sent."""
+
+    def __init__(self, like: Mapping[str, Any]) -> None:
+        """Arrays of the names, shapes and dtypes of other leaves; the contents are undefined."""
+        self._arrays: dict[str, Array] = {}
+        self.views: dict[str, np.ndarray] = {}
+        for name, leaf in like.items():
+            self._arrays[name], self.views[name] = _fresh(tuple(leaf.shape), np.dtype(leaf.dtype).newbyteorder("="))
+
+    def record(self) -> ArrayRecord:
+        """The arrays as they are now."""
+        return ArrayRecord(self._arrays)
+
+
+def _fresh(shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[Array, np.ndarray]:
+    count = math.prod(shape)
+    if name_of(dtype) == "bfloat16":
+        stype, header = f"{_OURS}.bf16", b""
+    else:
+        stype, header = _NUMPY, npy_header(dtype, shape)
+    data, view = _writable_bytes(len(header) + count * dtype.itemsize)
+    view[: len(header)] = np.frombuffer(header, np.uint8)
+    return Array(str(dtype), shape, stype, data), view[len(header) :].view(dtype).reshape(shape)
+
+
+def _writable_bytes(size: int) -> tuple[bytes, np.ndarray]:
+    """New bytes and their memory: C's API lets whoever makes a bytes object write it before others see it."""
+    make, address_of = ctypes.pythonapi.PyBytes_FromStringAndSize, ctypes.pythonapi.PyBytes_AsString
+    make.restype, address_of.restype = ctypes.py_object, ctypes.c_void_p
+    data: bytes = make(None, ctypes.c_ssize_t(size))
+    address: int = address_of(ctypes.py_object(data))
+    if size >= HUGE:
+        _core.advise_huge_pages(address, size)
+    return data, np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
+
+
+def read_leaf(array: Array) -> Leaf:
+    """An array's elements where its bytes lie: a read-only NumPy array, or a `Quantized`.
+
+    Raises:
+        TypeError: it is serialised in another way, or holds elements that cannot be averaged.
+        ValueError: its bytes are not what its header promises.
+    """
+    if array.stype == _NUMPY:
+        return read_npy(array.data)
+    if array.stype.split(".")[0] == _OURS:
+        return _read_quantized(array)
+    raise TypeError(f"expected an array serialised by numpy.ndarray or fastagg, got {array.stype!r}")
+
+
+def read_record(record: ArrayRecord) -> dict[str, Leaf]:
+    """All leaves of a record, as `read_leaf` reads them; an error names the leaf."""
+    leaves = {}
+    for name, array in record.items():
+        try:
+            leaves[name] = read_leaf(array)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"leaf {name!r}: {error}") from None
+    return leaves
+
+
+def read_npy(data: bytes) -> np.ndarray:
+    """An .npy file's array where its bytes lie.
+
+    Raises:
+        TypeError, ValueError: as `read_leaf`.
+    """
+    prefix = 10 if data[6:7] == b"\x01" else 12  # magic, version, and the header's length in 2 or 4 bytes
+    size = prefix + int.from_bytes(data[8:prefix], "little")
+    header = _parse_header(data[:size])
+    got = len(data) - size
+    if got != header.nbytes:
+        raise ValueError(f"its header promises {header.nbytes} bytes of {header.dtype} {header.shape}, got {got}")
+    flat = np.frombuffer(data, header.dtype, offset=size) if got else np.empty(0, header.dtype)
+    return flat.reshape(header.shape, order="F" if header.is_fortran else "C")
+
+
+@lru_cache(maxsize=4096)
+def _parse_header(header: bytes) -> NpyHeader:
+    """A header of elements that can be averaged; all clients' arrays of a leaf begin with the same bytes."""
+    parsed = read_npy_header(io.BytesIO(header))
+    if code_of_dtype(parsed.dtype) is None:
+        raise TypeError(f"dtype {parsed.dtype} is not supported (expected a real floating, integer or bool dtype)")
+    return parsed
+
+
+def _read_quantized(array: Array) -> Leaf:
+    wire, block = _parse_stype(array.stype)
+    shape = tuple(array.shape)
+    layout = codes_layout(kind_named("numpy"), wire, shape, block)
+    scales_size = 4 * layout.scales
+    expected = scales_size + math.prod(layout.shape) * layout.dtype.itemsize
+    if len(array.data) != expected:
+        raise ValueError(f"expected {expected} bytes of {wire} codes for {shape}, got {len(array.data)}")
+    memory = np.frombuffer(array.data, np.uint8)
+    scales = memory[:scales_size].view(np.float32) if block is not None else None
+    codes = memory[scales_size:].view(layout.dtype).reshape(layout.shape)
+    if wire == "bf16" and array.dtype == "bfloat16":
+        brain: np.ndarray = codes.view(kind_named("numpy").dtype_named("bfloat16"))
+        return brain
+    return Quantized(codes, scales, wire=wire, shape=shape, dtype=array.dtype, block=block)
+
+
+def _parse_stype(stype: str) -> tuple[str, int | None]:
+    _, wire, *block = stype.split(".")
+    if wire not in WIRES or len(block) > 1 or not all(part.isdecimal() for part in block):
+        raise ValueError(f"expected a stype such as fastagg.int8.256, got {stype!r}")
+    return wire_name(wire), int(block[0]) if block else None
+
+
+def as_array(leaf: Leaf) -> np.ndarray:
+    """A leaf's elements, decoded where it is quantised, in the machine's order of bytes."""
+    return dequantize(leaf) if isinstance(leaf, Quantized) else leaf.astype(leaf.dtype.newbyteorder("="), copy=False)
+
+
+def squared_distance(one: Mapping[str, Leaf], other: Mapping[str, Leaf], buffers: Collection[str]) -> float:
+    """``sum((one - other)^2)`` over the parameters of two models of the same leaves, in float64."""
+    total = 0.0
+    for name, leaf in one.items():
+        if is_buffer(name, leaf.dtype, buffers):
+            continue
+        first, second = as_array(leaf).reshape(-1), as_array(other[name]).reshape(-1)
+        for begin in range(0, first.size, _CHUNK):
+            difference = np.subtract(first[begin : begin + _CHUNK], second[begin : begin + _CHUNK], dtype=np.float64)
+            total += float(difference @ difference)
+    return total
+
+
+def write_leaf(leaf: Any) -> Array:
+    """A NumPy array, torch tensor or `Quantized` as an `Array`."""
+    if isinstance(leaf, Quantized):
+        stype = ".".join([_OURS, leaf.wire, *([] if leaf.block is None else [str(leaf.block)])])
+        parts = [part for part in (leaf.scales, leaf.data) if part is not None]
+        data = b"".join(_bytes_of(part) for part in parts)
+        return Array(name_of(leaf.dtype), tuple(leaf.shape), stype, data)
+    if name_of(leaf.dtype) == "bfloat16":
+        return Array("bfloat16", tuple(leaf.shape), f"{_OURS}.bf16", _bytes_of(leaf))
+    array, view = _fresh(tuple(leaf.shape), np.dtype(name_of(leaf.dtype)))
+    view[...] = leaf if isinstance(leaf, np.ndarray) else leaf.detach().cpu().numpy()
+    return array
+
+
+def _bytes_of(array: Any) -> bytes:
+    if isinstance(array, np.ndarray):
+        return array.tobytes()
+    import torch
+
+    elements: np.ndarray = array.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return elements.tobytes()

@@ -1,0 +1,283 @@
+"""The mean of a round's replies: of all in one pass, or of each as it arrives."""
+
+from __future__ import annotations
+
+import logging
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+from flwr.app import Message
+from flwr.serverapp.exception import AggregationError
+
+from fastagg._errors import NonFiniteUpdateError
+from fastagg.accumulator import Accumulator
+from fastagg.averaging import NONFINITE
+from fastagg.flower.arrays import FreshArrays, Leaf
+from fastagg.flower.replies import (
+    LeftOutReply,
+    Reply,
+    UnusableReplyError,
+    agreed_form,
+    differences,
+    form_of,
+    leaves_of,
+    read_reply,
+)
+
+LOG = logging.getLogger("flwr")
+
+
+class NoReplyLeftError(AggregationError, ValueError):
+    """Replies came, and none of them can be averaged."""
+
+
+class Mean(NamedTuple):
+    """The mean of a round, and the replies that it is made of."""
+
+    arrays: FreshArrays
+    replies: list[Reply]
+
+
+class Members(NamedTuple):
+    """Whose replies an aggregate is made of, and which were dropped, each with its first non-finite leaf.
+
+    Nobody's where there were too few for the rule.
+    """
+
+    replies: list[Reply]
+    dropped: list[tuple[Reply, str]]
+
+
+class Settings(NamedTuple):
+    """How a strategy averages.
+
+    Attributes:
+        nan_policy, integer_policy: as in `fastagg.fedavg`.
+        streaming: whether replies are added as they arrive.
+        weight_of: a reply's weight in the mean.
+        aggregate: writes the mean of replies of one form, by their weights, into arrays; its last argument is the
+            nan_policy "drop" or "propagate".
+    """
+
+    nan_policy: str
+    integer_policy: str
+    streaming: bool
+    weight_of: Callable[[Reply], float]
+    aggregate: Callable[[list[Reply], list[float], dict[str, np.ndarray], str], Members]
+
+
+class Round(ABC):
+    """The messages that come back in a round.
+
+    Attributes:
+        number: of the round.
+        results, failures: how many messages brought a result, and how many an error.
+        weightless: how many results have a weight of 0, and so no part in anything.
+        left_out: the results that cannot be averaged.
+    """
+
+    has_arrays: ClassVar[bool]
+
+    def __init__(self, number: int, weighted_by_key: str) -> None:
+        """A round in which nothing has come yet; `weighted_by_key` is the metric that is a reply's weight."""
+        self.number, self.results, self.failures, self.weightless = number, 0, 0, 0
+        self.left_out: list[LeftOutReply] = []
+        self._weighted_by_key = weighted_by_key
+        self._nodes: set[int] = set()
+
+    def take(self, message: Message) -> None:
+        """Adds a message; one that cannot be averaged is left out."""
+        node = message.metadata.src_node_id
+        if message.has_error():
+            self.failures += 1
+            LOG.info("\t> Received error in reply from node %s: %s", node, message.error.reason)
+            return
+        self.results += 1
+        try:
+            if node in self._nodes:
+                raise UnusableReplyError("has already replied in this round")
+            reply = read_reply(message, self.number, self._weighted_by_key, self.has_arrays)
+            if reply.weight > 0:
+                self._add(reply)
+            else:
+                self.weightless += 1
+        except UnusableReplyError as error:
+            self._leave_out(node, str(error))
+        else:
+            if isinstance(node, int) and node:  # 0 where a message was not sent over a network
+                self._nodes.add(node)
+
+    @abstractmethod
+    def _add(self, reply: Reply) -> None:
+        """Adds a reply, or raises UnusableReplyError."""
+
+    def _leave_out(self, node: int, reason: str) -> None:
+        self.left_out.append(LeftOutReply(self.number, node, reason))
+        LOG.warning("\t> Left out the reply of node %s: %s", node, reason)
+
+
+class EvaluationRound(Round):
+    """A round of evaluation: metrics alone."""
+
+    has_arrays = False
+
+    def __init__(self, number: int, weighted_by_key: str) -> None:
+        """See `Round`."""
+        super().__init__(number, weighted_by_key)
+        self._replies: list[Reply] = []
+
+    def _add(self, reply: Reply) -> None:
+        self._replies.append(reply)
+
+    def agreeing(self) -> list[Reply]:
+        """The replies with the metrics that most have."""
+        return _agreeing(self._replies, {}, self._leave_out)
+
+
+class TrainingRound(Round):
+    """A round of training: models, from the first to the mean."""
+
+    has_arrays = True
+
+    def __init__(self, number: int, weighted_by_key: str, settings: Settings, model: dict[str, Leaf]) -> None:
+        """See `Round`; `model` is what was sent to the nodes, empty where that is not known."""
+        super().__init__(number, weighted_by_key)
+        self._settings = settings
+        self._models = (_Streamed if settings.streaming else _Collected)(settings, model, self._leave_out)
+
+    def _add(self, reply: Reply) -> None:
+        self._models.add(reply, self._settings.weight_of(reply))
+
+    def mean(self) -> Mean | None:
+        """The mean of the replies; None if no result came, or too few for the strategy's rule.
+
+        Raises:
+            NoReplyLeftError: results came, and none can be averaged.
+            NonFiniteUpdateError: under "raise", one holds a NaN or an infinity.
+        """
+        if not self.results:
+            return None
+        try:
+            mean = self._models.mean()
+        except NonFiniteUpdateError:
+            raise
+        except ValueError as error:
+            raise NoReplyLeftError(f"round {self.number}: {error}{self._listed()}") from None
+        if mean is None:
+            raise NoReplyLeftError(f"round {self.number}: no reply can be averaged{self._listed()}")
+        return mean if mean.replies else None
+
+    def _listed(self) -> str:
+        weightless = f"; {self.weightless} of weight 0" if self.weightless else ""
+        return weightless + "".join(f"; node {node}: {reason}" for _, node, reason in self.left_out)
+
+
+def _agreeing(replies: list[Reply], model: dict[str, Leaf], leave_out: Callable[[int, str], None]) -> list[Reply]:
+    """The replies of one form; the others are left out."""
+    if not replies:
+        return []
+    forms = [reply.form for reply in replies]
+    agreed = agreed_form(forms, form_of(model))
+    for reply, form in zip(replies, forms, strict=True):
+        if agreed is None:
+            leave_out(reply.node, differences(leaves_of(form), form_of(model)))
+        elif form != agreed:
+            leave_out(reply.node, differences(form, agreed))
+    return [reply for reply, form in zip(replies, forms, strict=True) if form == agreed]
+
+
+class _Collected:
+    """Keeps the replies and averages them in one pass."""
+
+    def __init__(self, settings: Settings, model: dict[str, Leaf], leave_out: Callable[[int, str], None]) -> None:
+        self._settings, self._model, self._leave_out = settings, model, leave_out
+        self._replies: list[Reply] = []
+        self._weights: dict[int, float] = {}  # by the content's identity
+
+    def add(self, reply: Reply, weight: float) -> None:
+        """Takes a reply."""
+        self._replies.append(reply)
+        self._weights[id(reply.content)] = weight
+
+    def mean(self) -> Mean | None:
+        """The mean, and whose it is; None if there is nobody.
+
+        Raises:
+            ValueError: all weights are 0, or all hold a NaN or an infinity.
+        """
+        replies = _agreeing(self._replies, self._model, self._leave_out)
+        if not replies:
+            return None
+        arrays = FreshArrays(replies[0].leaves)
+        weights = [self._weights[id(reply.content)] for reply in replies]
+        nan_policy = "propagate" if self._settings.nan_policy == "propagate" else "drop"
+        members = self._settings.aggregate(replies, weights, arrays.views, nan_policy)
+        for reply, leaf_name in members.dropped:
+            if self._settings.nan_policy == "raise":
+                raise NonFiniteUpdateError(f"node {reply.node}, {leaf_name}: {NONFINITE}")
+            self._leave_out(reply.node, f"{leaf_name} {NONFINITE}")
+        if len(members.dropped) == len(replies):
+            return None
+        return Mean(arrays, members.replies)
+
+
+class _Form(NamedTuple):
+    """A leaf without its elements."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+
+
+class _Streamed:
+    """Adds each reply to the sums when it comes, and keeps nothing of its arrays."""
+
+    def __init__(self, settings: Settings, model: dict[str, Leaf], leave_out: Callable[[int, str], None]) -> None:
+        self._settings, self._model = settings, model
+        nan_policy = "propagate" if settings.nan_policy == "propagate" else "raise"
+        self._sums = Accumulator(nan_policy=nan_policy, integer_policy=settings.integer_policy, low_memory=True)
+        self._leaves: dict[str, _Form] = {}
+        self._form: frozenset[Any] = frozenset()
+        self._replies: list[Reply] = []
+
+    def add(self, reply: Reply, weight: float) -> None:
+        """Adds a reply to the sums.
+
+        Raises:
+            UnusableReplyError: it differs from the model or from the first reply, or holds a NaN or an infinity.
+        """
+        self._check(reply)
+        try:
+            self._sums.add(reply.leaves, weight)
+        except NonFiniteUpdateError as error:
+            if self._settings.nan_policy == "raise":
+                raise NonFiniteUpdateError(f"node {reply.node}: {error}") from None
+            raise UnusableReplyError(_without_number(error)) from None
+        except (TypeError, ValueError) as error:
+            raise UnusableReplyError(_without_number(error)) from None
+        if not self._replies:
+            self._form = reply.form
+            self._leaves = {name: _Form(tuple(leaf.shape), leaf.dtype) for name, leaf in reply.leaves.items()}
+        self._replies.append(reply._replace(leaves={}))
+
+    def _check(self, reply: Reply) -> None:
+        wanted, form = form_of(self._model), form_of(reply.leaves)
+        if wanted and form != wanted:
+            raise UnusableReplyError(differences(form, wanted))
+        if self._form and reply.form != self._form:
+            raise UnusableReplyError(differences(reply.form, self._form))
+
+    def mean(self) -> Mean | None:
+        """The mean, and whose it is; None if there is nobody."""
+        if not self._replies:
+            return None
+        arrays = FreshArrays(self._leaves)
+        self._sums.result(out=arrays.views)
+        return Mean(arrays, self._replies)
+
+
+def _without_number(error: Exception) -> str:
+    """An accumulator's message without the client's number, which is not the node's."""
+    return re.sub(r"^client \d+, ", "", str(error))

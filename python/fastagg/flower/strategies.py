@@ -1,0 +1,385 @@
+"""Flower's strategies with fastagg's arithmetic: the same names, arguments and messages."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any, cast
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp import strategy as flower
+from flwr.serverapp.exception import AggregationError
+from flwr.serverapp.strategy.fedopt import FedOpt as FlowerFedOpt
+
+from fastagg import server
+from fastagg.averaging import check_policies, mean_and_dropped
+from fastagg.flower.arrays import FreshArrays, Leaf, as_array, read_record, squared_distance
+from fastagg.flower.replies import LeftOutReply, Reply, UnusableReplyError, differences, form_of
+from fastagg.flower.rounds import LOG, EvaluationRound, Mean, Members, Round, Settings, TrainingRound
+from fastagg.flower.streaming import StreamingGrid
+from fastagg.server.optimizer import as_buffers
+
+LEFT_OUT_METRIC = "replies-left-out"
+
+
+_WHAT_THE_MODEL_IS = ("_weight_of", "_aggregate", "_next_model")  # methods
+
+
+class _AggregateTrain:
+    """`aggregate_train`, which Flower's accounted differential privacy finds unchanged where the model is the mean.
+
+    It takes only strategies whose class has Flower's own method: what it needs is that the model is the weighted mean,
+    and that ours is. Everybody else who looks at the class gets ours.
+    """
+
+    def __get__(self, strategy: FedAvg | None, owner: type[FedAvg]) -> Any:
+        if strategy is not None:
+            return strategy._aggregate_train
+        asks = str(sys._getframe(1).f_globals.get("__name__", ""))
+        is_mean = all(getattr(owner, name) is getattr(FedAvg, name) for name in _WHAT_THE_MODEL_IS)
+        return flower.FedAvg.aggregate_train if is_mean and asks.startswith("flwr.") else FedAvg._aggregate_train
+
+
+class FedAvg(flower.FedAvg):
+    """Federated averaging (McMahan et al. 2017): Flower's `FedAvg`, with the mean of `fastagg.fedavg`.
+
+    ``mean[i] = sum_k(num_examples_k * x_k[i]) / sum_k(num_examples_k)``
+
+    Replies are read from their bytes in place and never altered; leaves are matched by name and keep their dtypes; a
+    leaf may be quantised (`quantize_mod`). A reply that cannot be averaged is left out, logged, counted in the round's
+    metric "replies-left-out" and listed in `left_out`: one with other leaves or shapes than the model that was sent,
+    with other records, dtypes or metrics than the rest, bytes that are not what their header says, a weight that is no
+    finite number of 0 or more, of another round, or a second one of a node. A reply of weight 0 has no part in
+    anything.
+
+    Attributes:
+        left_out: (server_round, node, reason) of every reply that was left out.
+    """
+
+    aggregate_train = _AggregateTrain()
+
+    def __init__(
+        self,
+        *args: Any,
+        nan_policy: str = "drop",
+        integer_policy: str = "max",
+        streaming: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """A strategy with the arguments of Flower's strategy of the same name, and those named here.
+
+        Args:
+            *args: Flower's.
+            nan_policy: for a reply that holds a NaN or an infinity: "drop" leaves it out, "raise" ends the round with
+                an error, "propagate" adds it.
+            integer_policy: for integer and bool leaves: "max", "first" or "round", as in `fastagg.fedavg`.
+            streaming: add every reply to the sums when it arrives, and free it, so that the server's memory does not
+                grow with the number of nodes. A reply must then have the leaves of the model that was sent, and an
+                override of `aggregate_train` is called without replies.
+            **kwargs: Flower's.
+        """
+        super().__init__(*args, **kwargs)
+        check_policies(nan_policy, integer_policy)
+        self.nan_policy, self.integer_policy, self.streaming = nan_policy, integer_policy, streaming
+        self.left_out: list[LeftOutReply] = []
+        self._model: dict[str, Leaf] = {}
+        self._round: TrainingRound | None = None
+
+    def summary(self) -> None:
+        """Logs the settings."""
+        LOG.info("\t├──> fastagg settings:")
+        LOG.info("\t│\t├── NaN policy: %s | integer policy: %s", self.nan_policy, self.integer_policy)
+        LOG.info("\t│\t└── Streaming: %s", self.streaming)
+        super().summary()
+
+    def start(self, grid: Grid, *args: Any, **kwargs: Any) -> flower.Result:
+        """Runs the rounds; see Flower's `Strategy.start`."""
+        if self.streaming:
+            grid = cast(Grid, StreamingGrid(grid, self._take))
+        return super().start(grid, *args, **kwargs)
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """The round's messages to the nodes that Flower samples."""
+        self._model = read_record(arrays)
+        self._round = self._open_round(server_round)
+        return _of_round(server_round, self._sampled(server_round, arrays, config, grid))
+
+    def _sampled(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
+        """The messages of Flower's strategy of the same name."""
+        return super().configure_train(server_round, arrays, config, grid)
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """The round's messages to the nodes that Flower samples."""
+        return _of_round(server_round, super().configure_evaluate(server_round, arrays, config, grid))
+
+    def _open_round(self, server_round: int) -> TrainingRound:
+        settings = Settings(self.nan_policy, self.integer_policy, self.streaming, self._weight_of, self._aggregate)
+        return TrainingRound(server_round, self.weighted_by_key, settings, self._model)
+
+    def _take(self, message: Message) -> None:
+        """Adds a reply that has just arrived, and frees its arrays.
+
+        Raises:
+            AggregationError: the round was not begun by our `configure_train`.
+        """
+        if self._round is None:
+            raise AggregationError("streaming=True needs super().configure_train(...) to begin the round")
+        self._round.take(message)
+        if message.has_content():
+            for record in message.content.array_records.values():
+                record.clear()
+
+    def _aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """The round's model and metrics; None for the model if no result came, or too few for the rule.
+
+        Raises:
+            NoReplyLeftError: results came, and none can be averaged.
+            NonFiniteUpdateError: under nan_policy="raise", one holds a NaN or an infinity.
+        """
+        opened, self._round = self._round, None
+        current = opened if opened is not None and opened.number == server_round else self._open_round(server_round)
+        for message in replies:
+            current.take(message)
+        LOG.info("aggregate_train: Received %s results and %s failures", current.results, current.failures)
+        try:
+            mean = current.mean()
+        finally:
+            self.left_out.extend(current.left_out)
+        if mean is None:
+            return None, self._metrics(self.train_metrics_aggr_fn, [], current)
+        metrics = self._metrics(self.train_metrics_aggr_fn, mean.replies, current)
+        return self._next_model(server_round, mean).record(), metrics
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """The mean of the nodes' metrics; None if no reply can be averaged: the log then says why."""
+        current = EvaluationRound(server_round, self.weighted_by_key)
+        for message in replies:
+            current.take(message)
+        LOG.info("aggregate_evaluate: Received %s results and %s failures", current.results, current.failures)
+        agreeing = current.agreeing()
+        self.left_out.extend(current.left_out)
+        return self._metrics(self.evaluate_metrics_aggr_fn, agreeing, current)
+
+    def _weight_of(self, reply: Reply) -> float:
+        """A reply's weight in the mean."""
+        return reply.weight
+
+    def _aggregate(
+        self, replies: list[Reply], weights: list[float], out: dict[str, np.ndarray], nan_policy: str
+    ) -> Members:
+        """Writes the replies' mean."""
+        updates = [reply.leaves for reply in replies]
+        _, dropped = mean_and_dropped(updates, weights, out, None, nan_policy, self.integer_policy)
+        contributing = [reply for client, reply in enumerate(replies) if client not in dropped]
+        return Members(contributing, [(replies[client], leaf_name) for client, leaf_name in dropped.items()])
+
+    def _next_model(self, server_round: int, mean: Mean) -> FreshArrays:
+        """The model that a round's mean leads to."""
+        return mean.arrays
+
+    def _metrics(
+        self, aggregate: Callable[[list[RecordDict], str], MetricRecord], replies: list[Reply], current: Round
+    ) -> MetricRecord | None:
+        """The replies' metrics, and how many replies were left out; None if there is nothing to tell."""
+        metrics = aggregate([reply.content for reply in replies], self.weighted_by_key) if replies else None
+        if current.left_out:
+            metrics = MetricRecord() if metrics is None else metrics
+            metrics[LEFT_OUT_METRIC] = len(current.left_out)
+        return metrics
+
+
+def _of_round(server_round: int, messages: Iterable[Message]) -> list[Message]:
+    """Messages whose replies can be told from those of other rounds."""
+    messages = list(messages)
+    for message in messages:
+        message.metadata.group_id = message.metadata.group_id or str(server_round)
+    return messages
+
+
+class FedProx(FedAvg, flower.FedProx):
+    """FedProx (Li et al. 2020): `FedAvg` whose nodes are told `proximal-mu`, for `fastagg.server.proximal_term`."""
+
+
+class _ServerOptimized(FedAvg):
+    """A strategy whose next model is a server optimiser's step from the model that was sent towards the mean.
+
+    Buffers (integer leaves, running statistics, and those named in `buffers=`) are no parameters: they take the mean.
+    """
+
+    optimizer: Any  # of fastagg.server
+    current_arrays: Any  # of Flower's strategy: the model that was sent
+
+    def __init__(self, *args: Any, buffers: Iterable[str] = (), **kwargs: Any) -> None:
+        """A strategy with the arguments of `FedAvg` and of Flower's strategy of the same name.
+
+        Args:
+            *args: Flower's.
+            buffers: names of further leaves that take the mean.
+            **kwargs: Flower's, and those of `FedAvg`.
+        """
+        super().__init__(*args, **kwargs)
+        self.buffers = as_buffers(buffers)
+        self._steps = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """The optimiser's moments and the number of its steps, copied, for a checkpoint."""
+        return {"optimizer": self.optimizer.state_dict(), "steps": self._steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from what `state_dict` saved, in a run whose rounds count from 1 again."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._steps, self.buffers = int(state["steps"]), self.optimizer.buffers
+
+    def _sampled(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
+        messages = flower.FedAvg.configure_train(self, server_round, arrays, config, grid)
+        self.current_arrays = {name: as_array(leaf) for name, leaf in self._model.items()}  # where Flower copies
+        return messages
+
+    def _next_model(self, server_round: int, mean: Mean) -> FreshArrays:
+        current = _current_model(self)
+        following = FreshArrays(current)
+        rate = self._learning_rate(server_round)
+        check = self.nan_policy == "propagate"  # otherwise the mean has been looked at
+        self.optimizer.step(current, mean.arrays.views, out=following.views, learning_rate=rate, check_finite=check)
+        self._steps += 1
+        return following
+
+    def _learning_rate(self, server_round: int) -> float:
+        """The round's learning rate; also hands the optimiser the strategy's other attributes, which users may set."""
+        raise NotImplementedError
+
+
+def _current_model(strategy: Any) -> dict[str, np.ndarray]:
+    """The model that a strategy has sent.
+
+    Raises:
+        AggregationError: it has sent none.
+    """
+    arrays = strategy.current_arrays
+    if arrays is None:
+        raise AggregationError("There is no model to step from: configure_train was not called before aggregate_train")
+    leaves = read_record(arrays) if isinstance(arrays, ArrayRecord) else arrays
+    return {name: as_array(leaf) for name, leaf in leaves.items()}
+
+
+class FedAvgM(_ServerOptimized, flower.FedAvgM):
+    """FedAvg with server momentum (Hsu et al. 2019).
+
+    ``m = server_momentum * m + (x - mean)``, ``x = x - server_learning_rate * m``
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """See `FedAvg`; `buffers` names further leaves that take the mean."""
+        super().__init__(*args, **kwargs)
+        self.optimizer = server.FedAvgM(buffers=self.buffers)
+
+    def _learning_rate(self, server_round: int) -> float:
+        self.optimizer.momentum = self.server_momentum
+        return self.server_learning_rate
+
+    def _next_model(self, server_round: int, mean: Mean) -> FreshArrays:
+        following = super()._next_model(server_round, mean) if self.server_opt else mean.arrays
+        self.current_arrays = following.views
+        return following
+
+
+class FedOpt(FedAvg, FlowerFedOpt):
+    """What FedAdagrad, FedAdam and FedYogi share; by itself it averages, as Flower's does."""
+
+    def _sampled(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
+        return flower.FedAvg.configure_train(self, server_round, arrays, config, grid)  # Flower's copies the model
+
+
+class _Adaptive(_ServerOptimized, FedOpt):
+    """Adaptive federated optimisation (Reddi et al. 2021, Algorithm 2).
+
+    ``delta = mean - x``, ``m = beta_1 * m + (1 - beta_1) * delta``, ``x = x + eta * m / (sqrt(v) + tau)``
+    """
+
+    def _learning_rate(self, server_round: int) -> float:
+        self.optimizer.beta_1, self.optimizer.beta_2, self.optimizer.tau = self.beta_1, self.beta_2, self.tau
+        return self.eta
+
+
+class FedAdagrad(_Adaptive, flower.FedAdagrad):
+    """FedAdagrad: ``v = v + delta^2``; otherwise as FedAdam, with ``beta_1 = 0``."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """See `FedAvg`; `buffers` names further leaves that take the mean."""
+        super().__init__(*args, **kwargs)
+        self.optimizer = server.FedAdagrad(buffers=self.buffers)
+
+
+class FedAdam(_Adaptive, flower.FedAdam):
+    """FedAdam: ``v = beta_2 * v + (1 - beta_2) * delta^2``, and Flower's corrected learning rate.
+
+    ``eta_t = eta * sqrt(1 - beta_2^(t + 1)) / (1 - beta_1^(t + 1))`` in step t (Kingma and Ba 2015, who have t; Flower
+    has its round in the place of the step, and so begins anew where a run is resumed).
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """See `FedAvg`; `buffers` names further leaves that take the mean."""
+        super().__init__(*args, **kwargs)
+        self.optimizer = server.FedAdam(buffers=self.buffers)
+
+    def _learning_rate(self, server_round: int) -> float:
+        rate, power = super()._learning_rate(server_round), self._steps + 2
+        return rate * math.sqrt(1 - self.beta_2**power) / (1 - self.beta_1**power)
+
+
+class FedYogi(_Adaptive, flower.FedYogi):
+    """FedYogi: ``v = v - (1 - beta_2) * delta^2 * sign(v - delta^2)``; otherwise as FedAdam, without correction."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """See `FedAvg`; `buffers` names further leaves that take the mean."""
+        super().__init__(*args, **kwargs)
+        self.optimizer = server.FedYogi(buffers=self.buffers)
+
+
+class QFedAvg(_ServerOptimized, flower.QFedAvg):
+    """q-FedAvg (Li et al. 2020): nodes with a higher loss weigh more.
+
+    ``x = x - sum_k(F_k^q * L * (x - x_k)) / sum_k(q * F_k^(q - 1) * |L * (x - x_k)|^2 + L * F_k^q)``, L being
+    ``1 / client_learning_rate`` and F_k the loss that a node reports as `train_loss_key`. A reply without a finite loss
+    of 0 or more is left out.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """See `FedAvg`; `buffers` names further leaves that take the mean."""
+        super().__init__(*args, **kwargs)
+        self.optimizer = server.FedAvg(buffers=self.buffers)
+        self._fairness: dict[int, tuple[float, float]] = {}  # a reply's shares of the two sums, by its content
+
+    def _sampled(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
+        self._fairness.clear()
+        return super()._sampled(server_round, arrays, config, grid)
+
+    def _weight_of(self, reply: Reply) -> float:
+        loss = reply.metrics.get(self.train_loss_key)
+        if isinstance(loss, (list, bool)) or loss is None or not 0 <= loss < math.inf:
+            raise UnusableReplyError(f"expected a finite {self.train_loss_key!r} of 0 or more, got {loss!r}")
+        current = _current_model(self)
+        if form_of(current) != form_of(reply.leaves):
+            raise UnusableReplyError(differences(form_of(reply.leaves), form_of(current)))
+        lipschitz, loss = 1 / self.client_learning_rate, loss + 1e-10
+        gradient = lipschitz**2 * squared_distance(current, reply.leaves, self.buffers)
+        weight: float = lipschitz * loss**self.q
+        self._fairness[id(reply.content)] = weight, self.q * loss ** (self.q - 1) * gradient + weight
+        return weight
+
+    def _next_model(self, server_round: int, mean: Mean) -> FreshArrays:
+        self._contributing = [self._fairness[id(reply.content)] for reply in mean.replies]
+        return super()._next_model(server_round, mean)
+
+    def _learning_rate(self, server_round: int) -> float:
+        weights, divisors = zip(*self._contributing, strict=True)
+        return math.fsum(weights) / math.fsum(divisors)

@@ -1,0 +1,225 @@
+"""A server optimiser's step: its operands are checked, then all leaves go to the native code in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+from fastagg import _overlap
+from fastagg._backend import (
+    ADD,
+    INTERPOLATE,
+    MAXIMUM,
+    MEAN,
+    LeafOperands,
+    ModelLeafOperands,
+    OptimizerOperands,
+    server_step,
+    weighted_sum,
+)
+from fastagg._codes import FLOATS, Code, name_of
+from fastagg._errors import NonFiniteUpdateError
+from fastagg._tensor import Kind, View, adopt
+from fastagg._updates import Structure
+from fastagg.averaging import LeafInputs, nonfinite_leaves
+from fastagg.server.buffers import is_buffer
+
+
+class ModelLeaf(NamedTuple):
+    """One leaf of a model, or of what has the same structure."""
+
+    kind: Kind
+    dtype: Any
+    view: View
+
+    @property
+    def moment_dtype(self) -> Any:
+        """The dtype of its moments: the arithmetic's."""
+        return self.kind.dtype_for(Code.FLOAT64 if self.view.code == Code.FLOAT64 else Code.FLOAT32)
+
+
+class Operands(NamedTuple):
+    """A model, the clients' mean and where the result goes, checked against each other."""
+
+    structure: Structure
+    model: list[ModelLeaf]
+    mean: list[ModelLeaf]
+    outs: list[View]
+    result: Any
+
+    @property
+    def device(self) -> str:
+        """Where everything lies."""
+        return self.model[0].view.device
+
+    @property
+    def stream(self) -> int:
+        """The caller's current stream there."""
+        return self.model[0].kind.stream(self.device)
+
+    @property
+    def names(self) -> tuple[Any, ...]:
+        """The leaves' keys, or places in a sequence; None for a single array."""
+        return self.structure.names or (None,)
+
+    def split(self, buffers: Collection[Any]) -> tuple[list[int], list[int]]:
+        """The leaves that are buffers, and the others.
+
+        Raises:
+            ValueError: `buffers` names a leaf that the model does not have.
+        """
+        names = self.names
+        for name in buffers:
+            if name not in names:
+                raise ValueError(f"buffers: the model has no leaf {name!r}")
+        parts: tuple[list[int], list[int]] = ([], [])
+        for index, leaf in enumerate(self.model):
+            parts[not is_buffer(names[index], leaf.dtype, buffers)].append(index)
+        return parts
+
+    def check_finite(self) -> None:
+        """Raises NonFiniteUpdateError for the first leaf of the mean with a NaN or an infinity."""
+        flagged = nonfinite_leaves([_as_inputs(leaf) for leaf in self.mean], 0, self.stream)
+        if flagged:
+            raise NonFiniteUpdateError(f"mean, {self.structure.leaf_name(flagged[0])}: holds a NaN or an infinity")
+
+    def copy(self, source: list[ModelLeaf], indices: list[int]) -> None:
+        """Lets the result have the source's values in these leaves."""
+        leaves: list[LeafOperands] = []
+        for index in indices:
+            view, out = source[index].view, self.outs[index].address
+            fold = MEAN if view.code in FLOATS else MAXIMUM
+            leaves.append(([view.address], view.code, [1.0], 1.0, view.elements, fold, out, 0, view.code, 0))
+        if leaves:
+            weighted_sum(leaves, self.device, self.stream, False)
+
+    def step(self, optimizer: OptimizerOperands, indices: list[int], moments: list[list[int]]) -> None:
+        """Steps these leaves, whose moments lie at these addresses; all the way to the mean, they become the mean."""
+        if optimizer[:2] == (INTERPOLATE, 1.0):
+            self.copy(self.mean, indices)
+            return
+        leaves: list[ModelLeafOperands] = []
+        for index, addresses in zip(indices, moments, strict=True):
+            first, second = (*addresses, 0, 0)[:2]
+            view = self.model[index].view
+            mean, out = self.mean[index].view.address, self.outs[index].address
+            leaves.append((view.address, mean, first, second, out, view.code, view.elements))
+        if leaves:
+            server_step(optimizer, leaves, self.device, self.stream)
+
+
+def add(
+    model: Any,
+    change: Any,
+    factor: float,
+    buffers: Collection[Any] = (),
+    *,
+    keep_buffers: bool = True,
+    what: str = "change",
+) -> Any:
+    """``model + factor * change``, each operation rounded once; buffers stay as they are, or are those of the change.
+
+    Raises:
+        TypeError, ValueError: as for `operands_of`.
+    """
+    operands = operands_of(model, change, None, what)
+    return _move(operands, ADD, factor, buffers, operands.model if keep_buffers else operands.mean)
+
+
+def interpolate(model: Any, mean: Any, rate: float, *, out: Any = None, buffers: Collection[Any] = ()) -> Any:
+    """``model + rate * (mean - model)``, each operation rounded once; buffers take the mean as it is.
+
+    Raises:
+        TypeError, ValueError: as for `operands_of`.
+    """
+    operands = operands_of(model, mean, out)
+    return _move(operands, INTERPOLATE, rate, buffers, operands.mean)
+
+
+def _move(operands: Operands, rule: int, rate: float, buffers: Collection[Any], source: list[ModelLeaf]) -> Any:
+    """Steps by a rule without moments; buffers are copied from the source."""
+    copied, moved = operands.split(buffers)
+    operands.copy(source, copied)
+    operands.step((rule, rate, 0.0, 0.0, 0.0), moved, [[] for _ in moved])
+    return operands.result
+
+
+def operands_of(model: Any, mean: Any, out: Any, what: str = "mean") -> Operands:
+    """The operands of a step; new arrays for the result unless `out` has some.
+
+    Raises:
+        TypeError, ValueError: names, shapes, dtypes, libraries or devices differ, or `out` does not fit; the message
+            names the leaf.
+    """
+    try:
+        structure = Structure(model)
+    except (TypeError, ValueError) as error:
+        raise type(error)(str(error).replace("client 0", "model", 1)) from None
+    leaves = _leaves_of(model, structure, "model")
+    for index, leaf in enumerate(leaves):
+        _check_alike(leaf, leaves[0], f"model, {structure.leaf_name(index)}", device_only=True)
+    means = _leaves_of(mean, structure, what)
+    for index, (theirs, mine) in enumerate(zip(means, leaves, strict=True)):
+        _check_alike(theirs, mine, f"{what}, {structure.leaf_name(index)}")
+    if out is None:
+        arrays = [leaf.kind.empty(leaf.view.shape, leaf.dtype, leaf.view.device) for leaf in leaves]
+        outs = [leaf.kind.writable_view(array) for leaf, array in zip(leaves, arrays, strict=True)]
+        return Operands(structure, leaves, means, outs, structure.build(arrays, model))
+    return Operands(structure, leaves, means, _check_out(out, structure, leaves, means, what), out)
+
+
+def _leaves_of(update: Any, structure: Structure, who: str) -> list[ModelLeaf]:
+    leaves = []
+    try:
+        arrays = structure.leaves(update, who)
+    except (TypeError, ValueError) as error:
+        raise type(error)(str(error).replace("the first client's", "the model's")) from None
+    for index, array in enumerate(arrays):
+        try:
+            kind, adopted = adopt(array)
+            leaves.append(ModelLeaf(kind, kind.dtype_of(adopted), kind.view(adopted)))
+        except TypeError as error:
+            raise TypeError(f"{who}, {structure.leaf_name(index)}: {error}") from None
+    return leaves
+
+
+def _check_alike(leaf: ModelLeaf, expected: ModelLeaf, where: str, device_only: bool = False) -> None:
+    """Raises TypeError or ValueError unless a leaf is like the model's."""
+    if not device_only:
+        if leaf.kind is not expected.kind:
+            raise TypeError(f"{where}: expected a {expected.kind.name} array like the model's, got {leaf.kind.name}")
+        if leaf.dtype != expected.dtype and name_of(leaf.dtype) != name_of(expected.dtype):
+            raise TypeError(
+                f"{where}: expected dtype {name_of(expected.dtype)} like the model's, got {name_of(leaf.dtype)}"
+            )
+        if leaf.view.shape != expected.view.shape:
+            raise ValueError(f"{where}: expected shape {expected.view.shape} like the model's, got {leaf.view.shape}")
+    if leaf.view.device != expected.view.device:
+        raise ValueError(f"{where}: expected device {expected.view.device} like the model's, got {leaf.view.device}")
+
+
+def _check_out(out: Any, structure: Structure, model: list[ModelLeaf], mean: list[ModelLeaf], what: str) -> list[View]:
+    """The arrays of `out`; each may be the model's own in its place, and otherwise overlaps nothing."""
+    arrays = structure.leaves(out, "out")
+    views = []
+    for index, (leaf, expected) in enumerate(zip(_leaves_of(out, structure, "out"), model, strict=True)):
+        where = f"out, {structure.leaf_name(index)}"
+        _check_alike(leaf, expected, where)
+        try:
+            views.append(leaf.kind.writable_view(adopt(arrays[index])[1]))
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+    elsewhere = [leaf for leaf, view in zip(model, views, strict=True) if leaf.view.address != view.address]
+    for leaves, whose in ((mean, what), (elsewhere, "model")):
+        try:
+            _overlap.check([_as_inputs(leaf) for leaf in leaves], views, structure)
+        except ValueError as error:
+            raise ValueError(str(error).replace("client 0's", f"the {whose}'s")) from None
+    return views
+
+
+def _as_inputs(leaf: ModelLeaf) -> LeafInputs:
+    view = leaf.view
+    return LeafInputs(
+        [view.address], view.code, leaf.kind, leaf.dtype, view.code, view.shape, view.device, [view.owner]
+    )

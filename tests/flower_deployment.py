@@ -1,0 +1,197 @@
+"""A Flower server and its nodes as processes of this machine, started as docs/flower.md says."""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
+
+import numpy as np
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+APP = Path(__file__).parents[1] / "examples" / "flower_digits"
+_SCRIPTS = Path(sys.executable).parent
+
+
+class Certificates(NamedTuple):
+    """Files in PEM: the authority's certificate, and the server's with its key."""
+
+    authority: Path
+    server: Path
+    key: Path
+
+
+def make_certificates(folder: Path) -> Certificates:
+    """An authority of our own, and a server at 127.0.0.1 that it vouches for."""
+    authority_key, server_key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
+    authority = _certificate("authority", authority_key, "authority", authority_key, is_authority=True)
+    server = _certificate("server", server_key, "authority", authority_key, is_authority=False)
+    files = Certificates(folder / "authority.pem", folder / "server.pem", folder / "server.key")
+    files.authority.write_bytes(authority.public_bytes(serialization.Encoding.PEM))
+    files.server.write_bytes(server.public_bytes(serialization.Encoding.PEM))
+    plain = serialization.NoEncryption()
+    form = serialization.PrivateFormat.PKCS8
+    files.key.write_bytes(server_key.private_bytes(serialization.Encoding.PEM, form, plain))
+    return files
+
+
+def _certificate(
+    name: str,
+    key: ec.EllipticCurvePrivateKey,
+    issuer: str,
+    issuer_key: ec.EllipticCurvePrivateKey,
+    *,
+    is_authority: bool,
+) -> x509.Certificate:
+    def named(common: str) -> x509.Name:
+        return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common)])
+
+    now = datetime.datetime.now(datetime.timezone.utc)
+    addresses = [x509.IPAddress(ipaddress.ip_address("127.0.0.1")), x509.DNSName("localhost")]
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(named(name))
+        .issuer_name(named(issuer))
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(minutes=1))
+        .not_valid_after(now + datetime.timedelta(hours=1))
+        .add_extension(x509.BasicConstraints(ca=is_authority, path_length=None), critical=True)
+        .add_extension(x509.SubjectAlternativeName(addresses), critical=False)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key.public_key()), critical=False)
+    )
+    return builder.sign(issuer_key, hashes.SHA256())
+
+
+class Deployment:
+    """A SuperLink and its SuperNodes, or one that simulates them; all end with the `with` block."""
+
+    def __init__(
+        self, folder: Path, nodes: int = 2, *, certificates: Certificates | None = None, simulation: bool = False
+    ) -> None:
+        self.folder, self.certificates, self.simulation = folder, certificates, simulation
+        self.port, *self.node_ports = _free_ports(1 + nodes)
+        self.environment = {**os.environ, "FLWR_HOME": str(folder), "FLWR_TELEMETRY_ENABLED": "0"}
+        self.environment["PATH"] = f"{_SCRIPTS}{os.pathsep}{os.environ['PATH']}"
+        self.processes: list[subprocess.Popen[bytes]] = []
+        folder.joinpath("config.toml").write_text(self._configuration())
+
+    def __enter__(self) -> Deployment:
+        link = ["flower-superlink", "--port", str(self.port), "--disable-runtime-dependency-installation"]
+        link += ["--simulation"] if self.simulation else []
+        self._start("link", [*link, *self._link_security()])
+        self._wait_for(self.port)
+        if not self.simulation:
+            for index, port in enumerate(self.node_ports):
+                node = ["flower-supernode", "--superlink", f"127.0.0.1:{self.port}", "--port", str(port)]
+                share = f"partition-id={index} num-partitions={len(self.node_ports)}"
+                self._start(f"node{index}", [*node, "--node-config", share, *self._node_security()])
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for process in self.processes:
+            self._end(process)
+
+    def run(self, **config: str | float | bool) -> dict[str, np.ndarray]:
+        """Runs the app to its end; returns the final model."""
+        output = self.folder / f"model-{time.monotonic_ns()}.npz"
+        self.finish(self.begin(output=str(output), **config))
+        with np.load(output) as model:
+            return dict(model)
+
+    def begin(self, **config: str | float | bool) -> subprocess.Popen[str]:
+        """Starts the app and returns at once."""
+        settings = " ".join(f"{name.replace('_', '-')}={_toml(value)}" for name, value in config.items())
+        command = [str(_SCRIPTS / "flwr"), "run", str(APP), "test", "--stream", "--run-config", settings]
+        if self.simulation:
+            command += ["--federation-config", f"num-supernodes={len(self.node_ports)}"]
+        return subprocess.Popen(
+            command, env=self.environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+
+    def finish(self, app: subprocess.Popen[str], timeout: float = 180) -> str:
+        """Waits for the end of an app; returns its log."""
+        log, _ = app.communicate(timeout=timeout)
+        assert app.returncode == 0, f"{log}\n{self.logs()}"
+        assert "Strategy execution finished" in log, f"{log}\n{self.logs()}"
+        return log
+
+    def kill_node(self, index: int) -> None:
+        """Kills a node and the processes that it has started, as a machine that loses its power."""
+        os.killpg(self.processes[1 + index].pid, signal.SIGKILL)
+
+    def logs(self) -> str:
+        """What the servers wrote."""
+        return "\n".join(f"== {path.name}\n{path.read_text()[-4000:]}" for path in self.folder.glob("*.log"))
+
+    def _configuration(self) -> str:
+        security = f'root-certificates = "{self.certificates.authority}"' if self.certificates else "insecure = true"
+        return f'[superlink]\ndefault = "test"\n\n[superlink.test]\naddress = "127.0.0.1:{self.port}"\n{security}\n'
+
+    def _link_security(self) -> list[str]:
+        if self.certificates is None:
+            return ["--insecure"]
+        authority, server, key = map(str, self.certificates)
+        return ["--ssl-ca-certfile", authority, "--ssl-certfile", server, "--ssl-keyfile", key]
+
+    def _node_security(self) -> list[str]:
+        if self.certificates is None:
+            return ["--insecure"]
+        return ["--root-certificates", str(self.certificates.authority), *self._link_security()]
+
+    def _start(self, name: str, command: list[str]) -> None:
+        with open(self.folder / f"{name}.log", "wb") as log:
+            program = [str(_SCRIPTS / command[0]), *command[1:]]
+            self.processes.append(
+                subprocess.Popen(program, env=self.environment, stdout=log, stderr=log, start_new_session=True)
+            )
+
+    def _wait_for(self, port: int) -> None:
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    return
+            time.sleep(0.1)
+        raise TimeoutError(f"nothing listens on port {port}\n{self.logs()}")
+
+    @staticmethod
+    def _end(process: subprocess.Popen[bytes]) -> None:
+        """Ends a process with all that it has started: each has a session of its own."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            try:
+                os.killpg(process.pid, number)
+                process.wait(timeout=10)
+            except ProcessLookupError:
+                break
+            except subprocess.TimeoutExpired:
+                continue
+        process.wait()
+
+
+def _free_ports(count: int) -> list[int]:
+    probes = [socket.socket() for _ in range(count)]
+    for probe in probes:
+        probe.bind(("127.0.0.1", 0))
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
+def _toml(value: str | float | bool) -> str:
+    return f'"{value}"' if isinstance(value, str) else str(value).lower()
