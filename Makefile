@@ -3,17 +3,19 @@
 
 PYTHON ?= python3
 ARGUMENTS ?=
+RESULTS ?= bench/results
 
 VENV := .venv
 INSTALL := $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet
 NATIVE_SOURCES := CMakeLists.txt $(shell find csrc -type f)
 PYTHON_SOURCES := $(shell find python $(wildcard bench) -type f -name '*.py*' -not -path '*/__pycache__/*')
 
+MACHINE_PATH := $(PATH)
 # cmake, ninja and the linters are the environment's own.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-exhaustive lint bench sanitize format stubs lock clean
+.PHONY: help demo test test-exhaustive lint bench gpu-check sanitize format stubs lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,6 +37,11 @@ lint: $(VENV)/.stamp-lint ## check style, types, stubs and compiler warnings
 
 bench: $(VENV)/.stamp-bench $(VENV)/.stamp-package ## time fastagg against what people use instead, into bench/results
 	fastagg bench --output bench/results $(ARGUMENTS)
+
+# The machine's own Python has torch for its GPU: no environment is made, and none is used.
+gpu-check: export PATH := $(MACHINE_PATH)
+gpu-check: ## build, test and time the CUDA kernels on this machine's GPU; the report goes to RESULTS
+	$(PYTHON) tools/gpu_check.py --results $(RESULTS) $(ARGUMENTS)
 
 sanitize: $(VENV)/.stamp-test ## run the native code under the sanitizers
 	bash tools/sanitize.sh $(ARGUMENTS)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 
@@ -140,9 +141,13 @@ def test_bench_runs_the_benchmarks_wherever_the_results_go(tmp_path):
     for folder in (installed, checkout / "bench"):
         (folder / "conftest.py").write_text(BENCH_CONFTEST)
         (folder / "all_reduce.py").write_text(BENCH_RANKS)
+        (folder / "federated.py").write_text(BENCH_RANKS.replace("ran-ranks", "ran-rounds"))
     (installed / "test_nothing.py").write_text("def test_nothing(): pass")
     command = [sys.executable, "-c", RUN_BENCH, str(installed), "bench/results"]
     done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, env={**os.environ, **NO_PLUGINS})
     assert done.returncode == 3, done.stdout + done.stderr  # as the ranks' part ended
     assert (checkout / "ran").read_text() == "bench/results"
     assert (checkout / "ran-ranks").read_text() == "--results=bench/results --quick"
+    frameworks = find_spec("flwr") is not None and find_spec("nvflare") is not None
+    assert (checkout / "ran-rounds").exists() == frameworks
+    assert ("no federated rounds" in done.stdout) != frameworks

@@ -38,8 +38,10 @@ MAY_IMPORT = {
     "quantization": {"_core", "_backend", "_codes", "_tensor"},
     "_updates": {"_tensor", "quantization"},
     "_overlap": {"_codes"},
-    "averaging": {"_backend", "_codes", "_errors", "_overlap", "_tensor", "_updates", "quantization"},
-    "accumulator": {"_backend", "_codes", "_errors", "_tensor", "_updates", "averaging", "quantization"},
+    "statistics": set(),
+    "averaging": {"_backend", "_codes", "_errors", "_overlap", "_tensor", "_updates", "quantization", "statistics"},
+    "accumulator": {"_backend", "_codes", "_errors", "_tensor", "_updates", "averaging", "quantization", "statistics"},
+    "server/buffers": {"_codes"},
 }
 ARRAY_LIBRARIES = {"torch", "cupy", "jax", "tensorflow"}
 
@@ -169,7 +171,7 @@ def test_the_allowed_imports_have_no_circles() -> None:
         left = {module: allowed for module, allowed in left.items() if module not in ground}
 
 
-@pytest.mark.parametrize("module", [*(set(MAY_IMPORT) - {"_tensor"}), "__init__"])
+@pytest.mark.parametrize("module", [*(name for name in MAY_IMPORT if name != "_tensor"), "__init__"])
 def test_only_tensor_knows_array_libraries(module: str) -> None:
     _, outside = imports_of(PYTHON / f"{module}.py")
     assert not outside & ARRAY_LIBRARIES
@@ -180,10 +182,18 @@ def test_importing_fastagg_imports_no_optional_package() -> None:
 
     program = """
 import sys, fastagg
-optional = {"torch", "cupy", "ml_dtypes", "rich", "typer", "matplotlib", "sklearn", "flwr", "nvflare", "pytest"}
+optional = {"torch", "cupy", "ml_dtypes", "rich", "typer", "matplotlib", "sklearn", "flwr", "nvflare", "ray", "pytest"}
 print(sorted(optional & set(sys.modules)))
 """
     assert output_of(program) == "[]"
+
+
+def test_submodules_are_there_without_an_import_of_their_own() -> None:
+    from processes import output_of
+
+    assert output_of("import fastagg; print(fastagg.server.FedAdam().beta_2, fastagg.files.average.__name__)") == (
+        "0.99 average"
+    )
 
 
 def test_the_version_has_one_home() -> None:

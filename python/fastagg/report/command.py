@@ -1,0 +1,26 @@
+"""The command `fastagg report`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastagg.report import Run, write_report
+
+
+def report_command(
+    run: Annotated[Path, typer.Argument(dir_okay=False, help="What `fastagg.report.Run.save` wrote.")],
+    output: Annotated[Path, typer.Option("--output", "-o", dir_okay=False, help="The page, an HTML file.")],
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the output.")] = False,
+) -> None:
+    """Show a recorded run as one HTML page: outliers and why, norms, cosines, layers, weights."""
+    try:
+        write_report(Run.load(run), output, force=force)
+    except OSError as error:
+        sys.exit(f"fastagg report: {error if error.filename is None else f'{error.filename}: {error.strerror}'}")
+    except (ImportError, ValueError) as error:
+        sys.exit(f"fastagg report: {error}")
+    print(f"wrote {output}")
