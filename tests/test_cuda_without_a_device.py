@@ -33,7 +33,7 @@ LEAF = ([ON_HOST.ctypes.data], Code.FLOAT32, [1.0], 1.0, 64, 0, ON_HOST.ctypes.d
     ids=["weighted_sum", "cast", "reduce", "reduce_float64", "peer_blocks"],
 )
 def test_a_missing_driver_is_named_and_the_cpu_goes_on(call: Callable[[], object]) -> None:
-    with pytest.raises(fastagg.CudaError, match=r"asking for.*needs a driver of CUDA"):
+    with pytest.raises(fastagg.CudaError, match=r"asking .*needs a driver of CUDA"):
         call()
     assert fastagg.fedavg([ON_HOST, ON_HOST])[0] == 1
 
