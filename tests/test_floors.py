@@ -40,7 +40,11 @@ MAY_IMPORT = {
     "_overlap": {"_codes"},
     "statistics": set(),
     "averaging": {"_backend", "_codes", "_errors", "_overlap", "_tensor", "_updates", "quantization", "statistics"},
-    "accumulator": {"_backend", "_codes", "_errors", "_tensor", "_updates", "averaging", "quantization", "statistics"},
+    "_sums": {"_codes", "_tensor", "averaging"},
+    "accumulator": {
+        *("_backend", "_codes", "_errors", "_sums", "_tensor", "_updates"),
+        *("averaging", "quantization", "statistics"),
+    },
     "server/buffers": {"_codes"},
 }
 ARRAY_LIBRARIES = {"torch", "cupy", "jax", "tensorflow"}

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastagg._backend import MAXIMUM, MEAN, LeafOperands, MeasurementOperands, statistics, weighted_sum
-from fastagg._codes import ELEMENT_BYTES, FLOATS, Code, name_of
+from fastagg._codes import FLOATS, Code, name_of
 from fastagg._errors import DroppedUpdateWarning, NonFiniteUpdateError
+from fastagg._sums import ALIGNMENT, LeafSums, check_sums, lay_out
 from fastagg._tensor import Kind, kind_named
 from fastagg._updates import Structure, as_weights
 from fastagg.averaging import (
@@ -30,7 +31,6 @@ from fastagg.averaging import (
 from fastagg.quantization import Quantized
 from fastagg.statistics import MOMENTS, Statistics, by_client
 
-_ALIGNMENT = 64
 _STATE_KEYS = {
     *("version", "structure", "leaves", "device", "sums", "folds", "added", "count", "total_weight", "dropped"),
     *("nan_policy", "integer_policy", "batch", "low_memory"),
@@ -54,40 +54,6 @@ class _Measured(NamedTuple):
     client: int
     weight: float
     moments: np.ndarray
-
-
-class _Leaf(NamedTuple):
-    """One leaf as the accumulator keeps it: what the result shall be, and where its sums lie."""
-
-    kind: str
-    dtype: Any
-    code: Code
-    shape: tuple[int, ...]
-    state: Code
-    offset: int
-
-    @property
-    def elements(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-    def describe(self) -> list[Any]:
-        """Plain values, for a checkpoint."""
-        return [self.kind, name_of(self.dtype), int(self.code), list(self.shape), int(self.state), self.offset]
-
-    @classmethod
-    def described(cls, plain: list[Any]) -> _Leaf:
-        """The leaf that `describe` described."""
-        kind, dtype, code, shape, state, offset = plain
-        return cls(kind, kind_named(kind).dtype_named(dtype), Code(code), tuple(shape), Code(state), offset)
-
-    def operands(self, base: int) -> tuple[int, int, int, int]:
-        """The sums in the block of memory at `base`, as a source."""
-        return base + self.offset, self.companion(base), self.state, 0
-
-    def companion(self, base: int) -> int:
-        """The lower halves of 48-bit sums."""
-        return base + self.offset + _aligned(4 * self.elements) if self.state == Code.STATE48 else 0
 
 
 class Accumulator:
@@ -147,7 +113,7 @@ class Accumulator:
             blocks = [(self._device, block) for block in (self._sums, self._spare) if block is not None]
             self._unused = blocks or self._unused
             self._structure: Structure | None = None
-            self._leaves: list[_Leaf] = []
+            self._leaves: list[LeafSums] = []
             self._device = "cpu"
             self._sums = self._spare = None
             self._pending: list[tuple[int, list[LeafInputs], float]] = []
@@ -339,13 +305,13 @@ class Accumulator:
             raise ValueError("state: expected what Accumulator.state_dict() returned, version 1")
         try:
             structure = None if state["structure"] is None else Structure.described(state["structure"])
-            leaves = [_Leaf.described(leaf) for leaf in state["leaves"]]
+            leaves = [LeafSums.described(leaf) for leaf in state["leaves"]]
             check_policies(state["nan_policy"], state["integer_policy"])
             saved = None if state["sums"] is None else np.asarray(state["sums"])
             measured = _measured_of(state.get("statistics"), leaves, state["count"])  # older states have none
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"state: damaged: {error}") from error
-        _check_sums(saved, leaves, state["count"])
+        check_sums(saved, leaves, state["count"])
         with self._lock:
             self.reset()
             self._structure, self._leaves, self._device = structure, leaves, state["device"]
@@ -383,7 +349,7 @@ class Accumulator:
         check_measurable(device, self.stats)
         if self._structure is None:
             if contributes:
-                self._leaves, self._structure, self._device = _lay_out(inputs, self.integer_policy), structure, device
+                self._leaves, self._structure, self._device = lay_out(inputs, self.integer_policy), structure, device
             return inputs
         for index, (leaf, known) in enumerate(zip(inputs, self._leaves, strict=True)):
             who = f"client {client}, {structure.leaf_name(index)}"
@@ -476,14 +442,14 @@ class Accumulator:
             self._sums, self._spare = self._spare, None if self._in_place else self._sums
         self._folds += 1
 
-    def _folded(self, leaf: _Leaf, sources: list[Any]) -> tuple[list[Any], int]:
+    def _folded(self, leaf: LeafSums, sources: list[Any]) -> tuple[list[Any], int]:
         """The sources that count for a leaf, and how they are folded."""
         if leaf.state in (Code.STATE48, Code.FLOAT64):
             return sources, MEAN
         return sources[:1] if self.integer_policy == "first" else sources, MAXIMUM
 
     def _leaf_operands(
-        self, leaf: _Leaf, sources: list[Any], fold: int, weights: list[float], base: int
+        self, leaf: LeafSums, sources: list[Any], fold: int, weights: list[float], base: int
     ) -> LeafOperands:
         out, companion, dither = base + leaf.offset, leaf.companion(base), bit_reversed(self._folds)
         return sources, None, weights, 1.0, leaf.elements, fold, out, companion, leaf.state, dither
@@ -533,7 +499,7 @@ class Accumulator:
         """Takes over the structure of an accumulator that is merged into an empty one."""
         self._structure, self._leaves, self._device = other._structure, other._leaves, other._device
 
-    def _as_inputs(self, leaf: _Leaf) -> LeafInputs:
+    def _as_inputs(self, leaf: LeafSums) -> LeafInputs:
         """A leaf as `check_out` looks at it: the sums are ours alone, so `out` cannot overlap them."""
         return LeafInputs([], None, kind_named(leaf.kind), leaf.dtype, leaf.code, leaf.shape, self._device, [])
 
@@ -542,8 +508,7 @@ class Accumulator:
         if self._in_place and self._sums is not None:
             return self._kind().address(self._sums)
         if self._spare is None:
-            last = self._leaves[-1]
-            self._spare = self._allocate(last.offset + _state_bytes(last.state, last.elements))
+            self._spare = self._allocate(self._leaves[-1].end)
         return self._kind().address(self._spare)
 
     def _allocate(self, size: int) -> Any:
@@ -553,8 +518,8 @@ class Accumulator:
             if device == self._device and len(block) == size:
                 return block
         kind = self._kind()
-        block = kind.empty((size + _ALIGNMENT,), kind.dtype_for(Code.UINT8), self._device)
-        unaligned = -self._kind().address(block) % _ALIGNMENT
+        block = kind.empty((size + ALIGNMENT,), kind.dtype_for(Code.UINT8), self._device)
+        unaligned = -self._kind().address(block) % ALIGNMENT
         return block[unaligned : unaligned + size]
 
     def _kind(self) -> Kind:
@@ -565,34 +530,7 @@ class Accumulator:
         return kind_named(self._leaves[0].kind).stream(self._device)
 
 
-def _lay_out(inputs: list[LeafInputs], integer_policy: str) -> list[_Leaf]:
-    """The leaves' places in one block of memory, each at a cache line."""
-    leaves, offset = [], 0
-    for leaf in inputs:
-        state = _state_code(leaf, integer_policy)
-        code = leaf.result_code
-        leaves.append(_Leaf(leaf.kind.name, leaf.dtype, code, leaf.shape, state, offset))
-        offset += _aligned(_state_bytes(state, leaves[-1].elements))
-    return leaves
-
-
-def _check_sums(sums: np.ndarray | None, leaves: list[_Leaf], count: int) -> None:
-    """Raises ValueError unless a saved block of sums holds just these leaves."""
-    if sums is None:
-        if count:
-            raise ValueError(f"state: damaged: {count} updates were added, but it has no sums")
-        return
-    offset = end = 0
-    for leaf in leaves:
-        if leaf.offset != offset:
-            raise ValueError(f"state: damaged: a leaf of {leaf.shape} begins at {leaf.offset}, expected {offset}")
-        end = offset + _state_bytes(leaf.state, leaf.elements)
-        offset = _aligned(end)
-    if sums.dtype != np.uint8 or sums.shape != (end,):
-        raise ValueError(f"state: damaged: expected {end} bytes of sums, got {sums.dtype} {sums.shape}")
-
-
-def _measured_of(saved: Any, leaves: list[_Leaf], count: int) -> list[_Measured] | None:
+def _measured_of(saved: Any, leaves: list[LeafSums], count: int) -> list[_Measured] | None:
     """Saved statistics; None for none.
 
     Raises:
@@ -622,23 +560,6 @@ def _as_weight(weight: Any, client: int) -> float:
     if not (number == 0 or _SMALLEST_WEIGHT <= number <= _LARGEST_WEIGHT):
         raise ValueError(f"the weight of client {client}: expected 0, or 2**-300 to 2**300, got {weight!r}")
     return number
-
-
-def _state_code(leaf: LeafInputs, integer_policy: str) -> Code:
-    if leaf.is_float:
-        return Code.FLOAT64 if leaf.result_code == Code.FLOAT64 else Code.STATE48
-    return Code.FLOAT64 if integer_policy == "round" else leaf.result_code
-
-
-def _state_bytes(state: Code, count: int) -> int:
-    if state == Code.STATE48:  # two planes, each at a cache line
-        return _aligned(4 * count) + 2 * count
-    return ELEMENT_BYTES[state] * count
-
-
-def _aligned(size: int) -> int:
-    """The next multiple of a cache line."""
-    return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
 def bit_reversed(index: int) -> int:
