@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import machine
 from all_reduce_cases import (
     FOUR_RANKS,
     FOUR_RANKS_OF_MPI,
@@ -25,7 +23,7 @@ from all_reduce_cases import (
 )
 from all_reduce_rows import ExchangeRow, Results, StepRow, times
 from all_reduce_targets import FP16, FP32, targets
-from report import in_lines, machine_lines, number, rounded, table, targets_table, today
+from page import cpu_page, cpu_subtitle, in_lines, number, table
 from rows import QUIET_SHARE
 
 _HEADINGS = {
@@ -54,38 +52,25 @@ def stem(quick: bool) -> str:
 
 def write(results: Results, folder: Path, command: str, quick: bool) -> None:
     """Writes the report's files into a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    described, date = machine.describe(), today()
-    path = folder / f"{stem(quick)}.json"
-    judged = [] if quick else targets(results)
-    path.write_text(
-        json.dumps(
-            {
-                "machine": described,
-                "date": date,
-                "command": command,
-                "quick": quick,
-                "targets": [{**target._asdict(), "verdict": target.verdict} for target in judged],
-                "missing": results.missing,
-                "rows": rounded([_row_as_json(row, results) for row in results.rows]),
-                "steps": rounded([asdict(row) | {"median_seconds": row.median} for row in results.steps]),
-            },
-            indent=1,
-        )
-        + "\n"
+    exchanges = {heading: _exchange_table(exchange, results) for exchange, heading in _HEADINGS.items()}
+    page = cpu_page(
+        title="all_reduce on the CPU: measured",
+        paragraphs=[_HOW, _noise(results)],
+        targets=[] if quick else targets(results),
+        data={
+            "missing": results.missing,
+            "rows": [_row_as_json(row, results) for row in results.rows],
+            "steps": [asdict(row) | {"median_seconds": row.median} for row in results.steps],
+        },
+        sections={**exchanges, "Steps of DDP, two ranks on one host": _steps_table(results)},
     )
-    parts = ["# all_reduce on the CPU: measured", machine_lines(described, date, command), _HOW, _noise(results)]
-    if judged:
-        parts += ["## Targets", targets_table(judged)]
-    for exchange, heading in _HEADINGS.items():
-        parts += [f"## {heading}", _exchange_table(exchange, results)]
-    parts += ["## Steps of DDP, two ranks on one host", _steps_table(results)]
-    path.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
+    path = folder / f"{stem(quick)}.md"
+    page.write(path, command, quick)
     try:
         from all_reduce_plot import draw
     except ImportError:  # matplotlib is optional
         return
-    draw(results, path.with_suffix(".png"), f"{described['processor']}, {described['processors']} processors, {date}")
+    draw(results, path.with_suffix(".png"), cpu_subtitle(page.machine))
 
 
 _HOW = """\

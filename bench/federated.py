@@ -7,15 +7,10 @@ checked before it is timed.
 
 from __future__ import annotations
 
-import argparse
 import json
 import shlex
-import subprocess
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -24,6 +19,7 @@ from federated_report import Row
 from federated_rounds import ROUNDS, STEPS, Case, expected_mean, expected_step, read
 from machine import seconds, use_all_processors
 from memory import peak_of
+from own_process import arguments, measure
 
 MILLION = 1_000_000
 CASES = {
@@ -63,15 +59,6 @@ def measure_here(name: str, case: Case) -> None:
     print(json.dumps({"seconds": later or times, "peak": peak}))
 
 
-def measure(name: str, case: Case) -> dict[str, Any]:
-    """The same in a fresh process."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--contender", name, "--case", json.dumps(asdict(case))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{name}: exit status {done.returncode}: {done.stderr.strip()}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def measure_case(key: str, case: Case, contenders: Iterable[str]) -> list[Row]:
     """All contenders of a case, in turn."""
     rows = {name: Row(key, name, case.clients, case.model_bytes) for name in contenders}
@@ -90,14 +77,9 @@ def measure_case(key: str, case: Case, contenders: Iterable[str]) -> list[Row]:
 
 def main() -> None:
     """Measures, and writes the report."""
-    parser = argparse.ArgumentParser(description="Time federated rounds with fastagg and without.")
-    parser.add_argument("--results", type=Path, default=Path("fastagg-bench"), help="folder of the report")
-    parser.add_argument("--quick", action="store_true", help="a small model: a smoke test")
-    parser.add_argument("--contender", help="measure this one in this process")
-    parser.add_argument("--case", help="its case as JSON")
-    chosen = parser.parse_args()
+    chosen = arguments("Time federated rounds with fastagg and without.", quick="a small model: a smoke test")
     if chosen.contender:
-        measure_here(chosen.contender, Case(**json.loads(chosen.case)))
+        measure_here(chosen.contender, Case(**chosen.case))
         return
     rounds, steps = (QUICK_CASES, QUICK_STEP_CASES) if chosen.quick else (CASES, STEP_CASES)
     work = [(key, case, STEPS) for key, case in steps.items()] + [(key, case, ROUNDS) for key, case in rounds.items()]

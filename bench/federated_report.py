@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import machine
 from federated_rounds import RIVALS
-from report import in_lines, machine_lines, number, rounded, table, targets_table, today
+from page import cpu_page, cpu_subtitle, in_lines, number, table
 from verdicts import Measured, Target, at_least, at_most
 
 _COLUMNS = ("case", "who", "seconds a round", "times the framework's speed", "peak extra memory, models")
@@ -46,24 +44,18 @@ class Row:
 
 def write(rows: list[Row], folder: Path, command: str, quick: bool) -> str:
     """Writes the report's files into a folder; returns the targets in a few lines."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / ("federated-quick.json" if quick else "federated.json")
-    described, date = machine.describe(), today()
+    path = folder / ("federated-quick.md" if quick else "federated.md")
     judged = [] if quick else targets(rows)
-    report = {
-        "machine": described,
-        "date": date,
-        "command": command,
-        "targets": [{**target._asdict(), "verdict": target.verdict} for target in judged],
-        "rows": [{**asdict(row), "median_seconds": row.median, "speedup": _speedup(rows, row)} for row in rows],
-    }
-    path.write_text(json.dumps(rounded(report), indent=1) + "\n")
-    parts = ["# Federated rounds: measured", machine_lines(described, date, command), _HOW]
-    parts += [] if quick else ["## Targets", targets_table(judged)]
-    parts += ["## Rounds", table(_COLUMNS, [_cells(rows, row) for row in rows])]
-    path.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
-    _draw(rows, path.with_suffix(".png"), f"{described['processor']}, {described['processors']} processors, {date}")
-    return f"{in_lines(judged)}\nreport: {path.with_suffix('.md')}"
+    page = cpu_page(
+        title="Federated rounds: measured",
+        paragraphs=[_HOW],
+        targets=judged,
+        data={"rows": [{**asdict(row), "median_seconds": row.median, "speedup": _speedup(rows, row)} for row in rows]},
+        sections={"Rounds": table(_COLUMNS, [_cells(rows, row) for row in rows])},
+    )
+    page.write(path, command, quick)
+    _draw(rows, path.with_suffix(".png"), cpu_subtitle(page.machine))
+    return f"{in_lines(judged)}\nreport: {path}"
 
 
 def targets(rows: list[Row]) -> list[Target]:

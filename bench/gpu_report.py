@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import gpu_machine
 from all_reduce_report import short_time
 from gpu_rows import Results, Row
 from gpu_targets import targets
-from report import in_lines, number, rounded, table, targets_table, today
+from page import Page, in_lines, number, table, today
 
 _HEADINGS = {
     "fedavg": "The weighted mean",
@@ -30,38 +29,32 @@ def stem(device: str, quick: bool) -> str:
 
 def write(results: Results, folder: Path, described: dict[str, Any], command: str, quick: bool) -> Path:
     """Writes the report's files into a folder; returns the page's path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    date = today()
-    path = folder / f"{stem(described['device'], quick)}.md"
-    path.with_suffix(".json").write_text(
-        json.dumps(_as_json(results, described, date, command, quick), indent=1) + "\n"
+    page = Page(
+        title=f"fastagg on {described['device']}: measured",
+        machine=described,
+        machine_lines=_machine_lines(results, described),
+        paragraphs=[_HOW],
+        targets=[] if quick else targets(results),
+        data={
+            "copy_gigabytes_per_second": results.copy_gigabytes_per_second,
+            "missing": results.missing,
+            "rows": [_row_as_json(row, results) for row in results.rows],
+        },
+        sections=_sections(results),
     )
-    path.write_text(_markdown(results, described, date, command, quick))
+    path = folder / f"{stem(described['device'], quick)}.md"
+    page.write(path, command, quick)
     try:
         from gpu_plot import draw
     except ImportError:  # matplotlib is optional
         return path
-    draw(results, path.with_suffix(".png"), f"{described['device']}, {date}")
+    draw(results, path.with_suffix(".png"), f"{described['device']}, {today()}")
     return path
 
 
 def summary(results: Results, quick: bool) -> str:
     """The targets in a few lines."""
     return in_lines([] if quick else targets(results))
-
-
-def _as_json(results: Results, described: dict[str, Any], date: str, command: str, quick: bool) -> dict[str, Any]:
-    judged = [] if quick else targets(results)
-    return {
-        "machine": described,
-        "date": date,
-        "command": command,
-        "quick": quick,
-        "copy_gigabytes_per_second": rounded(results.copy_gigabytes_per_second),
-        "targets": [{**target._asdict(), "verdict": target.verdict} for target in judged],
-        "missing": results.missing,
-        "rows": rounded([_row_as_json(row, results) for row in results.rows]),
-    }
 
 
 def _row_as_json(row: Row, results: Results) -> dict[str, Any]:
@@ -76,17 +69,16 @@ def _row_as_json(row: Row, results: Results) -> dict[str, Any]:
     }
 
 
-def _markdown(results: Results, described: dict[str, Any], date: str, command: str, quick: bool) -> str:
-    parts = [f"# fastagg on {described['device']}: measured", _machine_lines(results, described, date, command), _HOW]
-    if not quick:
-        parts += ["## Targets", targets_table(targets(results))]
+def _sections(results: Results) -> dict[str, str]:
+    """The rows by operation, and what was left out."""
+    sections = {}
     for operation, heading in _HEADINGS.items():
         rows = [row for row in results.rows if row.operation == operation]
         if rows:
-            parts += [f"## {heading}", table(_COLUMNS, [_cells(row, results) for row in rows])]
+            sections[heading] = table(_COLUMNS, [_cells(row, results) for row in rows])
     if results.missing:
-        parts += ["## Left out", table(("what", "why"), [(what, _cell(why)) for what, why in results.missing.items()])]
-    return "\n\n".join(parts) + "\n"
+        sections["Left out"] = table(("what", "why"), [(what, _cell(why)) for what, why in results.missing.items()])
+    return sections
 
 
 _HOW = """\
@@ -105,10 +97,9 @@ contender touches beyond it. `fedavg` takes the 53 integer scalars of a ResNet-5
 of a call is the host's time until it returns, with the device idle before."""
 
 
-def _machine_lines(results: Results, described: dict[str, Any], date: str, command: str) -> str:
-    """What was measured where, when and how."""
+def _machine_lines(results: Results, described: dict[str, Any]) -> list[str]:
     contenders = ", ".join(f"{name} {described[name]}" for name in ("triton", "cupy") if described[name] is not None)
-    lines = [
+    return [
         f"device: {described['device']}, {described['memory_gigabytes']:g} GB, compute capability "
         f"{described['compute_capability']}, {described['multiprocessors']} multiprocessors, second-level cache "
         f"{described['cache_bytes'] / 2**20:g} MiB",
@@ -117,10 +108,7 @@ def _machine_lines(results: Results, described: dict[str, Any], date: str, comma
         f"Python {described['python']}, torch {described['torch']} for CUDA {described['cuda_of_torch']}"
         + (f", {contenders}" if contenders else ""),
         f"copy from device memory to device memory: {number(results.copy_gigabytes_per_second, 0)} GB/s",
-        f"date: {date}",
-        f"command: `{command}`",
     ]
-    return "\n".join(f"- {line}" for line in lines)
 
 
 def _cells(row: Row, results: Results) -> tuple[str, ...]:

@@ -7,13 +7,9 @@ timed.
 
 from __future__ import annotations
 
-import argparse
 import json
 import shlex
-import subprocess
 import sys
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +18,7 @@ import robust_report
 from fastagg import _core
 from machine import seconds, use_all_processors
 from memory import peak_of
+from own_process import arguments, measure
 from robust_contenders import CHECKED, CONTENDERS, RULES, Case, Layers, buffers_of, contenders_of, expected
 from robust_report import Row
 
@@ -79,15 +76,6 @@ def measure_here(name: str, case: Case) -> None:
     print(json.dumps({"seconds": times, "limit_seconds": limits, "peak": peak}))
 
 
-def measure(name: str, case: Case) -> dict[str, Any]:
-    """The same in a fresh process."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--contender", name, "--case", json.dumps(asdict(case))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{case.rule}, {name}: {done.stderr.strip()}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def measure_case(key: str, case: Case, processes: int) -> list[Row]:
     """All contenders of a case in so many processes each, in turn."""
     rows = {name: Row(key, case.rule, name, case.clients) for name in contenders_of(case)}
@@ -103,14 +91,9 @@ def measure_case(key: str, case: Case, processes: int) -> list[Row]:
 
 def main() -> None:
     """Measures, and writes the report."""
-    parser = argparse.ArgumentParser(description="Time robust aggregation with fastagg and without.")
-    parser.add_argument("--results", type=Path, default=Path("fastagg-bench"), help="folder of the report")
-    parser.add_argument("--quick", action="store_true", help="small models: a smoke test")
-    parser.add_argument("--contender", help="measure this one in this process")
-    parser.add_argument("--case", help="its case as JSON")
-    chosen = parser.parse_args()
+    chosen = arguments("Time robust aggregation with fastagg and without.", quick="small models: a smoke test")
     if chosen.contender:
-        measure_here(chosen.contender, Case(**json.loads(chosen.case)))
+        measure_here(chosen.contender, Case(**chosen.case))
         return
     command, rows, summary = shlex.join(["python", "bench/robust.py", *sys.argv[1:]]), list[Row](), ""
     for key, case in (QUICK_CASES if chosen.quick else CASES).items():

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import machine
-from report import in_lines, machine_lines, number, rounded, table, targets_table, today
+from page import cpu_page, cpu_subtitle, in_lines, number, table
 from robust_contenders import FASTAGG, LEGACY, SERVER_APP
 from verdicts import Measured, Target, at_least, at_most
 
@@ -60,24 +58,18 @@ class Row:
 
 def write(rows: list[Row], folder: Path, command: str, quick: bool) -> str:
     """Writes the report's files into a folder; returns the targets in a few lines."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / ("robust-quick.json" if quick else "robust.json")
-    described, date = machine.describe(), today()
+    path = folder / ("robust-quick.md" if quick else "robust.md")
     judged = [] if quick else targets(rows)
-    report = {
-        "machine": described,
-        "date": date,
-        "command": command,
-        "targets": [{**target._asdict(), "verdict": target.verdict} for target in judged],
-        "rows": [_plain(rows, row) for row in rows],
-    }
-    path.write_text(json.dumps(rounded(report), indent=1) + "\n")
-    parts = ["# Robust aggregation: measured", machine_lines(described, date, command), _HOW]
-    parts += [] if quick else ["## Targets", targets_table(judged)]
-    parts += ["## Rules", table(_COLUMNS, [_cells(rows, row) for row in rows])]
-    path.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
-    _draw(rows, path.with_suffix(".png"), f"{described['processor']}, {described['processors']} processors, {date}")
-    return f"{in_lines(judged)}\nreport: {path.with_suffix('.md')}"
+    page = cpu_page(
+        title="Robust aggregation: measured",
+        paragraphs=[_HOW],
+        targets=judged,
+        data={"rows": [_plain(rows, row) for row in rows]},
+        sections={"Rules": table(_COLUMNS, [_cells(rows, row) for row in rows])},
+    )
+    page.write(path, command, quick)
+    _draw(rows, path.with_suffix(".png"), cpu_subtitle(page.machine))
+    return f"{in_lines(judged)}\nreport: {path}"
 
 
 def targets(rows: list[Row]) -> list[Target]:
