@@ -43,18 +43,49 @@ FASTAGG_INLINE void exchange(V (&sorted)[rows], std::index_sequence<c...>) {
   (compare_exchange<Lanes>(sorted[network[c].low], sorted[network[c].high]), ...);
 }
 
-/// Sorts every column in registers, and stores the rows of the window.
-template <class Lanes, Code work, int32_t rows>
-void sort_in_registers(const SortedMean& op, Element<work>* values, int64_t stride, int64_t count) {
-  const int32_t first = first_row(op.window, rows, op.left_out), last = last_row(op.window, rows, op.left_out);
-  using V = Sortable<Lanes, work>;
-  for (int64_t i = 0; i < count; i += sizeof(V) / sizeof(*values)) {
-    V sorted[rows];
-    for (int32_t r = 0; r < rows; ++r) sorted[r] = load_bytes<V>(values + r * stride + i);
-    exchange<Lanes, rows>(sorted, std::make_index_sequence<count_of_comparators<rows>()>{});
-    for (int32_t r = 0; r < rows; ++r)
-      if (first <= r && r < last) store_bytes(values + r * stride + i, sorted[r]);
-  }
+/// The lanes of a sortable vector as integers.
+template <class Lanes, Code work>
+using SortableBits = std::conditional_t<work == Code::float64, typename Lanes::L, typename Lanes::I>;
+
+/// Sorts columns in registers, and sums their windows; true if their values are finite. NaN sorts last. If only the
+/// middle is wanted, `is_middle`, comparisons that cannot reach it are left out.
+template <class Lanes, Code work, int32_t rows, bool is_middle>
+bool sort_in_registers(const SortedMean& op, const Element<work>* const* values, int64_t count, double* sums) {
+  using Word = std::conditional_t<work == Code::float64, int64_t, int32_t>;
+  constexpr auto infinity = static_cast<Word>(work == Code::float64 ? int64_t{0x7ff} << 52 : int64_t{0xff} << 23);
+  constexpr auto magnitude = static_cast<Word>(work == Code::float64 ? INT64_MAX : INT32_MAX);
+  const int32_t first = is_middle ? first_middle(rows) : first_row(op.window, rows, op.left_out);
+  const int32_t last = is_middle ? last_middle(rows) : last_row(op.window, rows, op.left_out);
+  bool finite = true;
+  walk<Lanes>(0, 0, count, [&](auto lanes, int64_t i, int64_t end) {
+    using Own = decltype(lanes);
+    using V = Sortable<Own, work>;
+    using Bits = SortableBits<Own, work>;
+    constexpr int parts = Own::width * sizeof(Element<work>) / sizeof(V), part = Own::width / parts;
+    for (; i + Own::width <= end; i += Own::width) {
+      alignas(64) Element<work> window[rows * Own::width];
+      for (int p = 0; p < parts; ++p) {
+        V sorted[rows];
+        Bits are_finite = ~Bits{};  // negative lanes; by integers, for comparisons keep the floating units busy
+        for (int32_t r = 0; r < rows; ++r) {
+          sorted[r] = load_bytes<V>(values[r] + i + p * part);
+          are_finite &= (bit_cast<Bits>(sorted[r]) & magnitude) - infinity;
+        }
+        if (Own::any(are_finite >= 0)) {
+          finite = false;
+          for (V& x : sorted) x = sortable(x);
+        }
+        exchange<Own, rows>(sorted, std::make_index_sequence<count_of_comparators<rows>()>{});
+        for (int32_t r = 0; r < rows; ++r)
+          if (first <= r && r < last) store_bytes(window + r * Own::width + p * part, sorted[r]);
+      }
+      typename Own::D sum[1][Own::halves];
+      sum_of_window<Own, work>(op, SortedColumn<Own, work>{window, Own::width}, sum[0]);
+      KeepSums{sums}.template put<Own, 1>(i, sum);
+    }
+    return i;
+  });
+  return finite;
 }
 
 /// Sorts every column by the network, row against row in the cache.
@@ -72,11 +103,18 @@ void sort_in_cache(const SortedMean& op, Element<work>* values, int64_t stride, 
   }
 }
 
+/// The sums of the windows of sorted columns of few rows, which lie anywhere; true if their values are finite.
 template <class Lanes, Code work, size_t... rows>
-void sort_columns(const SortedMean& op, Element<work>* values, int64_t stride, int64_t count,
+bool sum_few_rows(const SortedMean& op, const Element<work>* const* values, int64_t count, double* sums,
                   std::index_sequence<rows...>) {
-  if (op.rows > kRegisterRows) return sort_in_cache<Lanes, work>(op, values, stride, count);
-  ((op.rows == rows + 1 ? sort_in_registers<Lanes, work, rows + 1>(op, values, stride, count) : void()), ...);
+  bool finite = true;
+  const auto sort = [&](auto count_of_rows) {
+    constexpr int32_t all = count_of_rows.value;
+    finite = op.window == Window::middle ? sort_in_registers<Lanes, work, all, true>(op, values, count, sums)
+                                         : sort_in_registers<Lanes, work, all, false>(op, values, count, sums);
+  };
+  ((op.rows == rows + 1 ? sort(std::integral_constant<int32_t, rows + 1>{}) : void()), ...);
+  return finite;
 }
 
 /// Asks for the clients' next tile, which comes while this one is sorted. (Tiles of many clients gained nothing.)
@@ -98,12 +136,38 @@ void sum_windows(const SortedMean& op, const Element<work>* rows, int64_t stride
   }
 }
 
+/// Whether all clients' values can be sorted from where they lie.
+inline bool are_plain(const Leaf& leaf, Code work) {
+  for (int32_t k = 0; k < leaf.clients; ++k)
+    if (leaf.sources[k].code != work || leaf.sources[k].data == nullptr) return false;
+  return true;
+}
+
+/// `sorted_mean` of few clients whose values need neither mixing nor decoding: every vector stays in registers.
 template <class Lanes, Code work>
-bool sorted_mean_of(const SortedMean& op, const Leaf& leaf, int64_t begin, int64_t end, void* scratch, bool stream) {
+bool sort_where_they_lie(const SortedMean& op, const Leaf& leaf, int64_t begin, int64_t end, bool stream) {
+  double sums[kMostColumns];
+  const Element<work>* values[kRegisterRows];
+  bool finite = true;
+  for (; begin < end; begin += kMostColumns) {
+    const int64_t count = end - begin < kMostColumns ? end - begin : kMostColumns;
+    for (int32_t k = 0; k < leaf.clients; ++k)
+      values[k] = static_cast<const Element<work>*>(leaf.sources[k].data) + begin;
+    finite &= sum_few_rows<Lanes, work>(op, values, count, sums, std::make_index_sequence<kRegisterRows>{});
+    store_sums<Lanes>({leaf, begin, count, sums, false}, stream);
+  }
+  return finite;
+}
+
+/// `sorted_mean` of any clients, tile by tile.
+template <class Lanes, Code work>
+bool sort_tiles(const SortedMean& op, const Leaf& leaf, int64_t begin, int64_t end, void* scratch, bool stream) {
   const int32_t clients = op.mixing == nullptr ? 0 : leaf.clients;
   const int64_t columns = tile_columns((op.rows + clients) * static_cast<int64_t>(sizeof(Element<work>)));
   Element<work>* const rows = static_cast<Element<work>*>(scratch);
   Element<work>* const decoded = rows + (clients == 0 ? 0 : op.rows * columns);
+  const Element<work>* few_rows[kRegisterRows];
+  for (int32_t r = 0; r < op.rows && r < kRegisterRows; ++r) few_rows[r] = rows + r * columns;
   double sums[kMostColumns];
   bool finite = true;
   for (; begin < end; begin += columns) {
@@ -115,11 +179,22 @@ bool sorted_mean_of(const SortedMean& op, const Leaf& leaf, int64_t begin, int64
     }
     if (leaf.clients <= kRegisterRows) prefetch_tile(leaf, begin, count);
     if (clients != 0) mix_rows<Lanes, work>(op, clients, decoded, rows, columns, whole);
-    sort_columns<Lanes, work>(op, rows, columns, whole, std::make_index_sequence<kRegisterRows>{});
-    sum_windows<Lanes, work>(op, rows, columns, whole, sums);
+    if (op.rows <= kRegisterRows) {
+      sum_few_rows<Lanes, work>(op, few_rows, whole, sums, std::make_index_sequence<kRegisterRows>{});
+    } else {
+      sort_in_cache<Lanes, work>(op, rows, columns, whole);
+      sum_windows<Lanes, work>(op, rows, columns, whole, sums);
+    }
     store_sums<Lanes>({leaf, begin, count, sums, false}, stream);
   }
   return finite;
+}
+
+template <class Lanes, Code work>
+bool sorted_mean_of(const SortedMean& op, const Leaf& leaf, int64_t begin, int64_t end, void* scratch, bool stream) {
+  const bool few = op.rows <= kRegisterRows && op.mixing == nullptr;
+  return few && are_plain(leaf, work) ? sort_where_they_lie<Lanes, work>(op, leaf, begin, end, stream)
+                                      : sort_tiles<Lanes, work>(op, leaf, begin, end, scratch, stream);
 }
 
 /// `sorted_mean` of the elements [begin, end) of a leaf, `begin` a multiple of kChunk; true if all clients' values are
