@@ -1,32 +1,33 @@
-"""How long `fastagg average` takes for large files in the page cache, and its peak memory.
+"""The benchmark of `fastagg average`: `python bench/average_files.py [--quick] [--results FOLDER]`.
 
-`python average_files.py [--files 8] [--megabytes 500] [--rounds 5] [--folder DIRECTORY]` prints a table. The contenders
-take turns in one process; the peak memory is that of the command in a process of its own. The answer is checked first.
+Large checkpoints in the page cache, averaged by the command and by what people write instead, beside the streaming limit
+of the machine; and the command's peak memory. The contenders take turns in one process. The answer is checked before it
+is timed.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
+import average_report
 import fastagg
+from average_report import Row
 from fastagg import _core
 from fastagg.files import average, open_checkpoint
 from fastagg.files.mapped_file import MappedFile
-from machine import use_all_processors
+from machine import seconds, use_all_processors
 
 MEGABYTE = 1_000_000
+FILES, MEGABYTES, ROUNDS = 8, 500, 7
+QUICK_MEGABYTES, QUICK_ROUNDS = 8, 1
 LARGEST_ERROR = 1.2e-7  # of the mean of |x|
 CHUNK = 1 << 20
 
@@ -53,11 +54,11 @@ def shapes(megabytes: int) -> dict[str, tuple[int, ...]]:
     return leaves
 
 
-def write_inputs(folder: Path, files: int, megabytes: int) -> list[Path]:
+def write_inputs(folder: Path, megabytes: int) -> list[Path]:
     """Files of random numbers, which stay in the page cache."""
     from safetensors.numpy import save_file
 
-    paths = [folder / f"{index}.safetensors" for index in range(files)]
+    paths = [folder / f"{index}.safetensors" for index in range(FILES)]
     for index, path in enumerate(paths):
         generator = np.random.default_rng(index)
         save_file({name: generator.random(shape, np.float32) - 0.5 for name, shape in shapes(megabytes).items()}, path)
@@ -74,6 +75,13 @@ class Contenders:
         opened = [open_checkpoint(path) for path in paths]
         self.updates = [{name: np.array(array) for name, array in checkpoint.items()} for checkpoint in opened]
         self.out = {name: np.ones_like(array) for name, array in self.updates[0].items()}
+        self.one_file = paths[0].read_bytes()
+        self.calls = {
+            average_report.LIMIT: self.limit,
+            average_report.FASTAGG: self.fastagg,
+            "fedavg in memory": self.fedavg,
+            "safetensors and torch, one by one": self.torch_loop,
+        }
 
     def fastagg(self) -> None:
         """`fastagg average`, the sync of its output included."""
@@ -83,10 +91,9 @@ class Contenders:
         """Reads the mapped files once, on all threads, without arithmetic; writes and syncs one file of their size."""
         files = [MappedFile(path) for path in self.paths]
         _core.stream_probe([file.bytes.ctypes.data for file in files], len(files[0]), 0, 0, CHUNK)
-        bytes_of_one = self._bytes_of_one()
         with self.output.with_suffix(".limit").open("wb") as file:
-            for begin in range(0, len(bytes_of_one), CHUNK):
-                file.write(bytes_of_one[begin : begin + CHUNK])
+            for begin in range(0, len(self.one_file), CHUNK):
+                file.write(memoryview(self.one_file)[begin : begin + CHUNK])
             file.flush()
             os.fsync(file.fileno())
 
@@ -115,12 +122,6 @@ class Contenders:
                 scale = np.average(np.abs(columns), axis=0, weights=self.weights)
                 assert np.all(np.abs(result[name] - expected) <= LARGEST_ERROR * scale), name
 
-    def _bytes_of_one(self) -> memoryview:
-        """As many bytes as a file has, in memory."""
-        if not hasattr(self, "_one"):
-            self._one = self.paths[0].read_bytes()
-        return memoryview(self._one)
-
 
 def peak_bytes(paths: list[Path], weights: list[float], output: Path) -> int:
     """The peak resident memory of the command, mapped pages included."""
@@ -130,57 +131,32 @@ def peak_bytes(paths: list[Path], weights: list[float], output: Path) -> int:
     return int(done.stdout.split()[-1]) * 1024
 
 
-def seconds(call: Callable[[], None]) -> float:
-    begin = time.perf_counter()
-    call()
-    return time.perf_counter() - begin
-
-
-def report(times: dict[str, list[float]], read: int, peak: int) -> Table:
-    """Times, and each contender's against fastagg's: the median of the rounds' ratios, and that of the best times."""
-    table = Table("", "best s", "median s", "GB/s read, best", "time / fastagg's, median", "best")
-    ours = times["fastagg average"]
-    for name, own in times.items():
-        ratio = median(one / other for one, other in zip(own, ours, strict=True))
-        rate = read / min(own) / 1e9
-        table.add_row(
-            name,
-            *(f"{x:.3f}" for x in (min(own), median(own))),
-            f"{rate:.1f}",
-            f"{ratio:.2f}",
-            f"{min(own) / min(ours):.2f}",
-        )
-    table.caption = (
-        f"peak memory of the command: {peak / MEGABYTE:.0f} MB (target: below 1000); the limit's target: 0.7"
-    )
-    return table
+def measure(folder: Path, megabytes: int, rounds: int) -> tuple[list[Row], int, int]:
+    """Every contender's times, the bytes of all files, and the command's peak."""
+    paths = write_inputs(folder, megabytes)
+    weights = [float(100 + 37 * index % 91) for index in range(len(paths))]
+    contenders = Contenders(paths, weights)
+    contenders.check()
+    rows = [Row(name) for name in contenders.calls]
+    for _ in range(rounds):
+        for row in rows:
+            row.seconds.append(seconds(contenders.calls[row.contender]))
+    return rows, sum(path.stat().st_size for path in paths), peak_bytes(paths, weights, contenders.output)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--files", type=int, default=8)
-    parser.add_argument("--megabytes", type=int, default=500)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--folder", type=Path, help="where to write the files; a temporary directory without")
+    """Measures, and writes the report."""
+    parser = argparse.ArgumentParser(description="Time `fastagg average` beside what people write instead.")
+    parser.add_argument("--results", type=Path, default=Path("fastagg-bench"), help="folder of the report")
+    parser.add_argument("--quick", action="store_true", help="small files: a smoke test")
     options = parser.parse_args()
     use_all_processors()
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        paths = write_inputs(Path(folder), options.files, options.megabytes)
-        weights = [float(100 + 37 * index % 91) for index in range(options.files)]
-        contenders = Contenders(paths, weights)
-        contenders.check()
-        calls = {
-            "limit: read all once, write one, sync": contenders.limit,
-            "fastagg average": contenders.fastagg,
-            "fedavg in memory": contenders.fedavg,
-            "safetensors and torch, one by one": contenders.torch_loop,
-        }
-        times = {name: [] for name in calls}
-        for _ in range(options.rounds):
-            for name, call in calls.items():
-                times[name].append(seconds(call))
-        peak = peak_bytes(paths, weights, contenders.output)
-        Console().print(report(times, sum(path.stat().st_size for path in paths), peak))
+    megabytes, rounds = (QUICK_MEGABYTES, QUICK_ROUNDS) if options.quick else (MEGABYTES, ROUNDS)
+    print(f"average: {FILES} files of {megabytes} MB", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        rows, read, peak = measure(Path(folder), megabytes, rounds)
+    command = shlex.join(["python", "bench/average_files.py", *sys.argv[1:]])
+    print(average_report.write(rows, read, peak, options.results, command, options.quick))
 
 
 if __name__ == "__main__":

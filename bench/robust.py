@@ -27,6 +27,7 @@ CASES = {
     "median, K=10, 25M": Case("median", 10, 25 * MILLION, 0, calls=3),
     "trimmed_mean, K=10, 25M": Case("trimmed_mean", 10, 25 * MILLION, 2, calls=3),
     "trimmed_mean, K=50, 5M": Case("trimmed_mean", 50, 5 * MILLION, 10, calls=3),
+    "statistics, K=10, 25M": Case("statistics", 10, 25 * MILLION, 0, calls=9),
     **{f"{rule}, K=20, 2M": Case(rule, 20, 2 * MILLION, 4) for rule in RULES},
 }
 QUICK_CASES = {f"{rule}, K=11, 100k": Case(rule, 11, MILLION // 10, 2, calls=2) for rule in RULES}

@@ -1,4 +1,4 @@
-"""Who aggregates robustly: fastagg's rules, and Flower's functions on the same arrays.
+"""Who aggregates robustly: fastagg's rules, and Flower's functions on the same arrays. And what statistics cost.
 
 Every contender is made from a case and is called without arguments; its answer is the model's layers.
 
@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+import fastagg
 from fastagg import robust
 
 Layers = list[np.ndarray]
@@ -103,6 +104,7 @@ def _near_median(x: np.ndarray, f: int) -> np.ndarray:
 
 
 _ANSWERS: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
+    "statistics": lambda x, f: x.mean(axis=0),
     "median": lambda x, f: np.median(x, axis=0),
     "trimmed_mean": _trimmed,
     "krum": lambda x, f: x[0],
@@ -113,6 +115,7 @@ _ANSWERS: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
 # fastagg
 
 _RULES: dict[str, Callable[..., Layers]] = {
+    "statistics": lambda updates, case, **options: fastagg.fedavg(updates, stats=True, **options)[0],
     "median": lambda updates, case, **options: robust.median(updates, **options),
     "trimmed_mean": lambda updates, case, **options: robust.trimmed_mean(updates, case.hostile, **options),
     "meamed": lambda updates, case, **options: robust.meamed(updates, case.hostile, **options),
@@ -132,7 +135,7 @@ _RULES: dict[str, Callable[..., Layers]] = {
     ),
 }
 RULES = tuple(_RULES)
-FASTAGG, FASTAGG_OUT = "fastagg", "fastagg, out="
+FASTAGG, FASTAGG_OUT, PLAIN = "fastagg", "fastagg, out=", "fastagg, out=, without statistics"
 LEGACY, SERVER_APP = "Flower", "Flower, ServerApp"
 
 
@@ -144,6 +147,11 @@ def _fastagg(case: Case) -> Call:
 def _fastagg_into(case: Case) -> Call:
     updates, out = updates_of(case), [np.ones(case.size, np.float32) for _ in range(case.layers)]
     return lambda: _RULES[case.rule](updates, case, out=out)
+
+
+def _plain(case: Case) -> Call:
+    updates, out = updates_of(case), [np.ones(case.size, np.float32) for _ in range(case.layers)]
+    return lambda: fastagg.fedavg(updates, out=out)
 
 
 # Flower
@@ -207,6 +215,7 @@ def _server_app(case: Case) -> Call:
 CONTENDERS: dict[str, Callable[[Case], Call]] = {
     FASTAGG: _fastagg,
     FASTAGG_OUT: _fastagg_into,
+    PLAIN: _plain,
     LEGACY: _legacy,
     SERVER_APP: _server_app,
 }
@@ -214,6 +223,8 @@ CONTENDERS: dict[str, Callable[[Case], Call]] = {
 
 def contenders_of(case: Case) -> list[str]:
     """Who has the case's rule."""
+    if case.rule == "statistics":
+        return [FASTAGG_OUT, PLAIN]
     if case.rule in ("median", "trimmed_mean"):
         return [FASTAGG, FASTAGG_OUT, LEGACY]
     return [FASTAGG, FASTAGG_OUT, LEGACY, SERVER_APP] if case.rule in _ANSWERS else [FASTAGG]

@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 from page import cpu_page, cpu_subtitle, in_lines, number, table
-from robust_contenders import FASTAGG, LEGACY, SERVER_APP
+from robust_contenders import FASTAGG, FASTAGG_OUT, LEGACY, PLAIN, SERVER_APP
 from verdicts import Measured, Target, at_least, at_most
 
 _COLUMNS = ("case", "who", "milliseconds", "of the limit", "times Flower's speed", "peak extra memory, models")
@@ -20,7 +20,8 @@ Times are medians. The limit is `_core.stream_probe`: it reads every client once
 threads without arithmetic, in turn with the contender's calls. Flower is what its strategies call on arrays, without
 their reading of replies: "Flower" the functions of the older strategies (for median and trimmed mean the arithmetic of
 the ServerApp's too), "Flower, ServerApp" those of the message API; the faster one is compared with. Memory is how far
-the process rose above what it held before its first call on this case, the result included."""
+the process rose above what it held before its first call on this case, the result included. "statistics" is
+`fedavg(stats=True)`, beside the same mean without."""
 
 
 @dataclass
@@ -83,6 +84,10 @@ def targets(rows: list[Row]) -> list[Target]:
     def speed(case: str) -> Measured | None:
         return of(case, lambda row: speedup(rows, row))
 
+    def cost(case: str) -> Measured | None:
+        times = {row.contender: row.median for row in rows if row.case == case}
+        return Measured(times[FASTAGG_OUT] / times[PLAIN]) if PLAIN in times else None
+
     peaks = [row.peak_models for row in rows if row.contender == FASTAGG]
     return [
         at_least("median, K=10, 25M: times Flower's", 20, speed("median, K=10, 25M")),
@@ -92,6 +97,8 @@ def targets(rows: list[Row]) -> list[Target]:
         at_least("krum, K=20, 2M: times Flower's", 3, speed("krum, K=20, 2M")),
         at_least("multi_krum, K=20, 2M: times Flower's", 3, speed("multi_krum, K=20, 2M")),
         at_least("bulyan, K=20, 2M: times Flower's", 10, speed("bulyan, K=20, 2M")),
+        at_most("statistics, K=10, 25M: times the plain mean's time", 1.25, cost("statistics, K=10, 25M")),
+        at_most("statistics, K=20, 2M: times the plain mean's time", 1.25, cost("statistics, K=20, 2M")),
         at_most("every rule: peak extra memory in models", 1.5, Measured(max(peaks)) if peaks else None),
     ]
 

@@ -61,6 +61,8 @@ struct Lane {
     return x > y ? x : y;
   }
   static FASTAGG_INLINE F convert(I x) { return static_cast<float>(x); }
+  /// sum + weight * x, whose product needs no rounding: however it is computed.
+  static FASTAGG_INLINE D add_exact_product(D sum, D weight, D x) { return sum + weight * x; }
   static FASTAGG_INLINE void widen(F x, D (&wide)[halves]) { wide[0] = x; }
   static FASTAGG_INLINE F narrow(const D (&wide)[halves]) { return static_cast<float>(wide[0]); }
 

@@ -11,7 +11,7 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
-#pragma GCC target("avx2,f16c")
+#pragma GCC target("avx2,f16c,fma")
 #include "cast.h"
 #include "kernels.h"
 #include "lanes_avx2.h"

@@ -1,4 +1,4 @@
-// AVX2 and F16C: eight lanes.
+// AVX2, F16C and FMA: eight lanes.
 #pragma once
 #include "vector_lanes.h"
 
@@ -40,6 +40,7 @@ struct Avx2 {
     x[0][0] = widen(low(first)), x[0][1] = widen(low(second));
     x[1][0] = widen(high(first)), x[1][1] = widen(high(second));
   }
+  static FASTAGG_INLINE D multiply_add(D x, D y, D sum) { return _mm256_fmadd_pd(x, y, sum); }
   static FASTAGG_INLINE __m128 narrow(D x) { return _mm256_cvtpd_ps(x); }
   static FASTAGG_INLINE F square_root(F x) { return _mm256_sqrt_ps(x); }
   static FASTAGG_INLINE D square_root(D x) { return _mm256_sqrt_pd(x); }

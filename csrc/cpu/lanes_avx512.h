@@ -47,6 +47,7 @@ struct Avx512 {
     const F whole[2] = {_mm512_permutex2var_ps(even, first, odd), _mm512_permutex2var_ps(even, second, odd)};
     for (int r = 0; r < 2; ++r) x[r][0] = widen(low(whole[r])), x[r][1] = widen(high(whole[r]));
   }
+  static FASTAGG_INLINE D multiply_add(D x, D y, D sum) { return _mm512_fmadd_pd(x, y, sum); }
   static FASTAGG_INLINE __m256 narrow(D x) { return _mm512_cvtpd_ps(x); }
   static FASTAGG_INLINE F square_root(F x) { return _mm512_sqrt_ps(x); }
   static FASTAGG_INLINE D square_root(D x) { return _mm512_sqrt_pd(x); }

@@ -39,6 +39,9 @@ struct Neon {
     for (int r = 0; r < 2; ++r)
       x[r][0] = widen(low(bit_cast<F>(whole.val[r]))), x[r][1] = widen(high(bit_cast<F>(whole.val[r])));
   }
+  static FASTAGG_INLINE D multiply_add(D x, D y, D sum) {
+    return bit_cast<D>(vfmaq_f64(bit_cast<float64x2_t>(sum), bit_cast<float64x2_t>(x), bit_cast<float64x2_t>(y)));
+  }
   static FASTAGG_INLINE HalfF narrow(D x) { return bit_cast<HalfF>(vcvt_f32_f64(bit_cast<float64x2_t>(x))); }
   static FASTAGG_INLINE F square_root(F x) { return bit_cast<F>(vsqrtq_f32(bit_cast<float32x4_t>(x))); }
   static FASTAGG_INLINE D square_root(D x) { return bit_cast<D>(vsqrtq_f64(bit_cast<float64x2_t>(x))); }

@@ -20,6 +20,7 @@ using Vector = typename VectorOf<T, bytes>::type;
 ///   widen_interleaved                          two F, the first the even elements, to four D in their order
 ///   low, high, join                            the halves of an F
 ///   widen, narrow                              half an F to D, and back
+///   multiply_add                               x * y + sum of D, rounded once
 ///   half_to_float                              `count` float16 in memory to F
 ///   any                                        whether a lane of an I is not zero
 ///   square_root, minimum, maximum              of an F and of a D
@@ -93,6 +94,7 @@ struct VectorLanes {
     return Isa::maximum(x, y);
   }
   static FASTAGG_INLINE F convert(I x) { return __builtin_convertvector(x, F); }
+  static FASTAGG_INLINE D add_exact_product(D sum, D weight, D x) { return Isa::multiply_add(weight, x, sum); }
   static FASTAGG_INLINE void widen(F x, D (&wide)[halves]) {
     wide[0] = Isa::widen(Isa::low(x));
     wide[1] = Isa::widen(Isa::high(x));

@@ -93,9 +93,18 @@ FASTAGG_INLINE void walk(int64_t i, int64_t head, int64_t end, Loop&& loop) {
   loop(Lane{}, i, end);
 }
 
-/// sum += weight_k * x_k for the clients of a group, in float64, while whole registers fit before `end`. Returns where
-/// it stopped.
-template <class Lanes, Code code, class Destination>
+/// Whether float64 holds the group's weights times any float32: 24 bits times 29, and far from its bounds.
+inline bool are_exact(const Group& group) {
+  for (int k = 0; k < group.clients; ++k) {
+    const double weight = group.weights[k];
+    if ((bit_cast<int64_t>(weight) & 0xffffff) != 0 || !(0x1p-800 <= weight && weight <= 0x1p800)) return false;
+  }
+  return true;
+}
+
+/// sum += weight_k * x_k for the clients of a group, in float64, while whole registers fit before `end`; `exact`
+/// products need no rounding of their own. Returns where it stopped.
+template <class Lanes, Code code, bool exact = false, class Destination>
 FASTAGG_INLINE int64_t add_products(const Chunk& chunk, const Group& group, int64_t i, int64_t end,
                                     Destination& destination) {
   using D = typename Lanes::D;
@@ -110,7 +119,8 @@ FASTAGG_INLINE int64_t add_products(const Chunk& chunk, const Group& group, int6
       for (int r = 0; r < registers; ++r) {
         D x[Lanes::halves];
         load_wide<Lanes, code>(source, at + r * Lanes::width, x);
-        for (int h = 0; h < Lanes::halves; ++h) sum[r][h] = add_product(sum[r][h], weight, x[h]);
+        for (int h = 0; h < Lanes::halves; ++h)
+          sum[r][h] = exact ? Lanes::add_exact_product(sum[r][h], weight, x[h]) : add_product(sum[r][h], weight, x[h]);
       }
     }
     destination.template put<Lanes, registers>(i, sum);
@@ -211,9 +221,12 @@ FASTAGG_INLINE void add_scaled_integers(const Chunk& chunk, const Group& group, 
 template <class Lanes, Code code, class Destination>
 void add_group(const Chunk& chunk, const Group& group, int64_t head, Destination& destination) {
   if constexpr (is_scaled_integer(code)) return add_scaled_integers<Lanes, code>(chunk, group, destination);
+  const bool exact = code == Code::float32 && are_exact(group);
   walk<Lanes>(0, head, chunk.count, [&](auto lanes, int64_t from, int64_t to) {
     if constexpr (is_narrow_float(code))
       if (group.is_run) return add_run<decltype(lanes), code>(chunk, group, from, to, destination);
+    if constexpr (code == Code::float32)
+      if (exact) return add_products<decltype(lanes), code, true>(chunk, group, from, to, destination);
     return add_products<decltype(lanes), code>(chunk, group, from, to, destination);
   });
 }

@@ -76,7 +76,7 @@ def bench(
     options = [f"--results={output}", *(["--quick"] if quick else [])]
     # Nothing is written beside the installed benchmarks, which may be read-only.
     status = int(pytest.main([str(folder), "-p", "no:cacheprovider", "--benchmark-only", *options]))
-    for name in ("all_reduce", *_federated_benchmarks()):
+    for name in ("all_reduce", "average_files", *_federated_benchmarks()):
         done = subprocess.run([sys.executable, str(folder / f"{name}.py"), *options], check=False)
         status = status or done.returncode
     sys.exit(status)

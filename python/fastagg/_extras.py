@@ -29,7 +29,7 @@ EXTRAS = {
     for extra in (
         Extra("torch", "PyTorch tensors", ("torch",)),
         Extra("cli", "the command line", ("rich", "typer")),
-        Extra("bench", "fastagg bench", ("matplotlib", "pytest", "pytest_benchmark", "torch")),
+        Extra("bench", "fastagg bench", ("matplotlib", "pytest", "pytest_benchmark", "safetensors", "torch")),
         Extra("demo", "fastagg demo", ("matplotlib", "sklearn")),
         Extra("report", "outlier detection and reports", ("jinja2", "matplotlib", "sklearn")),
         Extra("flower", "Flower's strategies", ("flwr",)),
