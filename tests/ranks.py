@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+import types
 from collections.abc import Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import transports
@@ -38,33 +41,83 @@ sys.stdout.flush()
 os._exit(0)
 """
 
+# Ranks of this host are forked from a server that has imported what takes them seconds, and has no threads yet.
+_LOADED = ("fastagg.communication", "fastagg.ddp", "pytest", "torch", "torch._dynamo", "torch.nn.parallel")
+_servers = multiprocessing.get_context("forkserver")
+_servers.set_forkserver_preload(list(_LOADED))
+
+
+class _Forked:
+    """A rank's process on this host, as far as tests use `subprocess.Popen`."""
+
+    def __init__(self, program: str, errors: Path, environment: dict[str, str]) -> None:
+        reader, writer = _servers.Pipe(duplex=False)
+        self.errors = errors
+        self.process = _servers.Process(target=_run, args=(program, writer, errors, environment))
+        self.process.start()
+        writer.close()
+        self.stdout = os.fdopen(os.dup(reader.fileno()))
+        reader.close()
+
+    def wait(self, timeout: float | None = None) -> int:
+        """The exit status, a signal's number negative."""
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            raise subprocess.TimeoutExpired("a rank", timeout or 0)
+        return self.process.exitcode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """Waits for the end; what was printed fits into a pipe."""
+        self.wait(timeout)
+        with self.stdout:
+            return self.stdout.read(), self.errors.read_text()
+
+    def send_signal(self, number: int) -> None:
+        """Sends a signal, unless the process has ended."""
+        if self.process.exitcode is None and self.process.pid is not None:
+            os.kill(self.process.pid, number)
+
+    def kill(self) -> None:
+        """Ends it."""
+        self.send_signal(signal.SIGKILL)
+
+    @property
+    def returncode(self) -> int | None:
+        """The exit status, once it has ended."""
+        return self.process.exitcode
+
+
+def _run(program: str, writer: Connection, errors: Path, environment: dict[str, str]) -> None:
+    """Runs a program as its own interpreter would: with its own streams, environment and main module."""
+    os.dup2(writer.fileno(), 1)
+    writer.close()
+    descriptor = os.open(errors, os.O_WRONLY | os.O_CREAT)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.modules["__main__"] = main = types.ModuleType("__main__")
+    exec(compile(program, "<rank>", "exec"), main.__dict__)
+
 
 class Ranks:
     """The processes, and what they printed."""
 
     def __init__(self, program: str, world: int, hosts: Sequence[Host] = (), **environment: str) -> None:
         self.folder = tempfile.TemporaryDirectory()
-        meet = f"tcp://{hosts[0].address}:29500" if hosts else f"file://{Path(self.folder.name) / 'store'}"
+        folder = Path(self.folder.name)
+        meet = f"tcp://{hosts[0].address}:29500" if hosts else f"file://{folder / 'store'}"
         common = {**os.environ, "WORLD_SIZE": str(world), "MEET": meet, **environment}
-        self.processes = []
+        whole = PROLOGUE + transports.PROLOGUE + program + EPILOGUE
+        self.processes: list[_Forked | subprocess.Popen[str]] = []
         for rank in range(world):
-            host = hosts[rank * len(hosts) // world] if hosts else None
-            self.processes.append(
-                subprocess.Popen(
-                    [
-                        *(host.command if host else ()),
-                        sys.executable,
-                        "-c",
-                        PROLOGUE + transports.PROLOGUE + program + EPILOGUE,
-                    ],
-                    env={**common, **(host.environment if host else {}), "RANK": str(rank)},
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                )
-            )
+            own = {**common, "RANK": str(rank)}
+            if hosts:
+                self.processes.append(_started_on(hosts[rank * len(hosts) // world], whole, own))
+            else:
+                self.processes.append(_Forked(whole, folder / f"{rank}.err", own))
 
-    def outputs(self, timeout: float = 300) -> list[tuple[int, str, str]]:
+    def outputs(self, timeout: float = 300) -> list[tuple[int | None, str, str]]:
         """Exit status, standard output and errors of every rank, which are ended if they do not end."""
         found = []
         for process in self.processes:
@@ -81,6 +134,17 @@ class Ranks:
     def send(self, rank: int, number: signal.Signals) -> None:
         """Sends a signal to one rank."""
         self.processes[rank].send_signal(number)
+
+
+def _started_on(host: Host, program: str, environment: dict[str, str]) -> subprocess.Popen[str]:
+    """A rank's process on another host."""
+    return subprocess.Popen(
+        [*host.command, sys.executable, "-c", program],
+        env={**environment, **host.environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def run_ranks(program: str, world: int, hosts: Sequence[Host] = (), **environment: str) -> list[str]:
