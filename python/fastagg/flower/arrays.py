@@ -58,14 +58,19 @@ def _fresh(shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[Array, np.ndar
 
 
 def _writable_bytes(size: int) -> tuple[bytes, np.ndarray]:
-    """New bytes and their memory: C's API lets whoever makes a bytes object write it before others see it."""
+    """New bytes and their memory: C's API lets whoever makes a bytes object write it before others see it.
+
+    The array keeps the bytes alive.
+    """
     make, address_of = ctypes.pythonapi.PyBytes_FromStringAndSize, ctypes.pythonapi.PyBytes_AsString
     make.restype, address_of.restype = ctypes.py_object, ctypes.c_void_p
     data: bytes = make(None, ctypes.c_ssize_t(size))
     address: int = address_of(ctypes.py_object(data))
     if size >= HUGE:
         _core.advise_huge_pages(address, size)
-    return data, np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
+    memory = (ctypes.c_uint8 * size).from_address(address)
+    memory.owner = data  # type: ignore[attr-defined]
+    return data, np.frombuffer(memory, np.uint8)
 
 
 def read_leaf(array: Array) -> Leaf:
