@@ -18,7 +18,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord
 
 from fastagg import _core
-from fastagg._codes import WIRES, code_of_dtype, name_of, wire_name
+from fastagg._codes import FLOATS, WIRES, Code, code_of_dtype, name_of, wire_name
 from fastagg._npy import NpyHeader, npy_header, read_npy_header
 from fastagg._tensor import HUGE, kind_named
 from fastagg.quantization import Quantized, codes_layout, dequantize
@@ -152,6 +152,25 @@ def as_array(leaf: Leaf) -> np.ndarray:
     return dequantize(leaf) if isinstance(leaf, Quantized) else leaf.astype(leaf.dtype.newbyteorder("="), copy=False)
 
 
+def in_dtype(leaf: Leaf, dtype: Any) -> Leaf:
+    """A floating leaf in another floating dtype; all others as they are.
+
+    fp64 arrays are cast. Everything narrower becomes codes of a wire, which are decoded while they are added up.
+    """
+    wanted, own = code_of_dtype(dtype), code_of_dtype(leaf.dtype)
+    if wanted == own or wanted not in FLOATS or own not in FLOATS:
+        return leaf
+    if isinstance(leaf, Quantized):
+        return Quantized(
+            leaf.data, leaf.scales, wire=leaf.wire, shape=leaf.shape, dtype=name_of(dtype), block=leaf.block
+        )
+    array = np.asarray(as_array(leaf), order="C")
+    if own == Code.FLOAT64:
+        with np.errstate(over="ignore"):  # the infinity is looked for where all others are
+            return array.astype(np.dtype(name_of(dtype)))
+    return Quantized(array, None, wire=wire_name(array.dtype), shape=array.shape, dtype=name_of(dtype))
+
+
 def squared_distance(one: Mapping[str, Leaf], other: Mapping[str, Leaf], buffers: Collection[str]) -> float:
     """``sum((one - other)^2)`` over the parameters of two models of the same leaves, in float64."""
     total = 0.0
@@ -160,8 +179,11 @@ def squared_distance(one: Mapping[str, Leaf], other: Mapping[str, Leaf], buffers
             continue
         first, second = as_array(leaf).reshape(-1), as_array(other[name]).reshape(-1)
         for begin in range(0, first.size, _CHUNK):
-            difference = np.subtract(first[begin : begin + _CHUNK], second[begin : begin + _CHUNK], dtype=np.float64)
-            total += float(difference @ difference)
+            with np.errstate(over="ignore", invalid="ignore"):  # the caller looks at the sum
+                difference = np.subtract(
+                    first[begin : begin + _CHUNK], second[begin : begin + _CHUNK], dtype=np.float64
+                )
+                total += float(difference @ difference)
     return total
 
 

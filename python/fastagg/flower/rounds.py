@@ -15,7 +15,7 @@ from flwr.serverapp.exception import AggregationError
 from fastagg._errors import NonFiniteUpdateError
 from fastagg.accumulator import Accumulator
 from fastagg.averaging import NONFINITE
-from fastagg.flower.arrays import FreshArrays, Leaf
+from fastagg.flower.arrays import FreshArrays, Leaf, in_dtype
 from fastagg.flower.replies import (
     LeftOutReply,
     Reply,
@@ -57,6 +57,8 @@ class Settings(NamedTuple):
     Attributes:
         nan_policy, integer_policy: as in `fastagg.fedavg`.
         streaming: whether replies are added as they arrive.
+        in_model_dtypes: whether replies must have the leaves and dtypes of the model that was sent; floating leaves of
+            another floating dtype are then read as the model's.
         weight_of: a reply's weight in the mean.
         aggregate: writes the mean of replies of one form, by their weights, into arrays; its last argument is the
             nan_policy "drop" or "propagate".
@@ -65,6 +67,7 @@ class Settings(NamedTuple):
     nan_policy: str
     integer_policy: str
     streaming: bool
+    in_model_dtypes: bool
     weight_of: Callable[[Reply], float]
     aggregate: Callable[[list[Reply], list[float], dict[str, np.ndarray], str], Members]
 
@@ -145,10 +148,12 @@ class TrainingRound(Round):
     def __init__(self, number: int, weighted_by_key: str, settings: Settings, model: dict[str, Leaf]) -> None:
         """See `Round`; `model` is what was sent to the nodes, empty where that is not known."""
         super().__init__(number, weighted_by_key)
-        self._settings = settings
+        self._settings, self._model = settings, model
         self._models = (_Streamed if settings.streaming else _Collected)(settings, model, self._leave_out)
 
     def _add(self, reply: Reply) -> None:
+        if self._settings.in_model_dtypes and self._model:
+            reply = _like_the_model(reply, self._model)
         self._models.add(reply, self._settings.weight_of(reply))
 
     def mean(self) -> Mean | None:
@@ -173,6 +178,19 @@ class TrainingRound(Round):
     def _listed(self) -> str:
         weightless = f"; {self.weightless} of weight 0" if self.weightless else ""
         return weightless + "".join(f"; node {node}: {reason}" for _, node, reason in self.left_out)
+
+
+def _like_the_model(reply: Reply, model: dict[str, Leaf]) -> Reply:
+    """A reply with its floating leaves in the model's dtypes.
+
+    Raises:
+        UnusableReplyError: it has other leaves, shapes or integer dtypes.
+    """
+    leaves = {name: in_dtype(leaf, model[name].dtype) if name in model else leaf for name, leaf in reply.leaves.items()}
+    form, wanted = form_of(leaves), form_of(model)
+    if form != wanted:
+        raise UnusableReplyError(differences(form, wanted))
+    return reply._replace(leaves=leaves)
 
 
 def _agreeing(replies: list[Reply], model: dict[str, Leaf], leave_out: Callable[[int, str], None]) -> list[Reply]:
@@ -253,7 +271,7 @@ class _Streamed:
             self._sums.add(reply.leaves, weight)
         except NonFiniteUpdateError as error:
             if self._settings.nan_policy == "raise":
-                raise NonFiniteUpdateError(f"node {reply.node}: {error}") from None
+                raise NonFiniteUpdateError(f"node {reply.node}, {_without_number(error)}") from None
             raise UnusableReplyError(_without_number(error)) from None
         except (TypeError, ValueError) as error:
             raise UnusableReplyError(_without_number(error)) from None
@@ -280,4 +298,4 @@ class _Streamed:
 
 def _without_number(error: Exception) -> str:
     """An accumulator's message without the client's number, which is not the node's."""
-    return re.sub(r"^client \d+, ", "", str(error))
+    return re.sub(r"^the weight of client \d+:", "its weight:", re.sub(r"^client \d+, ", "", str(error)))
