@@ -70,7 +70,7 @@ def _writable_bytes(size: int) -> tuple[bytes, np.ndarray]:
         _core.advise_huge_pages(address, size)
     memory = (ctypes.c_uint8 * size).from_address(address)
     memory.owner = data  # type: ignore[attr-defined]
-    return data, np.frombuffer(memory, np.uint8)
+    return data, np.frombuffer(memoryview(memory), np.uint8)
 
 
 def read_leaf(array: Array) -> Leaf:

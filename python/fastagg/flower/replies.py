@@ -34,11 +34,16 @@ class Reply(NamedTuple):
     weight: float
     leaves: dict[str, Leaf]
 
-    @property
-    def form(self) -> frozenset[Any]:
-        """What all replies of a mean must share: the records' and metrics' names, and the leaves with their shapes."""
+    def form(self, metric_lengths: bool) -> frozenset[Any]:
+        """What all replies of a mean must share: the records' and metrics' names, and the leaves with their shapes.
+
+        With `metric_lengths`, also which metrics are lists, and how long.
+        """
         records = {*self.content.metric_records, *(self.content.array_records if self.leaves else ())}
-        metrics = {(name, len(value) if isinstance(value, list) else -1) for name, value in self.metrics.items()}
+        metrics = {
+            (name, len(value) if metric_lengths and isinstance(value, list) else -1)
+            for name, value in self.metrics.items()
+        }
         return frozenset({*records, *metrics, *form_of(self.leaves)})
 
 

@@ -59,6 +59,7 @@ class Settings(NamedTuple):
         streaming: whether replies are added as they arrive.
         in_model_dtypes: whether replies must have the leaves and dtypes of the model that was sent; floating leaves of
             another floating dtype are then read as the model's.
+        metric_lengths: whether a metric that is a list must be equally long in all replies.
         weight_of: a reply's weight in the mean.
         aggregate: writes the mean of replies of one form, by their weights, into arrays; its last argument is the
             nan_policy "drop" or "propagate".
@@ -68,6 +69,7 @@ class Settings(NamedTuple):
     integer_policy: str
     streaming: bool
     in_model_dtypes: bool
+    metric_lengths: bool
     weight_of: Callable[[Reply], float]
     aggregate: Callable[[list[Reply], list[float], dict[str, np.ndarray], str], Members]
 
@@ -127,9 +129,10 @@ class EvaluationRound(Round):
 
     has_arrays = False
 
-    def __init__(self, number: int, weighted_by_key: str) -> None:
-        """See `Round`."""
+    def __init__(self, number: int, weighted_by_key: str, metric_lengths: bool) -> None:
+        """See `Round` and `Settings`."""
         super().__init__(number, weighted_by_key)
+        self._metric_lengths = metric_lengths
         self._replies: list[Reply] = []
 
     def _add(self, reply: Reply) -> None:
@@ -137,7 +140,7 @@ class EvaluationRound(Round):
 
     def agreeing(self) -> list[Reply]:
         """The replies with the metrics that most have."""
-        return _agreeing(self._replies, {}, self._leave_out)
+        return _agreeing(self._replies, self._metric_lengths, {}, self._leave_out)
 
 
 class TrainingRound(Round):
@@ -193,11 +196,13 @@ def _like_the_model(reply: Reply, model: dict[str, Leaf]) -> Reply:
     return reply._replace(leaves=leaves)
 
 
-def _agreeing(replies: list[Reply], model: dict[str, Leaf], leave_out: Callable[[int, str], None]) -> list[Reply]:
+def _agreeing(
+    replies: list[Reply], metric_lengths: bool, model: dict[str, Leaf], leave_out: Callable[[int, str], None]
+) -> list[Reply]:
     """The replies of one form; the others are left out."""
     if not replies:
         return []
-    forms = [reply.form for reply in replies]
+    forms = [reply.form(metric_lengths) for reply in replies]
     agreed = agreed_form(forms, form_of(model))
     for reply, form in zip(replies, forms, strict=True):
         if agreed is None:
@@ -226,7 +231,7 @@ class _Collected:
         Raises:
             ValueError: all weights are 0, or all hold a NaN or an infinity.
         """
-        replies = _agreeing(self._replies, self._model, self._leave_out)
+        replies = _agreeing(self._replies, self._settings.metric_lengths, self._model, self._leave_out)
         if not replies:
             return None
         arrays = FreshArrays(replies[0].leaves)
@@ -266,7 +271,7 @@ class _Streamed:
         Raises:
             UnusableReplyError: it differs from the model or from the first reply, or holds a NaN or an infinity.
         """
-        self._check(reply)
+        form = self._checked_form(reply)
         try:
             self._sums.add(reply.leaves, weight)
         except NonFiniteUpdateError as error:
@@ -276,16 +281,18 @@ class _Streamed:
         except (TypeError, ValueError) as error:
             raise UnusableReplyError(_without_number(error)) from None
         if not self._replies:
-            self._form = reply.form
+            self._form = form
             self._leaves = {name: _Form(tuple(leaf.shape), leaf.dtype) for name, leaf in reply.leaves.items()}
         self._replies.append(reply._replace(leaves={}))
 
-    def _check(self, reply: Reply) -> None:
-        wanted, form = form_of(self._model), form_of(reply.leaves)
-        if wanted and form != wanted:
-            raise UnusableReplyError(differences(form, wanted))
-        if self._form and reply.form != self._form:
-            raise UnusableReplyError(differences(reply.form, self._form))
+    def _checked_form(self, reply: Reply) -> frozenset[Any]:
+        wanted, leaves = form_of(self._model), form_of(reply.leaves)
+        if wanted and leaves != wanted:
+            raise UnusableReplyError(differences(leaves, wanted))
+        form = reply.form(self._settings.metric_lengths)
+        if self._form and form != self._form:
+            raise UnusableReplyError(differences(form, self._form))
+        return form
 
     def mean(self) -> Mean | None:
         """The mean, and whose it is; None if there is nobody."""

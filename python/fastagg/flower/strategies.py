@@ -14,6 +14,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp import strategy as flower
 from flwr.serverapp.exception import AggregationError
 from flwr.serverapp.strategy.fedopt import FedOpt as FlowerFedOpt
+from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 
 from fastagg import server
 from fastagg._errors import NonFiniteUpdateError
@@ -55,9 +56,9 @@ class FedAvg(flower.FedAvg):
     Replies are read from their bytes in place and never altered; leaves are matched by name and keep their dtypes; a
     leaf may be quantised (`quantize_mod`). A reply that cannot be averaged is left out, logged, counted in the round's
     metric "replies-left-out" and listed in `left_out`: one with other leaves or shapes than the model that was sent,
-    with other records, dtypes or metrics than the rest, bytes that are not what their header says, a weight that is no
-    finite number of 0 or more, of another round, or a second one of a node. A reply of weight 0 has no part in
-    anything.
+    with other records, dtypes or metrics than the rest (lists of other lengths, unless a function of one's own
+    aggregates the metrics), bytes that are not what their header says, a weight that is no finite number of 0 or more,
+    of another round, or a second one of a node. A reply of weight 0 has no part in anything.
 
     Attributes:
         left_out: (server_round, node, reason) of every reply that was left out.
@@ -130,6 +131,7 @@ class FedAvg(flower.FedAvg):
             self.integer_policy,
             self.streaming,
             self._in_model_dtypes,
+            _is_flowers_mean(self.train_metrics_aggr_fn),
             self._weight_of,
             self._aggregate,
         )
@@ -173,7 +175,7 @@ class FedAvg(flower.FedAvg):
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """The mean of the nodes' metrics; None if no reply can be averaged: the log then says why."""
-        current = EvaluationRound(server_round, self.weighted_by_key)
+        current = EvaluationRound(server_round, self.weighted_by_key, _is_flowers_mean(self.evaluate_metrics_aggr_fn))
         for message in replies:
             current.take(message)
         LOG.info("aggregate_evaluate: Received %s results and %s failures", current.results, current.failures)
@@ -207,6 +209,11 @@ class FedAvg(flower.FedAvg):
             metrics = MetricRecord() if metrics is None else metrics
             metrics[LEFT_OUT_METRIC] = len(current.left_out)
         return metrics
+
+
+def _is_flowers_mean(aggregate: Callable[[list[RecordDict], str], MetricRecord]) -> bool:
+    """Whether metrics are averaged element by element; a user's own function may make something else of lists."""
+    return aggregate is aggregate_metricrecords
 
 
 def _of_round(server_round: int, messages: Iterable[Message]) -> list[Message]:
