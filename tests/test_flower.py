@@ -161,6 +161,7 @@ def header_saying(text: str) -> bytes:
 
 DATA = messages.record_of(GOOD[0])["a"].data
 PICKLED = DATA[:128].replace(b"'<f4'", b"'|O' ") + DATA[128:]
+NO_BOOLS = DATA[:128].replace(b"'<f4'", b"'|b1'") + bytes([0, 1, 2])
 BAD_MODELS = {
     "missing leaf": (without(GOOD[0], "b"), r"lacks leaf 'b' int64 \(\)"),
     "extra leaf": ({**GOOD[0], "c": np.float32(0)}, r"has leaf 'c' float32 \(\)"),
@@ -180,6 +181,7 @@ BAD_MODELS = {
     "deep header": (record_with(data=header_saying("-" * 9000)), "leaf 'a': its header is no .npy header"),
     "other bytes": (record_with(data=bytes(200)), "leaf 'a': its header is no .npy header"),
     "pickled": (record_with(data=PICKLED), "leaf 'a': dtype object is not supported"),
+    "no bools": (record_with(data=NO_BOOLS), "leaf 'a': its bytes are not those of bools"),
     "text": ({**GOOD[0], "a": np.array(["x"])}, "leaf 'a': dtype .* is not supported"),
     "other serialisation": (record_with(stype="torch"), "leaf 'a': expected an array serialised by"),
     "unknown wire": (record_with(stype="fastagg.int3.256"), "expected a stype such as"),

@@ -111,6 +111,8 @@ def read_npy(data: bytes) -> np.ndarray:
     if got != header.nbytes:
         raise ValueError(f"its header promises {header.nbytes} bytes of {header.dtype} {header.shape}, got {got}")
     flat = np.frombuffer(data, header.dtype, offset=size) if got else np.empty(0, header.dtype)
+    if header.dtype == np.bool_ and flat.view(np.uint8).max(initial=0) > 1:
+        raise ValueError("its bytes are not those of bools")
     return flat.reshape(header.shape, order="F" if header.is_fortran else "C")
 
 

@@ -151,13 +151,27 @@ class TrainingRound(Round):
     def __init__(self, number: int, weighted_by_key: str, settings: Settings, model: dict[str, Leaf]) -> None:
         """See `Round`; `model` is what was sent to the nodes, empty where that is not known."""
         super().__init__(number, weighted_by_key)
-        self._settings, self._model = settings, model
+        self._settings, self._model, self._wanted = settings, model, form_of(model)
         self._models = (_Streamed if settings.streaming else _Collected)(settings, model, self._leave_out)
 
     def _add(self, reply: Reply) -> None:
         if self._settings.in_model_dtypes and self._model:
-            reply = _like_the_model(reply, self._model)
+            reply = self._like_the_model(reply)
         self._models.add(reply, self._settings.weight_of(reply))
+
+    def _like_the_model(self, reply: Reply) -> Reply:
+        """A reply with its floating leaves in the model's dtypes.
+
+        Raises:
+            UnusableReplyError: it has other leaves, shapes or integer dtypes.
+        """
+        if form_of(reply.leaves) == self._wanted:
+            return reply
+        model, leaves = self._model, reply.leaves
+        leaves = {name: in_dtype(leaf, model[name].dtype) if name in model else leaf for name, leaf in leaves.items()}
+        if form_of(leaves) != self._wanted:
+            raise UnusableReplyError(differences(form_of(leaves), self._wanted))
+        return reply._replace(leaves=leaves)
 
     def mean(self) -> Mean | None:
         """The mean of the replies; None if no result came, or too few for the strategy's rule.
@@ -181,19 +195,6 @@ class TrainingRound(Round):
     def _listed(self) -> str:
         weightless = f"; {self.weightless} of weight 0" if self.weightless else ""
         return weightless + "".join(f"; node {node}: {reason}" for _, node, reason in self.left_out)
-
-
-def _like_the_model(reply: Reply, model: dict[str, Leaf]) -> Reply:
-    """A reply with its floating leaves in the model's dtypes.
-
-    Raises:
-        UnusableReplyError: it has other leaves, shapes or integer dtypes.
-    """
-    leaves = {name: in_dtype(leaf, model[name].dtype) if name in model else leaf for name, leaf in reply.leaves.items()}
-    form, wanted = form_of(leaves), form_of(model)
-    if form != wanted:
-        raise UnusableReplyError(differences(form, wanted))
-    return reply._replace(leaves=leaves)
 
 
 def _agreeing(
