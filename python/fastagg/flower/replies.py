@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
@@ -47,9 +48,12 @@ class Reply(NamedTuple):
         return frozenset({*records, *metrics, *form_of(self.leaves)})
 
 
+_dtype_name = lru_cache(maxsize=256)(name_of)  # NumPy makes up a dtype's name at every look
+
+
 def form_of(leaves: Mapping[str, Leaf]) -> frozenset[tuple[str, tuple[int, ...], str]]:
     """Leaves' names, shapes and dtypes; a quantised leaf has the dtype that it was made of."""
-    return frozenset((name, tuple(leaf.shape), name_of(leaf.dtype)) for name, leaf in leaves.items())
+    return frozenset((name, tuple(leaf.shape), _dtype_name(leaf.dtype)) for name, leaf in leaves.items())
 
 
 def read_reply(message: Message, server_round: int, weighted_by_key: str, has_arrays: bool) -> Reply:
