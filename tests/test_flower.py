@@ -46,7 +46,8 @@ GOOD_MEAN = {"a": np.float32([2.5, 3.5, 6]), "b": np.int64(5)}
 
 
 @pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
+def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr("gc.collect", lambda: 0)  # Flower asks for it whenever it reads a record
     level = logging.getLogger("flwr").level
     logging.getLogger("flwr").setLevel(logging.CRITICAL)
     yield
@@ -612,8 +613,7 @@ OPTIMIZED = {
 
 
 @pytest.mark.parametrize("name", OPTIMIZED)
-def test_optimisers_step_as_flowers_do_and_keep_the_dtype(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gc.collect", lambda: 0)  # Flower's QFedAvg asks for it at every reply
+def test_optimisers_step_as_flowers_do_and_keep_the_dtype(name: str) -> None:
     ours, theirs, options = OPTIMIZED[name]
     random = generator(5)
     steps = [[random.normal(size=(4, 6)) for _ in range(3)] for _ in range(4)]
