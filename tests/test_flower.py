@@ -973,6 +973,24 @@ def test_the_mod_quantises_uploads() -> None:
             quantize_mod(**wrong)
 
 
+def test_mods_behind_ours_see_plain_arrays() -> None:
+    from flwr.app import Context
+    from flwr.clientapp import ClientApp
+    from flwr.clientapp.mod import fixedclipping_mod
+
+    app = ClientApp(mods=[quantize_mod("int8"), fixedclipping_mod])
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        return reply_to(message, {"w": np.full(300, 5, np.float32)})
+
+    sent = RecordDict({"arrays": messages.record_of({"w": np.zeros(300, np.float32)})})
+    sent["config"] = ConfigRecord({"clipping_norm": 1.0})
+    reply = app(Message(sent, 1, MessageType.TRAIN), Context(1, 1, {}, RecordDict(), {}))
+    assert reply.content["arrays"]["w"].stype == "fastagg.int8.256"
+    assert torch.linalg.norm(to_state_dict(reply.content["arrays"])["w"]) == pytest.approx(1, abs=0.01)
+
+
 def test_stochastic_rounding_repeats_with_its_seed() -> None:
     first, again = (to_array_record(QUANTIZED_MODEL, "int4", rounding="stochastic", seed=7) for _ in range(2))
     assert first.object_id == again.object_id
