@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import logging
 import re
 import tracemalloc
@@ -463,6 +464,21 @@ def test_evaluation_without_weight_gives_no_metrics() -> None:
     assert FedAvg().aggregate_evaluate(1, replies([None, None], [0, 0])) is None
     without = FedAvg(weighted_by_key="other").aggregate_evaluate(1, replies([None, None], [1, 1]))
     assert without == {"replies-left-out": 2}
+
+
+@pytest.mark.parametrize("strategy", [FedAvg, FedProx, FedAvgM, FedAdam, FedYogi, FedAdagrad, QFedAvg])
+def test_constructors_take_flowers_arguments(strategy: Any) -> None:
+    theirs = getattr(flower, strategy.__name__)
+    parameters = list(inspect.signature(theirs.__init__).parameters.values())[1:]
+    values = {p.name: 0.75 if p.annotation is float or p.default is p.empty else p.default for p in parameters}
+    expected = vars(theirs(**values))
+    calls = [strategy(**values)]
+    if all(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters):
+        calls.append(strategy(*values.values()))
+    for ours in calls:
+        assert {name: getattr(ours, name) for name in expected} == expected
+    with pytest.raises(TypeError, match="fraction_fit"):
+        strategy(**values, fraction_fit=1.0)
 
 
 def test_wrong_policies_are_refused_at_once() -> None:
