@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import ipaddress
 import os
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -22,6 +24,8 @@ from cryptography.x509.oid import NameOID
 
 APP = Path(__file__).parents[1] / "examples" / "flower_digits"
 _SCRIPTS = Path(sys.executable).parent
+
+Config = Mapping[str, str | float | bool]
 
 
 class Certificates(NamedTuple):
@@ -103,17 +107,22 @@ class Deployment:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for process in self.processes:
-            self._end(process)
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            for process in self.processes:
+                self._signal(process, number)
+            end = time.monotonic() + 10
+            while any(process.poll() is None for process in self.processes) and time.monotonic() < end:
+                time.sleep(0.05)
 
-    def run(self, **config: str | float | bool) -> dict[str, np.ndarray]:
-        """Runs the app to its end; returns the final model."""
-        output = self.folder / f"model-{time.monotonic_ns()}.npz"
-        self.finish(self.begin(output=str(output), **config))
-        with np.load(output) as model:
-            return dict(model)
+    def run(self, *configs: Config) -> list[dict[str, np.ndarray]]:
+        """Runs the app to its end, once for each configuration and all at once; returns the final models."""
+        outputs = [self.folder / f"model-{time.monotonic_ns()}-{index}.npz" for index in range(len(configs))]
+        apps = [self.begin({**config, "output": str(output)}) for config, output in zip(configs, outputs, strict=True)]
+        for app in apps:
+            self.finish(app)
+        return [load_model(output) for output in outputs]
 
-    def begin(self, **config: str | float | bool) -> subprocess.Popen[str]:
+    def begin(self, config: Config) -> subprocess.Popen[str]:
         """Starts the app and returns at once."""
         settings = " ".join(f"{name.replace('_', '-')}={_toml(value)}" for name, value in config.items())
         command = [str(_SCRIPTS / "flwr"), "run", str(APP), "test", "--stream", "--run-config", settings]
@@ -170,17 +179,16 @@ class Deployment:
         raise TimeoutError(f"nothing listens on port {port}\n{self.logs()}")
 
     @staticmethod
-    def _end(process: subprocess.Popen[bytes]) -> None:
-        """Ends a process with all that it has started: each has a session of its own."""
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            try:
-                os.killpg(process.pid, number)
-                process.wait(timeout=10)
-            except ProcessLookupError:
-                break
-            except subprocess.TimeoutExpired:
-                continue
-        process.wait()
+    def _signal(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+        """Signals a process and all that it has started: each has a session of its own."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+
+
+def load_model(path: Path) -> dict[str, np.ndarray]:
+    """The model that an app has written."""
+    with np.load(path) as model:
+        return dict(model)
 
 
 def _free_ports(count: int) -> list[int]:

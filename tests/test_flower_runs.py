@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("flwr")
 pytest.importorskip("sklearn")
 
-from flower_deployment import APP, Deployment, make_certificates
+from flower_deployment import APP, Deployment, load_model, make_certificates
 
 pytestmark = pytest.mark.real_run
 
@@ -57,33 +57,30 @@ def assert_same_training(model: Model, other: Model) -> None:
 
 
 def test_a_deployment_ends_as_flowers_own_fedavg_does(plain: Deployment, own_model: Model) -> None:
-    ours = plain.run(num_server_rounds=ROUNDS)
+    rounds = {"num_server_rounds": ROUNDS}
+    ours, theirs = plain.run(rounds, {**rounds, "strategy": "flower"})
     assert ours["weight"].dtype == np.float32
     assert ours["steps"].dtype == own_model["steps"].dtype
     assert_same_training(ours, own_model)
-    theirs = plain.run(num_server_rounds=ROUNDS, strategy="flower")
     assert_same_training(ours, theirs)
 
 
-def test_a_round_whose_node_is_killed_completes_with_the_rest(tmp_path: Path) -> None:
-    with Deployment(tmp_path) as deployment:
-        mark = tmp_path / "training"
-        app = deployment.begin(
-            num_server_rounds=1, timeout=20.0, pause=60.0, mark=str(mark), output=str(tmp_path / "m.npz")
-        )
-        end = time.monotonic() + 60
-        while not mark.exists() and time.monotonic() < end:
-            time.sleep(0.1)
-        deployment.kill_node(1)
-        log = deployment.finish(app)
-        assert "Received 1 results" in log
-        with np.load(tmp_path / "m.npz") as model:
-            assert accuracy(dict(model)) > 0.8
+# Behind the test before, since it kills a node of its deployment.
+def test_a_round_whose_node_is_killed_completes_with_the_rest(plain: Deployment) -> None:
+    mark, output = plain.folder / "training", plain.folder / "model.npz"
+    config = {"num_server_rounds": 1, "timeout": 20.0, "pause": 60.0, "mark": str(mark), "output": str(output)}
+    app = plain.begin(config)
+    end = time.monotonic() + 60
+    while not mark.exists() and time.monotonic() < end:
+        time.sleep(0.1)
+    plain.kill_node(1)
+    assert "Received 1 results" in plain.finish(app)
+    assert accuracy(load_model(output)) > 0.8
 
 
 def test_quantised_replies_stream_in_over_tls(tmp_path: Path, own_model: Model) -> None:
     with Deployment(tmp_path, certificates=make_certificates(tmp_path)) as deployment:
-        model = deployment.run(num_server_rounds=ROUNDS, streaming=True, wire="int8")
+        (model,) = deployment.run({"num_server_rounds": ROUNDS, "streaming": True, "wire": "int8"})
     assert accuracy(model) == pytest.approx(accuracy(own_model), abs=0.02)
     np.testing.assert_allclose(model["weight"], own_model["weight"], atol=0.05)
 
@@ -91,4 +88,5 @@ def test_quantised_replies_stream_in_over_tls(tmp_path: Path, own_model: Model) 
 def test_a_simulation_on_ray(tmp_path: Path, own_model: Model) -> None:
     pytest.importorskip("ray")
     with Deployment(tmp_path, simulation=True) as deployment:
-        assert_same_training(deployment.run(num_server_rounds=ROUNDS), own_model)
+        (model,) = deployment.run({"num_server_rounds": ROUNDS})
+    assert_same_training(model, own_model)

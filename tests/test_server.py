@@ -477,6 +477,13 @@ def test_fednova_with_an_effective_number_of_steps() -> None:
     assert result == [10.0]
 
 
+def test_fednova_says_what_is_missing() -> None:
+    with pytest.raises(ValueError, match="updates: expected at least one, got none"):
+        FedNova().step(np.zeros(1), [], None, [])
+    with pytest.raises(TypeError, match="steps: expected 1 numbers, got None"):
+        FedNova().step(np.zeros(1), [np.ones(1)], None, None)
+
+
 def test_fednova_skips_buffers() -> None:
     model, updates = network(), [network(1), network(2)]
     result = FedNova().step(model, updates, None, [1, 3])
@@ -593,6 +600,15 @@ def test_the_proximal_term_and_its_gradient() -> None:
     term.backward()
     for own, other in zip(layer.parameters(), sent, strict=True):
         torch.testing.assert_close(own.grad, mu * (own - other).detach())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_proximal_term_of_half_precision_is_summed_wider(dtype: torch.dtype) -> None:
+    own = torch.full((1000,), 300.0, dtype=dtype, requires_grad=True)
+    term = proximal_term([own], [torch.zeros_like(own)], 0.5)
+    assert term.item() == 0.25 * 1000 * 300**2
+    term.backward()
+    assert torch.equal(own.grad, torch.full_like(own, 150))
 
 
 def test_proximal_gradients_in_place_are_those_of_the_term() -> None:

@@ -18,7 +18,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord
 
 from fastagg import _core
-from fastagg._codes import WIRES, code_of_dtype, name_of, wire_name
+from fastagg._codes import FLOATS, WIRES, Code, code_of_dtype, name_of, wire_name
 from fastagg._npy import NpyHeader, npy_header, read_npy_header
 from fastagg._tensor import HUGE, kind_named
 from fastagg.quantization import Quantized, codes_layout, dequantize
@@ -58,14 +58,19 @@ def _fresh(shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[Array, np.ndar
 
 
 def _writable_bytes(size: int) -> tuple[bytes, np.ndarray]:
-    """New bytes and their memory: C's API lets whoever makes a bytes object write it before others see it."""
+    """New bytes and their memory: C's API lets whoever makes a bytes object write it before others see it.
+
+    The array keeps the bytes alive.
+    """
     make, address_of = ctypes.pythonapi.PyBytes_FromStringAndSize, ctypes.pythonapi.PyBytes_AsString
     make.restype, address_of.restype = ctypes.py_object, ctypes.c_void_p
     data: bytes = make(None, ctypes.c_ssize_t(size))
     address: int = address_of(ctypes.py_object(data))
     if size >= HUGE:
         _core.advise_huge_pages(address, size)
-    return data, np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
+    memory = (ctypes.c_uint8 * size).from_address(address)
+    memory.owner = data  # type: ignore[attr-defined]
+    return data, np.frombuffer(memoryview(memory), np.uint8)
 
 
 def read_leaf(array: Array) -> Leaf:
@@ -106,6 +111,8 @@ def read_npy(data: bytes) -> np.ndarray:
     if got != header.nbytes:
         raise ValueError(f"its header promises {header.nbytes} bytes of {header.dtype} {header.shape}, got {got}")
     flat = np.frombuffer(data, header.dtype, offset=size) if got else np.empty(0, header.dtype)
+    if header.dtype == np.bool_ and flat.view(np.uint8).max(initial=0) > 1:
+        raise ValueError("its bytes are not those of bools")
     return flat.reshape(header.shape, order="F" if header.is_fortran else "C")
 
 
@@ -147,6 +154,25 @@ def as_array(leaf: Leaf) -> np.ndarray:
     return dequantize(leaf) if isinstance(leaf, Quantized) else leaf.astype(leaf.dtype.newbyteorder("="), copy=False)
 
 
+def in_dtype(leaf: Leaf, dtype: Any) -> Leaf:
+    """A floating leaf in another floating dtype; all others as they are.
+
+    fp64 arrays are cast. Everything narrower becomes codes of a wire, which are decoded while they are added up.
+    """
+    wanted, own = code_of_dtype(dtype), code_of_dtype(leaf.dtype)
+    if wanted == own or wanted not in FLOATS or own not in FLOATS:
+        return leaf
+    if isinstance(leaf, Quantized):
+        return Quantized(
+            leaf.data, leaf.scales, wire=leaf.wire, shape=leaf.shape, dtype=name_of(dtype), block=leaf.block
+        )
+    array = np.asarray(as_array(leaf), order="C")
+    if own == Code.FLOAT64:
+        with np.errstate(over="ignore"):  # the infinity is looked for where all others are
+            return array.astype(np.dtype(name_of(dtype)))
+    return Quantized(array, None, wire=wire_name(array.dtype), shape=array.shape, dtype=name_of(dtype))
+
+
 def squared_distance(one: Mapping[str, Leaf], other: Mapping[str, Leaf], buffers: Collection[str]) -> float:
     """``sum((one - other)^2)`` over the parameters of two models of the same leaves, in float64."""
     total = 0.0
@@ -155,8 +181,11 @@ def squared_distance(one: Mapping[str, Leaf], other: Mapping[str, Leaf], buffers
             continue
         first, second = as_array(leaf).reshape(-1), as_array(other[name]).reshape(-1)
         for begin in range(0, first.size, _CHUNK):
-            difference = np.subtract(first[begin : begin + _CHUNK], second[begin : begin + _CHUNK], dtype=np.float64)
-            total += float(difference @ difference)
+            with np.errstate(over="ignore", invalid="ignore"):  # the caller looks at the sum
+                difference = np.subtract(
+                    first[begin : begin + _CHUNK], second[begin : begin + _CHUNK], dtype=np.float64
+                )
+                total += float(difference @ difference)
     return total
 
 

@@ -6,9 +6,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from flwr.app import ArrayRecord, Context, Message
 
-from fastagg._codes import name_of, wire_name
+from fastagg._codes import code_of_dtype, name_of, wire_name
+from fastagg._tensor import kind_of
 from fastagg.flower.arrays import read_record, write_leaf
 from fastagg.quantization import Quantized, check_block, dequantize, quantize, random_key
 from fastagg.server.buffers import is_buffer
@@ -32,17 +34,21 @@ def to_array_record(
     """A state_dict as an ArrayRecord, bf16 leaves included.
 
     Args:
-        state_dict: names to torch tensors or NumPy arrays.
+        state_dict: names to torch tensors, NumPy arrays or `Quantized`.
         wire: "fp16", "bf16", "int8", "int4" or any other of `fastagg.quantize` for the floating leaves; None sends them
-            as they are. Buffers (running statistics, integers) always travel as they are.
+            as they are. Buffers (running statistics, integers) and `Quantized` leaves always travel as they are.
         rounding: "nearest" or "stochastic".
         seed: of stochastic rounding; leaf number t is rounded with (seed, 0, t). None draws one a leaf.
         block: elements that share a scale.
         buffers: names of further leaves to send as they are.
 
     Raises:
-        TypeError, ValueError: as `fastagg.quantize`, before anything is encoded where the arguments are wrong.
+        TypeError: `state_dict` is no mapping, or a leaf no array of a real floating, integer or bool dtype.
+        ValueError: as `fastagg.quantize`.
     """
+    if not isinstance(state_dict, Mapping):
+        hint = ": pass its state_dict()" if hasattr(state_dict, "state_dict") else ""
+        raise TypeError(f"state_dict: expected a mapping of arrays, got {type(state_dict).__name__}{hint}")
     buffers = as_buffers(buffers)
     if wire is not None:
         wire = wire_name(wire)
@@ -50,11 +56,27 @@ def to_array_record(
         random_key(wire, rounding, seed)
     record = ArrayRecord()
     for index, (name, leaf) in enumerate(state_dict.items()):
-        if wire is not None and not is_buffer(name, leaf.dtype, buffers):
-            key = None if seed is None or rounding == "nearest" else (seed, 0, index)
-            leaf = quantize(leaf, wire, rounding=rounding, seed=key, block=block)
-        record[name] = write_leaf(leaf)
+        try:
+            leaf = _as_leaf(leaf)
+            if wire is not None and not isinstance(leaf, Quantized) and not is_buffer(name, leaf.dtype, buffers):
+                key = None if seed is None or rounding == "nearest" else (seed, 0, index)
+                leaf = quantize(leaf, wire, rounding=rounding, seed=key, block=block)
+            record[name] = write_leaf(leaf)
+        except (TypeError, NotImplementedError) as error:  # torch's, of a tensor without values
+            raise TypeError(f"leaf {name!r}: {error}") from None
     return record
+
+
+def _as_leaf(leaf: Any) -> Any:
+    """A leaf that can be written; raises TypeError if it is none."""
+    if isinstance(leaf, Quantized):
+        return leaf
+    if kind_of(leaf) is None:
+        raise TypeError(f"expected an array, a tensor or a Quantized, got {type(leaf).__name__}")
+    if code_of_dtype(leaf.dtype) is None:
+        expected = "expected a real floating, integer or bool dtype"
+        raise TypeError(f"dtype {name_of(leaf.dtype)} is not supported ({expected})")
+    return np.asarray(leaf) if isinstance(leaf, np.generic) else leaf
 
 
 def to_state_dict(record: ArrayRecord) -> OrderedDict[str, torch.Tensor]:
@@ -95,7 +117,8 @@ def quantize_mod(
 ) -> Mod:
     """A client mod that quantises the models a node uploads: `ClientApp(mods=[quantize_mod("int8")])`.
 
-    The server decodes them while it adds them up; put it first in the list, so that other mods see plain arrays.
+    The server decodes them while it adds them up; put it first in the list, so that other mods see plain arrays. Leaves
+    that are quantised already stay as they are.
 
     Args:
         wire: as in `to_array_record`.

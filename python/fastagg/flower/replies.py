@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
@@ -34,17 +35,25 @@ class Reply(NamedTuple):
     weight: float
     leaves: dict[str, Leaf]
 
-    @property
-    def form(self) -> frozenset[Any]:
-        """What all replies of a mean must share: the records' and metrics' names, and the leaves with their shapes."""
+    def form(self, metric_lengths: bool) -> frozenset[Any]:
+        """What all replies of a mean must share: the records' and metrics' names, and the leaves with their shapes.
+
+        With `metric_lengths`, also which metrics are lists, and how long.
+        """
         records = {*self.content.metric_records, *(self.content.array_records if self.leaves else ())}
-        metrics = {(name, len(value) if isinstance(value, list) else -1) for name, value in self.metrics.items()}
+        metrics = {
+            (name, len(value) if metric_lengths and isinstance(value, list) else -1)
+            for name, value in self.metrics.items()
+        }
         return frozenset({*records, *metrics, *form_of(self.leaves)})
+
+
+_dtype_name = lru_cache(maxsize=256)(name_of)  # NumPy makes up a dtype's name at every look
 
 
 def form_of(leaves: Mapping[str, Leaf]) -> frozenset[tuple[str, tuple[int, ...], str]]:
     """Leaves' names, shapes and dtypes; a quantised leaf has the dtype that it was made of."""
-    return frozenset((name, tuple(leaf.shape), name_of(leaf.dtype)) for name, leaf in leaves.items())
+    return frozenset((name, tuple(leaf.shape), _dtype_name(leaf.dtype)) for name, leaf in leaves.items())
 
 
 def read_reply(message: Message, server_round: int, weighted_by_key: str, has_arrays: bool) -> Reply:

@@ -15,7 +15,7 @@ from flwr.serverapp.exception import AggregationError
 from fastagg._errors import NonFiniteUpdateError
 from fastagg.accumulator import Accumulator
 from fastagg.averaging import NONFINITE
-from fastagg.flower.arrays import FreshArrays, Leaf
+from fastagg.flower.arrays import FreshArrays, Leaf, in_dtype
 from fastagg.flower.replies import (
     LeftOutReply,
     Reply,
@@ -57,6 +57,9 @@ class Settings(NamedTuple):
     Attributes:
         nan_policy, integer_policy: as in `fastagg.fedavg`.
         streaming: whether replies are added as they arrive.
+        in_model_dtypes: whether replies must have the leaves and dtypes of the model that was sent; floating leaves of
+            another floating dtype are then read as the model's.
+        metric_lengths: whether a metric that is a list must be equally long in all replies.
         weight_of: a reply's weight in the mean.
         aggregate: writes the mean of replies of one form, by their weights, into arrays; its last argument is the
             nan_policy "drop" or "propagate".
@@ -65,6 +68,8 @@ class Settings(NamedTuple):
     nan_policy: str
     integer_policy: str
     streaming: bool
+    in_model_dtypes: bool
+    metric_lengths: bool
     weight_of: Callable[[Reply], float]
     aggregate: Callable[[list[Reply], list[float], dict[str, np.ndarray], str], Members]
 
@@ -124,9 +129,10 @@ class EvaluationRound(Round):
 
     has_arrays = False
 
-    def __init__(self, number: int, weighted_by_key: str) -> None:
-        """See `Round`."""
+    def __init__(self, number: int, weighted_by_key: str, metric_lengths: bool) -> None:
+        """See `Round` and `Settings`."""
         super().__init__(number, weighted_by_key)
+        self._metric_lengths = metric_lengths
         self._replies: list[Reply] = []
 
     def _add(self, reply: Reply) -> None:
@@ -134,7 +140,7 @@ class EvaluationRound(Round):
 
     def agreeing(self) -> list[Reply]:
         """The replies with the metrics that most have."""
-        return _agreeing(self._replies, {}, self._leave_out)
+        return _agreeing(self._replies, self._metric_lengths, {}, self._leave_out)
 
 
 class TrainingRound(Round):
@@ -145,11 +151,27 @@ class TrainingRound(Round):
     def __init__(self, number: int, weighted_by_key: str, settings: Settings, model: dict[str, Leaf]) -> None:
         """See `Round`; `model` is what was sent to the nodes, empty where that is not known."""
         super().__init__(number, weighted_by_key)
-        self._settings = settings
+        self._settings, self._model, self._wanted = settings, model, form_of(model)
         self._models = (_Streamed if settings.streaming else _Collected)(settings, model, self._leave_out)
 
     def _add(self, reply: Reply) -> None:
+        if self._settings.in_model_dtypes and self._model:
+            reply = self._like_the_model(reply)
         self._models.add(reply, self._settings.weight_of(reply))
+
+    def _like_the_model(self, reply: Reply) -> Reply:
+        """A reply with its floating leaves in the model's dtypes.
+
+        Raises:
+            UnusableReplyError: it has other leaves, shapes or integer dtypes.
+        """
+        if form_of(reply.leaves) == self._wanted:
+            return reply
+        model, leaves = self._model, reply.leaves
+        leaves = {name: in_dtype(leaf, model[name].dtype) if name in model else leaf for name, leaf in leaves.items()}
+        if form_of(leaves) != self._wanted:
+            raise UnusableReplyError(differences(form_of(leaves), self._wanted))
+        return reply._replace(leaves=leaves)
 
     def mean(self) -> Mean | None:
         """The mean of the replies; None if no result came, or too few for the strategy's rule.
@@ -175,11 +197,13 @@ class TrainingRound(Round):
         return weightless + "".join(f"; node {node}: {reason}" for _, node, reason in self.left_out)
 
 
-def _agreeing(replies: list[Reply], model: dict[str, Leaf], leave_out: Callable[[int, str], None]) -> list[Reply]:
+def _agreeing(
+    replies: list[Reply], metric_lengths: bool, model: dict[str, Leaf], leave_out: Callable[[int, str], None]
+) -> list[Reply]:
     """The replies of one form; the others are left out."""
     if not replies:
         return []
-    forms = [reply.form for reply in replies]
+    forms = [reply.form(metric_lengths) for reply in replies]
     agreed = agreed_form(forms, form_of(model))
     for reply, form in zip(replies, forms, strict=True):
         if agreed is None:
@@ -208,7 +232,7 @@ class _Collected:
         Raises:
             ValueError: all weights are 0, or all hold a NaN or an infinity.
         """
-        replies = _agreeing(self._replies, self._model, self._leave_out)
+        replies = _agreeing(self._replies, self._settings.metric_lengths, self._model, self._leave_out)
         if not replies:
             return None
         arrays = FreshArrays(replies[0].leaves)
@@ -248,26 +272,28 @@ class _Streamed:
         Raises:
             UnusableReplyError: it differs from the model or from the first reply, or holds a NaN or an infinity.
         """
-        self._check(reply)
+        form = self._checked_form(reply)
         try:
             self._sums.add(reply.leaves, weight)
         except NonFiniteUpdateError as error:
             if self._settings.nan_policy == "raise":
-                raise NonFiniteUpdateError(f"node {reply.node}: {error}") from None
+                raise NonFiniteUpdateError(f"node {reply.node}, {_without_number(error)}") from None
             raise UnusableReplyError(_without_number(error)) from None
         except (TypeError, ValueError) as error:
             raise UnusableReplyError(_without_number(error)) from None
         if not self._replies:
-            self._form = reply.form
+            self._form = form
             self._leaves = {name: _Form(tuple(leaf.shape), leaf.dtype) for name, leaf in reply.leaves.items()}
         self._replies.append(reply._replace(leaves={}))
 
-    def _check(self, reply: Reply) -> None:
-        wanted, form = form_of(self._model), form_of(reply.leaves)
-        if wanted and form != wanted:
-            raise UnusableReplyError(differences(form, wanted))
-        if self._form and reply.form != self._form:
-            raise UnusableReplyError(differences(reply.form, self._form))
+    def _checked_form(self, reply: Reply) -> frozenset[Any]:
+        wanted, leaves = form_of(self._model), form_of(reply.leaves)
+        if wanted and leaves != wanted:
+            raise UnusableReplyError(differences(leaves, wanted))
+        form = reply.form(self._settings.metric_lengths)
+        if self._form and form != self._form:
+            raise UnusableReplyError(differences(form, self._form))
+        return form
 
     def mean(self) -> Mean | None:
         """The mean, and whose it is; None if there is nobody."""
@@ -280,4 +306,4 @@ class _Streamed:
 
 def _without_number(error: Exception) -> str:
     """An accumulator's message without the client's number, which is not the node's."""
-    return re.sub(r"^client \d+, ", "", str(error))
+    return re.sub(r"^the weight of client \d+:", "its weight:", re.sub(r"^client \d+, ", "", str(error)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
@@ -13,18 +14,22 @@ from flwr.serverapp import Grid
 from flwr.serverapp import strategy as flower
 from flwr.serverapp.exception import AggregationError
 from flwr.serverapp.strategy.fedopt import FedOpt as FlowerFedOpt
+from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 
 from fastagg import server
-from fastagg.averaging import check_policies, mean_and_dropped
+from fastagg._errors import NonFiniteUpdateError
+from fastagg.averaging import NONFINITE, check_policies, mean_and_dropped
 from fastagg.flower.arrays import FreshArrays, Leaf, as_array, read_record, squared_distance
 from fastagg.flower.replies import LeftOutReply, Reply, UnusableReplyError, differences, form_of
 from fastagg.flower.rounds import LOG, EvaluationRound, Mean, Members, Round, Settings, TrainingRound
 from fastagg.flower.streaming import StreamingGrid
-from fastagg.server.optimizer import as_buffers
+from fastagg.server.optimizer import as_buffers, in_range
 
 LEFT_OUT_METRIC = "replies-left-out"
 
 
+_SMALLEST_RATE = 1e-30  # whose inverse's square is far inside the range of floats
+_LARGEST_SHARE = 2.0**900  # so that the sum of any number of replies' shares is finite
 _WHAT_THE_MODEL_IS = ("_weight_of", "_aggregate", "_next_model")  # methods
 
 
@@ -51,15 +56,16 @@ class FedAvg(flower.FedAvg):
     Replies are read from their bytes in place and never altered; leaves are matched by name and keep their dtypes; a
     leaf may be quantised (`quantize_mod`). A reply that cannot be averaged is left out, logged, counted in the round's
     metric "replies-left-out" and listed in `left_out`: one with other leaves or shapes than the model that was sent,
-    with other records, dtypes or metrics than the rest, bytes that are not what their header says, a weight that is no
-    finite number of 0 or more, of another round, or a second one of a node. A reply of weight 0 has no part in
-    anything.
+    with other records, dtypes or metrics than the rest (lists of other lengths, unless a function of one's own
+    aggregates the metrics), bytes that are not what their header says, a weight that is no finite number of 0 or more,
+    of another round, or a second one of a node. A reply of weight 0 has no part in anything.
 
     Attributes:
         left_out: (server_round, node, reason) of every reply that was left out.
     """
 
     aggregate_train = _AggregateTrain()
+    _in_model_dtypes = False
 
     def __init__(
         self,
@@ -120,7 +126,15 @@ class FedAvg(flower.FedAvg):
         return _of_round(server_round, super().configure_evaluate(server_round, arrays, config, grid))
 
     def _open_round(self, server_round: int) -> TrainingRound:
-        settings = Settings(self.nan_policy, self.integer_policy, self.streaming, self._weight_of, self._aggregate)
+        settings = Settings(
+            self.nan_policy,
+            self.integer_policy,
+            self.streaming,
+            self._in_model_dtypes,
+            _is_flowers_mean(self.train_metrics_aggr_fn),
+            self._weight_of,
+            self._aggregate,
+        )
         return TrainingRound(server_round, self.weighted_by_key, settings, self._model)
 
     def _take(self, message: Message) -> None:
@@ -161,7 +175,7 @@ class FedAvg(flower.FedAvg):
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """The mean of the nodes' metrics; None if no reply can be averaged: the log then says why."""
-        current = EvaluationRound(server_round, self.weighted_by_key)
+        current = EvaluationRound(server_round, self.weighted_by_key, _is_flowers_mean(self.evaluate_metrics_aggr_fn))
         for message in replies:
             current.take(message)
         LOG.info("aggregate_evaluate: Received %s results and %s failures", current.results, current.failures)
@@ -197,6 +211,11 @@ class FedAvg(flower.FedAvg):
         return metrics
 
 
+def _is_flowers_mean(aggregate: Callable[[list[RecordDict], str], MetricRecord]) -> bool:
+    """Whether metrics are averaged element by element; a user's own function may make something else of lists."""
+    return aggregate is aggregate_metricrecords
+
+
 def _of_round(server_round: int, messages: Iterable[Message]) -> list[Message]:
     """Messages whose replies can be told from those of other rounds."""
     messages = list(messages)
@@ -215,6 +234,7 @@ class _ServerOptimized(FedAvg):
     Buffers (integer leaves, running statistics, and those named in `buffers=`) are no parameters: they take the mean.
     """
 
+    _in_model_dtypes = True
     optimizer: Any  # of fastagg.server
     current_arrays: Any  # of Flower's strategy: the model that was sent
 
@@ -225,21 +245,38 @@ class _ServerOptimized(FedAvg):
             *args: Flower's.
             buffers: names of further leaves that take the mean.
             **kwargs: Flower's, and those of `FedAvg`.
+
+        Raises:
+            TypeError, ValueError: a number is out of range.
         """
         super().__init__(*args, **kwargs)
         self.buffers = as_buffers(buffers)
+        self.optimizer = self._new_optimizer()
         self._steps = 0
+
+    @abstractmethod
+    def _new_optimizer(self) -> Any:
+        """The optimiser of `fastagg.server`, which checks the strategy's numbers."""
 
     def state_dict(self) -> dict[str, Any]:
         """The optimiser's moments and the number of its steps, copied, for a checkpoint."""
         return {"optimizer": self.optimizer.state_dict(), "steps": self._steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from what `state_dict` saved, in a run whose rounds count from 1 again."""
+        """Continues from what `state_dict` saved, in a run whose rounds count from 1 again.
+
+        Raises:
+            ValueError: the state is of another strategy or model, or damaged. Nothing has changed then.
+        """
+        if not isinstance(state, dict) or state.keys() != {"optimizer", "steps"} or not isinstance(state["steps"], int):
+            raise ValueError(f"state: expected what {type(self).__name__}.state_dict() returned")
         self.optimizer.load_state_dict(state["optimizer"])
-        self._steps, self.buffers = int(state["steps"]), self.optimizer.buffers
+        self._steps, self.buffers = state["steps"], self.optimizer.buffers
 
     def _sampled(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
+        for name in self.buffers:
+            if name not in self._model:
+                raise ValueError(f"buffers: the model has no leaf {name!r}")
         messages = flower.FedAvg.configure_train(self, server_round, arrays, config, grid)
         self.current_arrays = {name: as_array(leaf) for name, leaf in self._model.items()}  # where Flower copies
         return messages
@@ -277,10 +314,9 @@ class FedAvgM(_ServerOptimized, flower.FedAvgM):
     ``m = server_momentum * m + (x - mean)``, ``x = x - server_learning_rate * m``
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """See `FedAvg`; `buffers` names further leaves that take the mean."""
-        super().__init__(*args, **kwargs)
-        self.optimizer = server.FedAvgM(buffers=self.buffers)
+    def _new_optimizer(self) -> server.FedAvgM:
+        rate, momentum = self.server_learning_rate, self.server_momentum
+        return server.FedAvgM(learning_rate=rate, momentum=momentum, buffers=self.buffers)
 
     def _learning_rate(self, server_round: int) -> float:
         self.optimizer.momentum = self.server_momentum
@@ -313,10 +349,8 @@ class _Adaptive(_ServerOptimized, FedOpt):
 class FedAdagrad(_Adaptive, flower.FedAdagrad):
     """FedAdagrad: ``v = v + delta^2``; otherwise as FedAdam, with ``beta_1 = 0``."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """See `FedAvg`; `buffers` names further leaves that take the mean."""
-        super().__init__(*args, **kwargs)
-        self.optimizer = server.FedAdagrad(buffers=self.buffers)
+    def _new_optimizer(self) -> server.FedAdagrad:
+        return server.FedAdagrad(learning_rate=self.eta, beta_1=self.beta_1, tau=self.tau, buffers=self.buffers)
 
 
 class FedAdam(_Adaptive, flower.FedAdam):
@@ -326,10 +360,10 @@ class FedAdam(_Adaptive, flower.FedAdam):
     has its round in the place of the step, and so begins anew where a run is resumed).
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """See `FedAvg`; `buffers` names further leaves that take the mean."""
-        super().__init__(*args, **kwargs)
-        self.optimizer = server.FedAdam(buffers=self.buffers)
+    def _new_optimizer(self) -> server.FedAdam:
+        return server.FedAdam(
+            learning_rate=self.eta, beta_1=self.beta_1, beta_2=self.beta_2, tau=self.tau, buffers=self.buffers
+        )
 
     def _learning_rate(self, server_round: int) -> float:
         rate, power = super()._learning_rate(server_round), self._steps + 2
@@ -339,10 +373,10 @@ class FedAdam(_Adaptive, flower.FedAdam):
 class FedYogi(_Adaptive, flower.FedYogi):
     """FedYogi: ``v = v - (1 - beta_2) * delta^2 * sign(v - delta^2)``; otherwise as FedAdam, without correction."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """See `FedAvg`; `buffers` names further leaves that take the mean."""
-        super().__init__(*args, **kwargs)
-        self.optimizer = server.FedYogi(buffers=self.buffers)
+    def _new_optimizer(self) -> server.FedYogi:
+        return server.FedYogi(
+            learning_rate=self.eta, beta_1=self.beta_1, beta_2=self.beta_2, tau=self.tau, buffers=self.buffers
+        )
 
 
 class QFedAvg(_ServerOptimized, flower.QFedAvg):
@@ -350,14 +384,18 @@ class QFedAvg(_ServerOptimized, flower.QFedAvg):
 
     ``x = x - sum_k(F_k^q * L * (x - x_k)) / sum_k(q * F_k^(q - 1) * |L * (x - x_k)|^2 + L * F_k^q)``, L being
     ``1 / client_learning_rate`` and F_k the loss that a node reports as `train_loss_key`. A reply without a finite loss
-    of 0 or more is left out.
+    of 0 or more is left out, and one whose share of a sum leaves the range of floats.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """See `FedAvg`; `buffers` names further leaves that take the mean."""
         super().__init__(*args, **kwargs)
-        self.optimizer = server.FedAvg(buffers=self.buffers)
         self._fairness: dict[int, tuple[float, float]] = {}  # a reply's shares of the two sums, by its content
+
+    def _new_optimizer(self) -> server.FedAvg:
+        in_range(self.client_learning_rate, "client_learning_rate", least=_SMALLEST_RATE)
+        in_range(self.q, "q")
+        return server.FedAvg(buffers=self.buffers)
 
     def _sampled(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         self._fairness.clear()
@@ -370,11 +408,22 @@ class QFedAvg(_ServerOptimized, flower.QFedAvg):
         current = _current_model(self)
         if form_of(current) != form_of(reply.leaves):
             raise UnusableReplyError(differences(form_of(reply.leaves), form_of(current)))
-        lipschitz, loss = 1 / self.client_learning_rate, loss + 1e-10
-        gradient = lipschitz**2 * squared_distance(current, reply.leaves, self.buffers)
-        weight: float = lipschitz * loss**self.q
-        self._fairness[id(reply.content)] = weight, self.q * loss ** (self.q - 1) * gradient + weight
+        distance = squared_distance(current, reply.leaves, self.buffers)
+        weight, divisor = self._shares(loss, distance)
+        if not weight + divisor < _LARGEST_SHARE and all(np.isfinite(as_array(x)).all() for x in reply.leaves.values()):
+            raise UnusableReplyError(f"its {self.train_loss_key!r} {loss!r}, or its model, is too large for its share")
+        self._fairness[id(reply.content)] = weight, divisor
         return weight
+
+    def _shares(self, loss: float, distance: float) -> tuple[float, float]:
+        """A reply's shares of the two sums; infinite where they leave the range of floats."""
+        lipschitz = 1 / self.client_learning_rate
+        try:
+            loss = float(loss) + 1e-10
+            weight: float = lipschitz * loss**self.q
+            return weight, self.q * loss ** (self.q - 1) * lipschitz**2 * distance + weight
+        except OverflowError:
+            return math.inf, math.inf
 
     def _next_model(self, server_round: int, mean: Mean) -> FreshArrays:
         self._contributing = [self._fairness[id(reply.content)] for reply in mean.replies]
@@ -382,4 +431,7 @@ class QFedAvg(_ServerOptimized, flower.QFedAvg):
 
     def _learning_rate(self, server_round: int) -> float:
         weights, divisors = zip(*self._contributing, strict=True)
-        return math.fsum(weights) / math.fsum(divisors)
+        rate = math.fsum(weights) / math.fsum(divisors)
+        if math.isnan(rate):  # under "propagate"
+            raise NonFiniteUpdateError(f"a reply {NONFINITE}, so that there is no step")
+        return rate

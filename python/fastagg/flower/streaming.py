@@ -15,6 +15,7 @@ _LONGEST_PAUSE = 1.0  # seconds between two looks for replies
 _SHORTEST_PAUSE = 0.01
 
 
+@Grid.register  # what it does not have is the grid's own
 class StreamingGrid:
     """A Flower grid whose `send_and_receive` of training messages pulls replies one by one.
 

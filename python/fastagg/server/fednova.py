@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fastagg._errors import DroppedUpdateWarning
-from fastagg._updates import as_weights
+from fastagg._updates import as_list, as_weights
 from fastagg.averaging import NONFINITE, mean_and_dropped
 from fastagg.server.optimizer import as_buffers, in_range
 from fastagg.server.step import interpolate
@@ -61,7 +61,7 @@ class FedNova:
         Raises:
             TypeError, ValueError: as `fedavg` and `FedAvg.step` raise, or a number of steps is not positive.
         """
-        updates = list(updates)
+        updates = as_list(updates)
         weights = as_weights(weights, len(updates))
         normalizers = _as_normalizers(steps, weights)
         shares = [weight / steps for weight, steps in zip(weights, normalizers, strict=True)]
@@ -103,6 +103,8 @@ def _as_normalizers(steps: Any, weights: list[float]) -> list[float]:
     Raises:
         TypeError, ValueError: there are not as many as weights, or one is not positive and finite.
     """
+    if not isinstance(steps, Iterable) or isinstance(steps, (str, bytes, Mapping)):
+        raise TypeError(f"steps: expected {len(weights)} numbers, got {steps!r}")
     numbers = list(steps)
     if len(numbers) != len(weights):
         raise ValueError(f"steps: expected {len(weights)}, one for each update, got {len(numbers)}")

@@ -29,14 +29,14 @@ def proximal_term(parameters: Parameters, global_parameters: Parameters, mu: flo
         mu: 0 or more.
 
     Returns:
-        A scalar tensor with a gradient towards `parameters`.
+        A scalar tensor with a gradient towards `parameters`, float32 or wider: squares of fp16 would soon be infinite.
 
     Raises:
         ValueError: numbers, names or shapes of parameters differ, there are none, or mu is negative.
     """
     pairs = _pairs(parameters, global_parameters)
     factor = in_range(mu, "mu") / 2
-    squares = [(own - sent.detach()).square().sum() for own, sent in pairs]
+    squares = [(_wide(own) - _wide(sent.detach())).square().sum() for own, sent in pairs]
     total = squares[0]
     for square in squares[1:]:
         total = total + square
@@ -56,6 +56,13 @@ def add_proximal_gradients(parameters: Parameters, global_parameters: Parameters
     for own, sent in _pairs(parameters, global_parameters):
         if own.grad is not None:
             own.grad.add_(own.detach() - sent.detach(), alpha=mu)
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor in float32, or as wide as it is."""
+    import torch
+
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _pairs(parameters: Parameters, global_parameters: Parameters) -> list[tuple[torch.Tensor, torch.Tensor]]:
