@@ -747,3 +747,33 @@ def test_low_memory_is_untouched_by_a_refused_update(backend: Backend, policy: s
             accumulator.add(put(wrong))
     assert_same_bits(accumulator.state_dict()["sums"], before)
     assert accumulator.count == 1
+
+
+def test_low_memory_looks_through_only_what_could_spoil_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_through = []
+    monkeypatch.setattr(
+        "fastagg.accumulator.nonfinite_leaves", lambda inputs, client, stream: looked_through.append(inputs) or []
+    )
+    accumulator = fastagg.Accumulator(low_memory=True, batch=3)
+    for _ in range(3):
+        accumulator.add(np.ones(5, np.float32))
+    assert not looked_through  # there was nothing to lose
+    for _ in range(3):
+        accumulator.add(np.ones(5, np.float32))
+    assert len(looked_through) == 3
+
+
+@pytest.mark.parametrize("policy", ["raise", "drop"])
+def test_low_memory_starts_with_a_batch_that_is_refused(backend: Backend, policy: str) -> None:
+    good, wrong = np.arange(5, dtype=np.float32), np.array([0, 0, np.nan, 0, 0], np.float32)
+    accumulator = fastagg.Accumulator(low_memory=True, nan_policy=policy, batch=2)
+    accumulator.add(backend.put(good), 2)
+    if policy == "raise":
+        with pytest.raises(ValueError, match=r"client 1, the array: holds a NaN"):
+            accumulator.add(backend.put(wrong))
+    else:
+        with pytest.warns(fastagg.DroppedUpdateWarning, match="client 1, the array"):
+            accumulator.add(backend.put(wrong))
+    accumulator.add(backend.put(good + 3))
+    assert_same_bits(backend.get(accumulator.result()), good + 1)
+    assert accumulator.count == 2

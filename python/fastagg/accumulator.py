@@ -90,8 +90,9 @@ class Accumulator:
             integer_policy: "max", "first" or "round", as in `fedavg`.
             batch: updates to hold by reference and fold in one pass. 1 keeps nothing of an update once `add` has
                 returned; more is faster, for callers who leave their arrays alone until they are folded.
-            low_memory: look every update through first and keep the sums once: 6 bytes an element in place of 12, for
-                a little more time. Updates with fp64 leaves keep them twice all the same: their sums can overflow.
+            low_memory: keep the sums once, and look updates through before they are added to any: 6 bytes an element in
+                place of 12, for a little more time. Updates with fp64 leaves keep them twice all the same: their sums
+                can overflow.
             stats: keep `statistics`, gathered as updates are folded: 72 bytes a client and floating leaf. For updates
                 on the CPU.
         """
@@ -367,7 +368,7 @@ class Accumulator:
     def _fold(self) -> None:
         """Adds the updates that wait. A non-finite one is dropped or raised; then the others still wait."""
         while self._pending:
-            offenders = self._nonfinite_pending() if self._in_place else {}
+            offenders = self._nonfinite_pending() if self._spoils_sums else {}
             if not offenders:
                 flagged = self._combine_pending()
                 offenders = self._offenders(flagged) if flagged else {}
@@ -389,6 +390,11 @@ class Accumulator:
         """Whether sums are added to where they lie."""
         return self.low_memory and all(leaf.code != Code.FLOAT64 for leaf in self._leaves)
 
+    @property
+    def _spoils_sums(self) -> bool:
+        """Whether the next updates are added to sums where those lie; the first ones join none that could be lost."""
+        return self._in_place and self._count > 0
+
     def _nonfinite_pending(self) -> dict[int, int]:
         """The waiting clients with a non-finite value, and their first such leaf."""
         if self.nan_policy == "propagate":
@@ -402,7 +408,7 @@ class Accumulator:
         leaves = [
             self._leaf_operands(leaf, *self._sources(index), weights, base) for index, leaf in enumerate(self._leaves)
         ]
-        check = self.nan_policy != "propagate" and not self._in_place
+        check = self.nan_policy != "propagate" and not self._spoils_sums
         if not self.stats:
             self._found: list[_Measured] = []
             return weighted_sum(leaves, self._device, self._stream(), check)

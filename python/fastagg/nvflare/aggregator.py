@@ -109,7 +109,7 @@ class FedAvgAggregator(ModelAggregator):
         self,
         nan_policy: str = "drop",
         integer_policy: str = "max",
-        batch: int = 3,
+        batch: int = 4,
         aggregation_weights: dict[str, float] | None = None,
         exclude_vars: str | None = None,
     ) -> None:
