@@ -24,8 +24,10 @@ class MappedFile:
 
         Raises:
             OSError: it cannot be read.
-            ValueError: it is empty.
+            ValueError: it is empty, or no plain file.
         """
+        if path.exists() and not path.is_file():  # to open a pipe would wait for who writes to it
+            raise ValueError(f"{path}: expected a plain file")
         with path.open("rb") as file:
             if not path.stat().st_size:
                 raise ValueError(f"{path}: the file is empty")
