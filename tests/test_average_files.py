@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -890,7 +891,8 @@ def test_the_command(tmp_path):
     output = tmp_path / "out.safetensors"
     done = invoke(*paths, "-w", 10, "--weight", 20, "-o", output)
     assert done.exit_code == 0, done.output
-    assert f"wrote {output}: 11 leaves of 2 files" in done.stdout
+    nbytes = 2 * sum(leaf.nbytes for leaf in models[0].values())
+    assert f"wrote {output}: 11 leaves of 2 files, {nbytes / 1e6:.1f} MB read in " in done.stdout
     assert done.stderr == ""
     assert_same(contents(output), fastagg.fedavg(models, [10, 20]))
     done = invoke(*paths, "-o", output)
@@ -900,6 +902,15 @@ def test_the_command(tmp_path):
     done = invoke(*paths, "-o", output, *options, "--integer-policy", "first")
     assert done.exit_code == 0, done.output
     assert contents(output)["half"].dtype == np.float32
+
+
+def test_a_terminal_shows_bytes_and_their_rate(tmp_path, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # a terminal for rich
+    path = write(tmp_path / "a.safetensors", {"w": np.zeros(5_000_000, np.float32)})
+    done = invoke(path, "-o", tmp_path / "out.safetensors")
+    assert done.exit_code == 0, done.output
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", done.stderr)
+    assert re.search(r"20\.0/20\.0 MB \d+\.\d [kMG]B/s", shown), shown
 
 
 def test_the_command_tells_which_files_were_dropped(tmp_path):

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
 from fastagg._codes import WIRES, float_code
@@ -106,8 +107,8 @@ def _progress_bar() -> Progress:
 def _report(done: Averaged, contributing: int) -> None:
     for path, leaf in done.dropped.items():
         print(f"dropped {path}: leaf {leaf!r} holds a NaN or an infinity", file=sys.stderr)
-    rate = done.bytes_read / max(done.seconds, 1e-9) / 1e9
+    rate = int(done.bytes_read / max(done.seconds, 1e-9))
     print(
         f"wrote {done.output}: {done.leaves} leaves of {contributing - len(done.dropped)} files, "
-        f"{done.bytes_read / 1e9:.3g} GB read in {done.seconds:.2f} s, {rate:.3g} GB/s"
+        f"{decimal(done.bytes_read)} read in {done.seconds:.2f} s, {decimal(rate)}/s"
     )
