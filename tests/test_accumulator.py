@@ -717,6 +717,35 @@ def test_mappings_of_any_kind_merge() -> None:
     assert np.allclose(one.result()["a"], 7 / 3)
 
 
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_leaves_are_merged_by_name(low_memory: bool) -> None:
+    random = generator(32)
+    names = {"a": np.float32, "i": np.int64, "b": np.float64, "c": np.float16}
+    updates = [
+        {name: np.asarray(random.normal(size=5) * 9).astype(dtype) for name, dtype in names.items()} for _ in "123"
+    ]
+    reordered = [updates[0], *({name: update[name] for name in "cbia"} for update in updates[1:])]
+    totals = []
+    for one, *others in (updates, reordered):
+        accumulator = fastagg.Accumulator(stats=True, low_memory=low_memory)
+        accumulator.add(one, 2)
+        other = fastagg.Accumulator(stats=True)
+        for update in others:
+            other.add(update, 3)
+        accumulator.merge(other)
+        totals.append(accumulator)
+    expected, result = (accumulator.result() for accumulator in totals)
+    assert list(result) == list(names)
+    for name in names:
+        assert_same_bits(result[name], expected[name])
+    assert totals[1].statistics.as_dict() == totals[0].statistics.as_dict()
+    for other in ({"a": np.ones(5, np.float32)}, {**updates[0], "z": np.ones(1)}, list(updates[0].values())):
+        accumulator = fastagg.Accumulator(stats=True)
+        accumulator.add(other)
+        with pytest.raises(ValueError, match="other: its leaves have other names"):
+            totals[0].merge(accumulator)
+
+
 @by_dtype
 def test_low_memory_gives_the_same_bits_from_half_the_memory(backend: Backend, dtype: np.dtype) -> None:
     random = generator(31)

@@ -209,6 +209,15 @@ def test_chunks_that_differ_are_named(files: list[Path], spoil: Callable[[Path],
         trees.average(files, load=load_npz, fan_in=4)
 
 
+def test_leaves_are_matched_by_name_in_chunks_and_among_them() -> None:
+    def load(number: int) -> Update:
+        update = client(number)
+        return update if number % 3 else dict(reversed(update.items()))
+
+    mean = trees.average(range(1, 9), load=load, fan_in=2)
+    assert_same_update(mean, trees.average(range(1, 9), load=client, fan_in=2))
+
+
 def test_a_wrong_weight_names_its_client(files: list[Path]) -> None:
     with pytest.raises(ValueError, match=r"the weight of .*client-8.npz: expected 0, or"):
         trees.average(files, [1.0] * 8 + [1e200], load=load_npz)

@@ -189,7 +189,7 @@ class Accumulator:
                 self._fold()
 
     def merge(self, other: Accumulator) -> None:
-        """Adds all that another accumulator holds, as if its clients had been added here.
+        """Adds all that another accumulator holds, as if its clients had been added here: leaves are matched by name.
 
         Raises:
             TypeError: other is no Accumulator.
@@ -204,17 +204,21 @@ class Accumulator:
         with first._lock, second._lock:
             self._fold()
             other._fold()
-            self._check_mergeable(other)
+            places = self._places_in(other)
             if other._count:
                 if self._structure is None:
                     self._adopt(other)
-                sources = [self._sums, other._sums] if self._count else [other._sums]
-                self._combine([self._kind().address(sums) for sums in sources])
+                blocks = [(self._leaves, self._sums)] if self._count else []
+                self._combine([*blocks, ([other._leaves[place] for place in places], other._sums)])
                 self._count += other._count
                 self._total = math.fsum((self._total, other._total))
             self.dropped.extend(dropped._replace(client=self._added + dropped.client) for dropped in other.dropped)
             if self.stats:
-                self._measured.extend(one._replace(client=self._added + one.client) for one in other._measured)
+                floats = other._floats()
+                rows = [floats.index(place) for place in places if place in floats]
+                self._measured.extend(
+                    one._replace(client=self._added + one.client, moments=one.moments[rows]) for one in other._measured
+                )
             self._added += other._added
 
     def result(self, *, out: Any = None) -> Any:
@@ -432,14 +436,15 @@ class Accumulator:
         """The leaves that have statistics."""
         return [index for index, leaf in enumerate(self._leaves) if leaf.code in FLOATS]
 
-    def _combine(self, bases: list[int]) -> None:
-        """Sets the sums to the total of several blocks of sums."""
-        following, weights = self._next_address(), [1.0] * len(bases)
-        leaves = [
-            self._leaf_operands(leaf, *self._folded(leaf, [leaf.operands(base) for base in bases]), weights, following)
-            for leaf in self._leaves
-        ]
-        weighted_sum(leaves, self._device, self._stream(), False)
+    def _combine(self, blocks: list[tuple[list[LeafSums], Any]]) -> None:
+        """Sets the sums to the total of several blocks of sums, each with its leaves in the order of this one's."""
+        following, weights = self._next_address(), [1.0] * len(blocks)
+        bases = [(leaves, self._kind().address(sums)) for leaves, sums in blocks]
+        operands = []
+        for index, leaf in enumerate(self._leaves):
+            sources = [leaves[index].operands(base) for leaves, base in bases]
+            operands.append(self._leaf_operands(leaf, *self._folded(leaf, sources), weights, following))
+        weighted_sum(operands, self._device, self._stream(), False)
         self._swap()
 
     def _swap(self) -> None:
@@ -483,16 +488,23 @@ class Accumulator:
             self.dropped.append(DroppedUpdate(client, names[index] if names else None, _REASON))
             warnings.warn(f"dropped: {messages[client]}", DroppedUpdateWarning, stacklevel=4)
 
-    def _check_mergeable(self, other: Accumulator) -> None:
+    def _places_in(self, other: Accumulator) -> list[int]:
+        """Where another accumulator has this one's leaves, or all of its own where this one has none yet.
+
+        Raises:
+            ValueError: it cannot be merged into this one.
+        """
         if other.integer_policy != self.integer_policy:
             raise ValueError(f"other: expected integer_policy {self.integer_policy!r}, got {other.integer_policy!r}")
         if self.stats and other._count and not other.stats:
             raise ValueError("other: expected an Accumulator(stats=True), as this one is")
         if self._structure is None or other._structure is None:
-            return
-        if not self._structure.has_names_of(other._structure):
-            raise ValueError("other: its leaves have other names or another order")
-        for index, (mine, theirs) in enumerate(zip(self._leaves, other._leaves, strict=True)):
+            return list(range(len(other._leaves)))
+        places = self._structure.places_in(other._structure)
+        if places is None:
+            raise ValueError("other: its leaves have other names")
+        for index, (mine, place) in enumerate(zip(self._leaves, places, strict=True)):
+            theirs = other._leaves[place]
             if (mine.shape, mine.code, mine.state) != (theirs.shape, theirs.code, theirs.state):
                 raise ValueError(
                     f"other, {self._structure.leaf_name(index)}: expected {name_of(mine.dtype)} {mine.shape}, "
@@ -500,6 +512,7 @@ class Accumulator:
                 )
         if self._device != other._device:
             raise ValueError(f"other: expected device {self._device}, got {other._device}")
+        return places
 
     def _adopt(self, other: Accumulator) -> None:
         """Takes over the structure of an accumulator that is merged into an empty one."""
