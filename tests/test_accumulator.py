@@ -751,7 +751,7 @@ def test_low_memory_gives_the_same_bits_from_half_the_memory(backend: Backend, d
     random = generator(31)
     columns, weights = [normal(random, 333, dtype) for _ in range(5)], counts(random, 5)
     frugal = filled(backend.put_all(columns), weights, low_memory=True, batch=2)
-    usual = filled(backend.put_all(columns), weights, batch=2)
+    usual = filled(backend.put_all(columns), weights, batch=np.int64(2))
     assert_same_bits(backend.get(frugal.result()), backend.get(usual.result()))
     for accumulator in (frugal, usual):
         accumulator.merge(filled(backend.put_all(columns), weights))

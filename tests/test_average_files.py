@@ -913,6 +913,26 @@ def test_a_terminal_shows_bytes_and_their_rate(tmp_path, monkeypatch):
     assert re.search(r"20\.0/20\.0 MB \d+\.\d [kMG]B/s", shown), shown
 
 
+def test_more_files_than_descriptors(tmp_path):
+    path = write(tmp_path / "a.safetensors", {"w": np.ones(2, np.float32)})
+    program = f"""
+import resource
+from fastagg._commands import application
+from fastagg.files import average
+paths, output = [{str(path)!r}] * 100, {str(tmp_path / "out.safetensors")!r}
+_, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+try:
+    average(paths, output)
+except OSError as error:
+    print(error.filename)
+application(["average", *paths, "-o", output])
+"""
+    named, wrote = output_of(program).splitlines()
+    assert named == str(path)
+    assert "1 leaves of 100 files" in wrote
+
+
 def test_the_command_tells_which_files_were_dropped(tmp_path):
     _, paths = with_nan(tmp_path)
     done = invoke(*paths, "-o", tmp_path / "out.safetensors", "--nan-policy", "drop")

@@ -90,7 +90,7 @@ def test_few_partial_sums_are_alive_at_a_time() -> None:
     assert most <= 13  # log2(1000) + 2, and the result of a merge beside its operands
 
 
-@pytest.mark.parametrize("fan_in", [1, 4, 32])
+@pytest.mark.parametrize("fan_in", [1, np.int64(4), 32])
 @pytest.mark.parametrize("clients", [1, 2, 33, 100])
 def test_the_mean(clients: int, fan_in: int) -> None:
     weights = weights_of(clients)

@@ -97,7 +97,7 @@ class Accumulator:
                 on the CPU.
         """
         check_policies(nan_policy, integer_policy)
-        if not isinstance(batch, int) or batch < 1:
+        if not isinstance(batch, (int, np.integer)) or batch < 1:
             raise ValueError(f"batch: expected an integer of 1 or more, got {batch!r}")
         self.nan_policy, self.integer_policy, self.batch = nan_policy, integer_policy, batch
         self.low_memory, self.stats = low_memory, stats

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import resource
 import sys
 import warnings
 from collections.abc import Callable
@@ -71,6 +73,7 @@ def average_command(
     normalize: Annotated[bool, typer.Option(help="Divide by the sum of the weights.")] = True,
 ) -> None:
     """Average checkpoint files of any size into a new one."""
+    _permit_many_files()
     if weight and len(weight) != len(files):
         raise typer.BadParameter(f"expected {len(files)}, one for each file, got {len(weight)}", param_hint="--weight")
     try:
@@ -95,6 +98,13 @@ def average_command(
     except (ImportError, TypeError, ValueError) as error:
         sys.exit(f"fastagg average: {error}")
     _report(done, sum(map(bool, weight)) if weight else len(files))
+
+
+def _permit_many_files() -> None:
+    """Lets this process open as many files as the system permits: all inputs stay open, and the usual limit is 1024."""
+    with contextlib.suppress(OSError, ValueError):  # a system that has no such number keeps its limit
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _progress_bar() -> Progress:

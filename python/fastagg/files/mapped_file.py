@@ -31,7 +31,10 @@ class MappedFile:
         with path.open("rb") as file:
             if not path.stat().st_size:
                 raise ValueError(f"{path}: the file is empty")
-            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            try:
+                mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            except OSError as error:  # it keeps a descriptor of its own, and there may be too many
+                raise OSError(error.errno, error.strerror, str(path)) from None
         self.bytes: np.ndarray = np.frombuffer(mapping, np.uint8)
 
     def __len__(self) -> int:
