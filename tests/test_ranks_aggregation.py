@@ -115,13 +115,14 @@ assert accumulator.count == 8
 
 OWN_ARRAYS_AND_OPTIONS = """
 as_tensors = rank % 2 == 1
-accumulator = fastagg.Accumulator(nan_policy=("raise", "drop", "propagate")[rank], batch=1 + rank)
+options = {"nan_policy": ("raise", "drop", "propagate")[rank], "batch": 1 + rank, "low_memory": rank == 1}
+accumulator = fastagg.Accumulator(**options)
 update = {"a": np.full(3, rank, np.float32)}
 accumulator.add({name: torch.from_numpy(array) for name, array in update.items()} if as_tensors else update)
 merge_over_ranks(accumulator)
 mean = accumulator.result()["a"]
 assert type(mean) is (torch.Tensor if as_tensors else np.ndarray) and mean.tolist() == [1, 1, 1]
-assert (accumulator.nan_policy, accumulator.batch) == (("raise", "drop", "propagate")[rank], 1 + rank)
+assert {name: getattr(accumulator, name) for name in options} == options
 
 single = fastagg.Accumulator()
 single.add(np.full(3, rank, np.float32))
@@ -155,6 +156,8 @@ assert "rank 2 has leaf 'double', float32 (3, 5)" in told(differing(change("doub
 assert "rank 1 has no more leaves, rank 2 has leaf 'extra'" in told(differing(change("extra", np.zeros(2))))
 assert "rank 2 has leaf 'count'" in told(differing(lambda update: update.pop("double")))
 assert "rank 2 has integer_policy 'round'" in told(differing(lambda update: None, integer_policy="round"))
+for one in (0, 2):  # statistics would be lost, or missing
+    assert f"rank {one} has stats=True" in told(accumulator_of(rank, stats=rank == one))
 assert "rank 0 has root None, rank 1 has root 0" in told(accumulator_of(rank), **({"root": 0} if rank == 1 else {}))
 
 root = "first" if rank == 1 else 0
