@@ -184,6 +184,23 @@ def _nvflare(case: Case, aggregate: Callable[[Iterable[Any]], Any]) -> Call:
     return lambda: fobs.dumps(FLModelUtils.to_shareable(FLModel(params=aggregate(arriving()))))
 
 
+def _nvflare_aggregation(case: Case, aggregate: Callable[[Iterable[Any]], Any]) -> Call:
+    """What is left of a round where all replies are tensors already."""
+    import torch
+    from nvflare.app_common.abstract.fl_model import FLModel
+
+    logging.disable(logging.WARNING)
+    distinct = [{name: torch.from_numpy(x) for name, x in update.items()} for update in updates_of(case)]
+    replies = [
+        FLModel(
+            params=distinct[client % len(distinct)],
+            meta={"client_name": f"site-{client}", "NUM_STEPS_CURRENT_ROUND": weight},
+        )
+        for client, weight in enumerate(weights_of(case))
+    ]
+    return lambda: aggregate(replies)
+
+
 def nvflare(case: Case) -> Call:
     """NVFlare's own aggregation."""
     from nvflare_round import nvflare_round
@@ -197,6 +214,21 @@ def fastagg_nvflare(case: Case) -> Call:
     from nvflare_round import fastagg_round
 
     return _nvflare(case, fastagg_round(FedAvgAggregator().batch))
+
+
+def nvflare_aggregation(case: Case) -> Call:
+    """NVFlare's own aggregation of tensors."""
+    from nvflare_round import nvflare_round
+
+    return _nvflare_aggregation(case, nvflare_round)
+
+
+def fastagg_nvflare_aggregation(case: Case) -> Call:
+    """That of `fastagg.nvflare.FedAvgAggregator`."""
+    from fastagg.nvflare import FedAvgAggregator
+    from nvflare_round import fastagg_round
+
+    return _nvflare_aggregation(case, fastagg_round(FedAvgAggregator().batch))
 
 
 def flower_step(case: Case) -> Call:
@@ -266,6 +298,8 @@ ROUNDS: dict[str, Callable[[Case], Call]] = {
     "fastagg in Flower, streaming": fastagg_flower_streaming,
     "NVFlare": nvflare,
     "fastagg in NVFlare": fastagg_nvflare,
+    "NVFlare, tensors": nvflare_aggregation,
+    "fastagg in NVFlare, tensors": fastagg_nvflare_aggregation,
 }
 STEPS: dict[str, Callable[[Case], Call]] = {
     "Flower, FedAdam step": flower_step,
@@ -276,5 +310,6 @@ RIVALS = {
     "fastagg in Flower": "Flower",
     "fastagg in Flower, streaming": "Flower",
     "fastagg in NVFlare": "NVFlare",
+    "fastagg in NVFlare, tensors": "NVFlare, tensors",
     "fastagg in Flower, FedAdam step": "Flower, FedAdam step",
 }

@@ -717,12 +717,41 @@ def test_mappings_of_any_kind_merge() -> None:
     assert np.allclose(one.result()["a"], 7 / 3)
 
 
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_leaves_are_merged_by_name(low_memory: bool) -> None:
+    random = generator(32)
+    names = {"a": np.float32, "i": np.int64, "b": np.float64, "c": np.float16}
+    updates = [
+        {name: np.asarray(random.normal(size=5) * 9).astype(dtype) for name, dtype in names.items()} for _ in "123"
+    ]
+    reordered = [updates[0], *({name: update[name] for name in "cbia"} for update in updates[1:])]
+    totals = []
+    for one, *others in (updates, reordered):
+        accumulator = fastagg.Accumulator(stats=True, low_memory=low_memory)
+        accumulator.add(one, 2)
+        other = fastagg.Accumulator(stats=True)
+        for update in others:
+            other.add(update, 3)
+        accumulator.merge(other)
+        totals.append(accumulator)
+    expected, result = (accumulator.result() for accumulator in totals)
+    assert list(result) == list(names)
+    for name in names:
+        assert_same_bits(result[name], expected[name])
+    assert totals[1].statistics.as_dict() == totals[0].statistics.as_dict()
+    for other in ({"a": np.ones(5, np.float32)}, {**updates[0], "z": np.ones(1)}, list(updates[0].values())):
+        accumulator = fastagg.Accumulator(stats=True)
+        accumulator.add(other)
+        with pytest.raises(ValueError, match="other: its leaves have other names"):
+            totals[0].merge(accumulator)
+
+
 @by_dtype
 def test_low_memory_gives_the_same_bits_from_half_the_memory(backend: Backend, dtype: np.dtype) -> None:
     random = generator(31)
     columns, weights = [normal(random, 333, dtype) for _ in range(5)], counts(random, 5)
     frugal = filled(backend.put_all(columns), weights, low_memory=True, batch=2)
-    usual = filled(backend.put_all(columns), weights, batch=2)
+    usual = filled(backend.put_all(columns), weights, batch=np.int64(2))
     assert_same_bits(backend.get(frugal.result()), backend.get(usual.result()))
     for accumulator in (frugal, usual):
         accumulator.merge(filled(backend.put_all(columns), weights))
@@ -747,3 +776,33 @@ def test_low_memory_is_untouched_by_a_refused_update(backend: Backend, policy: s
             accumulator.add(put(wrong))
     assert_same_bits(accumulator.state_dict()["sums"], before)
     assert accumulator.count == 1
+
+
+def test_low_memory_looks_through_only_what_could_spoil_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_through = []
+    monkeypatch.setattr(
+        "fastagg.accumulator.nonfinite_leaves", lambda inputs, client, stream: looked_through.append(inputs) or []
+    )
+    accumulator = fastagg.Accumulator(low_memory=True, batch=3)
+    for _ in range(3):
+        accumulator.add(np.ones(5, np.float32))
+    assert not looked_through  # there was nothing to lose
+    for _ in range(3):
+        accumulator.add(np.ones(5, np.float32))
+    assert len(looked_through) == 3
+
+
+@pytest.mark.parametrize("policy", ["raise", "drop"])
+def test_low_memory_starts_with_a_batch_that_is_refused(backend: Backend, policy: str) -> None:
+    good, wrong = np.arange(5, dtype=np.float32), np.array([0, 0, np.nan, 0, 0], np.float32)
+    accumulator = fastagg.Accumulator(low_memory=True, nan_policy=policy, batch=2)
+    accumulator.add(backend.put(good), 2)
+    if policy == "raise":
+        with pytest.raises(ValueError, match=r"client 1, the array: holds a NaN"):
+            accumulator.add(backend.put(wrong))
+    else:
+        with pytest.warns(fastagg.DroppedUpdateWarning, match="client 1, the array"):
+            accumulator.add(backend.put(wrong))
+    accumulator.add(backend.put(good + 3))
+    assert_same_bits(backend.get(accumulator.result()), good + 1)
+    assert accumulator.count == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -477,6 +478,10 @@ def test_a_directory_needs_shards_to_be_like(tmp_path):
         (lambda index: index["weight_map"].pop("a"), r"a\.safetensors: holds 'a'"),
         (lambda index: index["weight_map"].update(a="../a.safetensors"), "beside the index"),
         (lambda index: index["weight_map"].update(a="c.safetensors"), r"c\.safetensors"),
+        (lambda index: index["weight_map"].update(a=".."), r"index\.json: leaf 'a': expected the name of a \.safet"),
+        (lambda index: index["weight_map"].update(a=""), r"index\.json: leaf 'a': expected the name of a \.safet"),
+        (lambda index: index["weight_map"].update(a="a.bin"), r"index\.json: leaf 'a': expected the name of a \.safet"),
+        (lambda index: index["weight_map"].update(a="\0.safetensors"), r"index\.json: leaf 'a': expected the name"),
     ],
 )
 def test_wrong_indices(tmp_path, change, message):
@@ -574,6 +579,12 @@ def header_with(**changes):
         (header_with(shape=[-2]), "integers of 0 or more"),
         (header_with(shape=[2.0]), "integers of 0 or more"),
         (header_with(shape=[2**70]), "leaf 'w': expected"),
+        (header_with(dtype=["F32"]), r"leaf 'w': dtype \['F32'\] is not supported"),
+        (header_with(shape=[0, 2**63], data_offsets=[8, 8]) | {"x": header_with()["w"]}, r"leaf 'w': shape \(0, "),
+        (header_with(shape=[2] + [1] * 99), r"leaf 'w': (?:shape|.*dimension)"),
+        (header_with() | {"\ud800": header_with(data_offsets=[12, 20])["w"]}, r"'\\ud800' is no Unicode"),
+        (header_with() | {"__metadata__": {"format": "\udfff"}}, r"'\\udfff' is no Unicode"),
+        (json.dumps(header_with()).encode("utf-16"), "no valid JSON"),
         (header_with(data_offsets=[4, 12]), "leaves a gap|overlaps"),
         (header_with(data_offsets=[8, 16]), "leaves a gap"),
         (header_with(data_offsets=[2**40, 2**40 + 8]), "truncated|gap"),
@@ -620,6 +631,44 @@ def test_object_arrays_and_other_contents_are_refused(tmp_path):
         open_checkpoint(write(tmp_path / "g.npz", {}).rename(tmp_path / "g.bin"))
     with pytest.raises(FileNotFoundError):
         open_checkpoint(tmp_path / "nowhere.pt")
+
+
+def test_pt_files_without_values_and_of_other_kinds_are_named(tmp_path):
+    torch.save({"w": torch.empty(3, device="meta")}, tmp_path / "meta.pt")
+    refuses(TypeError, r"meta\.pt: leaf 'w': .*meta device", [tmp_path / "meta.pt"], tmp_path / "out.pt")
+    torch.save({"w": torch.ones(3)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    refuses(ValueError, r"old\.pt: .* since torch 1\.6", [tmp_path / "old.pt"], tmp_path / "out.pt")
+
+
+@pytest.mark.parametrize("shape", ["(0, 4611686018427387904, 8)", "(" + "1, " * 99 + ")"], ids=["large", "deep"])
+def test_a_shape_that_no_array_has_is_named(tmp_path, shape):
+    text = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}}}\n".encode()
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        member = b"\x93NUMPY\x01\0" + len(text).to_bytes(2, "little") + text
+        archive.writestr("w.npy", member if shape.startswith("(0") else member + bytes(4))
+    refuses(ValueError, r"a\.npz: leaf 'w': shape", [tmp_path / "a.npz"], tmp_path / "out.npz")
+
+
+def test_a_name_that_npz_would_cut_is_refused(tmp_path):
+    path = write(tmp_path / "a.safetensors", {"w": np.ones(2, np.float32), "w\0x": np.zeros(2, np.float32)})
+    refuses(ValueError, r"leaf 'w\\x00x': \.npz cannot hold such a name", [path], tmp_path / "out.npz")
+    assert average([path], tmp_path / "out.safetensors").leaves == 2
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.safetensors")
+    refuses(ValueError, r"a\.safetensors: expected a plain file", [tmp_path / "a.safetensors"], tmp_path / "out.npz")
+
+
+def test_a_link_is_replaced_and_not_followed(tmp_path):
+    path = write(tmp_path / "a.safetensors", {"w": np.ones(2, np.float32)})
+    target = write(tmp_path / "target.safetensors", {"w": np.zeros(2, np.float32)})
+    link = tmp_path / "link.safetensors"
+    link.symlink_to(target)
+    refuses(FileExistsError, r"link\.safetensors exists", [path], link)
+    average([path], link, force=True)
+    assert not link.is_symlink()
+    assert (contents(link)["w"][0], contents(target)["w"][0]) == (1, 0)
 
 
 class Bomb:
@@ -842,7 +891,8 @@ def test_the_command(tmp_path):
     output = tmp_path / "out.safetensors"
     done = invoke(*paths, "-w", 10, "--weight", 20, "-o", output)
     assert done.exit_code == 0, done.output
-    assert f"wrote {output}: 11 leaves of 2 files" in done.stdout
+    nbytes = 2 * sum(leaf.nbytes for leaf in models[0].values())
+    assert f"wrote {output}: 11 leaves of 2 files, {nbytes / 1e6:.1f} MB read in " in done.stdout
     assert done.stderr == ""
     assert_same(contents(output), fastagg.fedavg(models, [10, 20]))
     done = invoke(*paths, "-o", output)
@@ -852,6 +902,35 @@ def test_the_command(tmp_path):
     done = invoke(*paths, "-o", output, *options, "--integer-policy", "first")
     assert done.exit_code == 0, done.output
     assert contents(output)["half"].dtype == np.float32
+
+
+def test_a_terminal_shows_bytes_and_their_rate(tmp_path, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # a terminal for rich
+    path = write(tmp_path / "a.safetensors", {"w": np.zeros(5_000_000, np.float32)})
+    done = invoke(path, "-o", tmp_path / "out.safetensors")
+    assert done.exit_code == 0, done.output
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", done.stderr)
+    assert re.search(r"20\.0/20\.0 MB \d+\.\d [kMG]B/s", shown), shown
+
+
+def test_more_files_than_descriptors(tmp_path):
+    path = write(tmp_path / "a.safetensors", {"w": np.ones(2, np.float32)})
+    program = f"""
+import resource
+from fastagg._commands import application
+from fastagg.files import average
+paths, output = [{str(path)!r}] * 100, {str(tmp_path / "out.safetensors")!r}
+_, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+try:
+    average(paths, output)
+except OSError as error:
+    print(error.filename)
+application(["average", *paths, "-o", output])
+"""
+    named, wrote = output_of(program).splitlines()
+    assert named == str(path)
+    assert "1 leaves of 100 files" in wrote
 
 
 def test_the_command_tells_which_files_were_dropped(tmp_path):

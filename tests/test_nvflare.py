@@ -25,6 +25,7 @@ from nvflare.apis.dxo import DXO, DataKind, MetaKey, from_shareable  # noqa: E40
 from nvflare.apis.fl_constant import ReservedKey  # noqa: E402
 from nvflare.apis.fl_context import FLContext  # noqa: E402
 from nvflare.apis.fl_exception import UnsafeComponentError  # noqa: E402
+from nvflare.apis.shareable import Shareable  # noqa: E402
 from nvflare.apis.workspace import Workspace  # noqa: E402
 from nvflare.app_common.abstract.fl_model import FLModel, ParamsType  # noqa: E402
 from nvflare.app_common.aggregators.weighted_aggregation_helper import WeightedAggregationHelper  # noqa: E402
@@ -191,6 +192,17 @@ def test_a_second_round_starts_anew() -> None:
         np.testing.assert_array_equal(result.params["w"], [current_round])
 
 
+@pytest.mark.parametrize("late", [[], [Shareable()]], ids=["clean", "damaged"])
+def test_a_workflow_need_not_reset_what_was_aggregated(late: list[Shareable]) -> None:
+    _, aggregator = aggregated(reply("site-1", vector(1)), reply("site-2", vector(np.nan)))
+    for shareable in late:
+        aggregator.accept(shareable, FLContext())
+    assert aggregator.accept_model(reply("site-1", vector(3)))
+    assert aggregator.accept_model(reply("site-2", vector(4)))
+    assert aggregator.aggregate_model().params["w"] == 3.5
+    assert len(aggregator.dropped) == len(late)
+
+
 def test_reset_forgets_what_was_accepted() -> None:
     aggregator = FedAvgAggregator()
     aggregator.accept_model(reply("a", vector(1)))
@@ -205,6 +217,12 @@ def test_reset_forgets_what_was_accepted() -> None:
 def test_missing_steps_weigh_one() -> None:
     result, _ = aggregated(reply("a", vector(0), None), reply("b", vector(4), 3))
     np.testing.assert_array_equal(result.params["w"], [3])
+
+
+@pytest.mark.parametrize("three", [np.int64(3), np.float32(3), np.array(3), torch.tensor(3)], ids=repr)
+def test_steps_are_numbers_of_any_library(three: Any) -> None:
+    result, _ = aggregated(reply("site-1", vector(0), None, meta={STEPS: None}), reply("site-2", vector(4), three))
+    assert result.params["w"] == 3
 
 
 def test_a_client_of_weight_zero_never_contributes() -> None:

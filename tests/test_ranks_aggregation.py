@@ -1,12 +1,17 @@
-"""`merge_over_ranks` among real processes: the bits of the same tree in one process, and errors on every rank."""
+"""`merge_over_ranks` among real processes: the bits of the same tree in one process, and errors on every rank.
+
+Programs whose ranks all live on run one after another in the same processes: starting those is what takes the time.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import pytest
 
 pytest.importorskip("torch")
 
-from ranks import run_ranks
+from ranks import Ranks, run_ranks
 
 CLIENTS = """
 import numpy as np
@@ -40,23 +45,27 @@ def error_of(function, kind=ValueError):
     raise AssertionError("no error")
 """
 
-# The merges of each world size, in order: left and right.
+# The merges of each number of ranks, in order: left and right.
 SAME_BITS = """
 trees = {1: [], 2: [(0, 1)], 3: [(0, 1), (0, 2)], 5: [(0, 1), (2, 3), (0, 2), (0, 4)],
          6: [(0, 1), (2, 3), (4, 5), (0, 2), (0, 4)]}
-for clients in (1, 7):
-    everyone = [accumulator_of(other, clients) for other in range(world)]
-    for left, right in trees[world]:
-        everyone[left].merge(everyone[right])
-    for piece in (64, fastagg.ranks._PIECE):
-        fastagg.ranks._PIECE = piece
-        accumulator = accumulator_of(rank, clients)
-        merge_over_ranks(accumulator)
-        assert bits(accumulator) == bits(everyone[0])
-        assert accumulator.count == world * clients
-        assert accumulator.total_weight == everyone[0].total_weight
-    accumulator.add(client(0))  # it goes on
-    accumulator.result()
+for ranks, merges in trees.items():
+    group = dist.new_group(list(range(ranks)))
+    if rank >= ranks:
+        continue
+    for clients in (1, 7):
+        everyone = [accumulator_of(other, clients) for other in range(ranks)]
+        for left, right in merges:
+            everyone[left].merge(everyone[right])
+        for piece in (64, fastagg.ranks._PIECE):
+            fastagg.ranks._PIECE = piece
+            accumulator = accumulator_of(rank, clients)
+            merge_over_ranks(accumulator, group)
+            assert bits(accumulator) == bits(everyone[0])
+            assert accumulator.count == ranks * clients
+            assert accumulator.total_weight == everyone[0].total_weight
+        accumulator.add(client(0))  # it goes on
+        accumulator.result()
 """
 
 ROOT = """
@@ -106,13 +115,14 @@ assert accumulator.count == 8
 
 OWN_ARRAYS_AND_OPTIONS = """
 as_tensors = rank % 2 == 1
-accumulator = fastagg.Accumulator(nan_policy=("raise", "drop", "propagate")[rank], batch=1 + rank)
+options = {"nan_policy": ("raise", "drop", "propagate")[rank], "batch": 1 + rank, "low_memory": rank == 1}
+accumulator = fastagg.Accumulator(**options)
 update = {"a": np.full(3, rank, np.float32)}
 accumulator.add({name: torch.from_numpy(array) for name, array in update.items()} if as_tensors else update)
 merge_over_ranks(accumulator)
 mean = accumulator.result()["a"]
 assert type(mean) is (torch.Tensor if as_tensors else np.ndarray) and mean.tolist() == [1, 1, 1]
-assert (accumulator.nan_policy, accumulator.batch) == (("raise", "drop", "propagate")[rank], 1 + rank)
+assert {name: getattr(accumulator, name) for name in options} == options
 
 single = fastagg.Accumulator()
 single.add(np.full(3, rank, np.float32))
@@ -146,6 +156,8 @@ assert "rank 2 has leaf 'double', float32 (3, 5)" in told(differing(change("doub
 assert "rank 1 has no more leaves, rank 2 has leaf 'extra'" in told(differing(change("extra", np.zeros(2))))
 assert "rank 2 has leaf 'count'" in told(differing(lambda update: update.pop("double")))
 assert "rank 2 has integer_policy 'round'" in told(differing(lambda update: None, integer_policy="round"))
+for one in (0, 2):  # statistics would be lost, or missing
+    assert f"rank {one} has stats=True" in told(accumulator_of(rank, stats=rank == one))
 assert "rank 0 has root None, rank 1 has root 0" in told(accumulator_of(rank), **({"root": 0} if rank == 1 else {}))
 
 root = "first" if rank == 1 else 0
@@ -196,36 +208,69 @@ os._exit(0)
 """
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 5, 6])
-def test_the_bits_are_those_of_the_same_tree_in_one_process(world: int) -> None:
-    run_ranks(CLIENTS + SAME_BITS, world)
+Outcome = Callable[[str], None]
 
 
-def test_only_the_root_changes() -> None:
-    run_ranks(CLIENTS + ROOT, 3)
+def _outcome_of(programs: dict[str, str], world: int) -> Outcome:
+    """Runs programs in turn on the same ranks; what it returns fails for a program that did not end on every rank."""
+    text = "".join(
+        f"exec(compile({program!r}, {name!r}, 'exec'))\nprint({name!r})\n" for name, program in programs.items()
+    )
+    outputs = Ranks(CLIENTS + text, world).outputs()
+
+    def check(name: str) -> None:
+        for rank, (_, out, err) in enumerate(outputs):
+            assert name in out.splitlines(), f"rank {rank} of {world}:\n{out}\n{err}"
+
+    return check
 
 
-def test_ranks_without_clients() -> None:
-    run_ranks(CLIENTS + WITHOUT_CLIENTS, 5)
+@pytest.fixture(scope="module")
+def six_ranks() -> Outcome:
+    return _outcome_of({"same bits": SAME_BITS, "without clients": WITHOUT_CLIENTS}, 6)
 
 
-def test_dropped_clients_are_numbered_over_all_ranks() -> None:
-    run_ranks(CLIENTS + DROPPED, 3)
+@pytest.fixture(scope="module")
+def three_ranks() -> Outcome:
+    programs = {
+        "root": ROOT,
+        "dropped": DROPPED,
+        "own arrays": OWN_ARRAYS_AND_OPTIONS,
+        "different": DIFFERENT,
+        "not a number": NOT_A_NUMBER,
+    }
+    return _outcome_of(programs, 3)
 
 
-def test_each_rank_keeps_its_arrays_and_options() -> None:
-    run_ranks(CLIENTS + OWN_ARRAYS_AND_OPTIONS, 3)
+def test_the_bits_are_those_of_the_same_tree_in_one_process(six_ranks: Outcome) -> None:
+    six_ranks("same bits")
 
 
-def test_ranks_that_differ_are_told_on_every_rank() -> None:
-    run_ranks(CLIENTS + DIFFERENT, 3)
+def test_ranks_without_clients(six_ranks: Outcome) -> None:
+    six_ranks("without clients")
 
 
-def test_a_nan_that_waited_is_told_on_every_rank() -> None:
-    run_ranks(CLIENTS + NOT_A_NUMBER, 3)
+def test_only_the_root_changes(three_ranks: Outcome) -> None:
+    three_ranks("root")
 
 
-@pytest.mark.parametrize("world", [2, 4, 5])
+def test_dropped_clients_are_numbered_over_all_ranks(three_ranks: Outcome) -> None:
+    three_ranks("dropped")
+
+
+def test_each_rank_keeps_its_arrays_and_options(three_ranks: Outcome) -> None:
+    three_ranks("own arrays")
+
+
+def test_ranks_that_differ_are_told_on_every_rank(three_ranks: Outcome) -> None:
+    three_ranks("different")
+
+
+def test_a_nan_that_waited_is_told_on_every_rank(three_ranks: Outcome) -> None:
+    three_ranks("not a number")
+
+
+@pytest.mark.parametrize("world", [4, 5])
 def test_a_dead_rank_is_named_to_all_others(world: int) -> None:
     printed = run_ranks(CLIENTS + DEATH, world)
     assert [output.strip() for output in printed] == ["told"] * (world - 1) + [""]

@@ -90,7 +90,7 @@ def test_few_partial_sums_are_alive_at_a_time() -> None:
     assert most <= 13  # log2(1000) + 2, and the result of a merge beside its operands
 
 
-@pytest.mark.parametrize("fan_in", [1, 4, 32])
+@pytest.mark.parametrize("fan_in", [1, np.int64(4), 32])
 @pytest.mark.parametrize("clients", [1, 2, 33, 100])
 def test_the_mean(clients: int, fan_in: int) -> None:
     weights = weights_of(clients)
@@ -207,6 +207,15 @@ def test_chunks_that_differ_are_named(files: list[Path], spoil: Callable[[Path],
     names = "client-4.npz to .*client-7.npz.*{}.*, compared with .*client-0.npz to .*client-3.npz"
     with pytest.raises(ValueError, match=names.format(message)):
         trees.average(files, load=load_npz, fan_in=4)
+
+
+def test_leaves_are_matched_by_name_in_chunks_and_among_them() -> None:
+    def load(number: int) -> Update:
+        update = client(number)
+        return update if number % 3 else dict(reversed(update.items()))
+
+    mean = trees.average(range(1, 9), load=load, fan_in=2)
+    assert_same_update(mean, trees.average(range(1, 9), load=client, fan_in=2))
 
 
 def test_a_wrong_weight_names_its_client(files: list[Path]) -> None:

@@ -48,4 +48,4 @@ def read_npy_header(stream: IO[bytes]) -> NpyHeader:
         shape, is_fortran, dtype = readers[version](stream)
     except _PARSER_ERRORS as error:
         raise ValueError(f"its header is no .npy header: {error}") from None
-    return NpyHeader(dtype, shape, is_fortran)
+    return NpyHeader(dtype, tuple(map(int, shape)), is_fortran)  # NumPy takes bools for sizes

@@ -53,9 +53,16 @@ class Structure:
 
     __hash__ = None  # type: ignore[assignment]
 
-    def has_names_of(self, other: Structure) -> bool:
-        """Whether both have the same leaves in the same order, whatever holds them."""
-        return (self.container is None) == (other.container is None) and self.names == other.names
+    def places_in(self, other: Structure) -> list[int] | None:
+        """Where the other has each leaf of this one, mappings by name; None unless both have the same leaves."""
+        if (self.container is None) != (other.container is None):
+            return None
+        if self.container is None or self.names == other.names:
+            return list(range(len(self.names) or 1))
+        if not (self.is_mapping and other.is_mapping) or set(self.names) != set(other.names):
+            return None
+        places = {name: place for place, name in enumerate(other.names)}
+        return [places[name] for name in self.names]
 
     def describe(self) -> dict[str, Any]:
         """Plain values, for a checkpoint. Types other than Python's own containers come back as dict or list."""

@@ -90,13 +90,14 @@ class Accumulator:
             integer_policy: "max", "first" or "round", as in `fedavg`.
             batch: updates to hold by reference and fold in one pass. 1 keeps nothing of an update once `add` has
                 returned; more is faster, for callers who leave their arrays alone until they are folded.
-            low_memory: look every update through first and keep the sums once: 6 bytes an element in place of 12, for
-                a little more time. Updates with fp64 leaves keep them twice all the same: their sums can overflow.
+            low_memory: keep the sums once, and look updates through before they are added to any: 6 bytes an element in
+                place of 12, for a little more time. Updates with fp64 leaves keep them twice all the same: their sums
+                can overflow.
             stats: keep `statistics`, gathered as updates are folded: 72 bytes a client and floating leaf. For updates
                 on the CPU.
         """
         check_policies(nan_policy, integer_policy)
-        if not isinstance(batch, int) or batch < 1:
+        if not isinstance(batch, (int, np.integer)) or batch < 1:
             raise ValueError(f"batch: expected an integer of 1 or more, got {batch!r}")
         self.nan_policy, self.integer_policy, self.batch = nan_policy, integer_policy, batch
         self.low_memory, self.stats = low_memory, stats
@@ -188,7 +189,7 @@ class Accumulator:
                 self._fold()
 
     def merge(self, other: Accumulator) -> None:
-        """Adds all that another accumulator holds, as if its clients had been added here.
+        """Adds all that another accumulator holds, as if its clients had been added here: leaves are matched by name.
 
         Raises:
             TypeError: other is no Accumulator.
@@ -203,17 +204,21 @@ class Accumulator:
         with first._lock, second._lock:
             self._fold()
             other._fold()
-            self._check_mergeable(other)
+            places = self._places_in(other)
             if other._count:
                 if self._structure is None:
                     self._adopt(other)
-                sources = [self._sums, other._sums] if self._count else [other._sums]
-                self._combine([self._kind().address(sums) for sums in sources])
+                blocks = [(self._leaves, self._sums)] if self._count else []
+                self._combine([*blocks, ([other._leaves[place] for place in places], other._sums)])
                 self._count += other._count
                 self._total = math.fsum((self._total, other._total))
             self.dropped.extend(dropped._replace(client=self._added + dropped.client) for dropped in other.dropped)
             if self.stats:
-                self._measured.extend(one._replace(client=self._added + one.client) for one in other._measured)
+                floats = other._floats()
+                rows = [floats.index(place) for place in places if place in floats]
+                self._measured.extend(
+                    one._replace(client=self._added + one.client, moments=one.moments[rows]) for one in other._measured
+                )
             self._added += other._added
 
     def result(self, *, out: Any = None) -> Any:
@@ -367,7 +372,7 @@ class Accumulator:
     def _fold(self) -> None:
         """Adds the updates that wait. A non-finite one is dropped or raised; then the others still wait."""
         while self._pending:
-            offenders = self._nonfinite_pending() if self._in_place else {}
+            offenders = self._nonfinite_pending() if self._spoils_sums else {}
             if not offenders:
                 flagged = self._combine_pending()
                 offenders = self._offenders(flagged) if flagged else {}
@@ -389,6 +394,11 @@ class Accumulator:
         """Whether sums are added to where they lie."""
         return self.low_memory and all(leaf.code != Code.FLOAT64 for leaf in self._leaves)
 
+    @property
+    def _spoils_sums(self) -> bool:
+        """Whether the next updates are added to sums where those lie; the first ones join none that could be lost."""
+        return self._in_place and self._count > 0
+
     def _nonfinite_pending(self) -> dict[int, int]:
         """The waiting clients with a non-finite value, and their first such leaf."""
         if self.nan_policy == "propagate":
@@ -402,7 +412,7 @@ class Accumulator:
         leaves = [
             self._leaf_operands(leaf, *self._sources(index), weights, base) for index, leaf in enumerate(self._leaves)
         ]
-        check = self.nan_policy != "propagate" and not self._in_place
+        check = self.nan_policy != "propagate" and not self._spoils_sums
         if not self.stats:
             self._found: list[_Measured] = []
             return weighted_sum(leaves, self._device, self._stream(), check)
@@ -426,14 +436,15 @@ class Accumulator:
         """The leaves that have statistics."""
         return [index for index, leaf in enumerate(self._leaves) if leaf.code in FLOATS]
 
-    def _combine(self, bases: list[int]) -> None:
-        """Sets the sums to the total of several blocks of sums."""
-        following, weights = self._next_address(), [1.0] * len(bases)
-        leaves = [
-            self._leaf_operands(leaf, *self._folded(leaf, [leaf.operands(base) for base in bases]), weights, following)
-            for leaf in self._leaves
-        ]
-        weighted_sum(leaves, self._device, self._stream(), False)
+    def _combine(self, blocks: list[tuple[list[LeafSums], Any]]) -> None:
+        """Sets the sums to the total of several blocks of sums, each with its leaves in the order of this one's."""
+        following, weights = self._next_address(), [1.0] * len(blocks)
+        bases = [(leaves, self._kind().address(sums)) for leaves, sums in blocks]
+        operands = []
+        for index, leaf in enumerate(self._leaves):
+            sources = [leaves[index].operands(base) for leaves, base in bases]
+            operands.append(self._leaf_operands(leaf, *self._folded(leaf, sources), weights, following))
+        weighted_sum(operands, self._device, self._stream(), False)
         self._swap()
 
     def _swap(self) -> None:
@@ -477,16 +488,23 @@ class Accumulator:
             self.dropped.append(DroppedUpdate(client, names[index] if names else None, _REASON))
             warnings.warn(f"dropped: {messages[client]}", DroppedUpdateWarning, stacklevel=4)
 
-    def _check_mergeable(self, other: Accumulator) -> None:
+    def _places_in(self, other: Accumulator) -> list[int]:
+        """Where another accumulator has this one's leaves, or all of its own where this one has none yet.
+
+        Raises:
+            ValueError: it cannot be merged into this one.
+        """
         if other.integer_policy != self.integer_policy:
             raise ValueError(f"other: expected integer_policy {self.integer_policy!r}, got {other.integer_policy!r}")
         if self.stats and other._count and not other.stats:
             raise ValueError("other: expected an Accumulator(stats=True), as this one is")
         if self._structure is None or other._structure is None:
-            return
-        if not self._structure.has_names_of(other._structure):
-            raise ValueError("other: its leaves have other names or another order")
-        for index, (mine, theirs) in enumerate(zip(self._leaves, other._leaves, strict=True)):
+            return list(range(len(other._leaves)))
+        places = self._structure.places_in(other._structure)
+        if places is None:
+            raise ValueError("other: its leaves have other names")
+        for index, (mine, place) in enumerate(zip(self._leaves, places, strict=True)):
+            theirs = other._leaves[place]
             if (mine.shape, mine.code, mine.state) != (theirs.shape, theirs.code, theirs.state):
                 raise ValueError(
                     f"other, {self._structure.leaf_name(index)}: expected {name_of(mine.dtype)} {mine.shape}, "
@@ -494,6 +512,7 @@ class Accumulator:
                 )
         if self._device != other._device:
             raise ValueError(f"other: expected device {self._device}, got {other._device}")
+        return places
 
     def _adopt(self, other: Accumulator) -> None:
         """Takes over the structure of an accumulator that is merged into an empty one."""

@@ -43,9 +43,9 @@ def merge_over_ranks(
 
     Raises:
         TypeError: a rank has no Accumulator: on every rank, naming that one.
-        ValueError: a root outside the group; ranks that differ in names, shapes, dtypes, devices, integer policy or
-            root; or a rank with a NaN among the updates that `batch` had left waiting: on every rank, naming that rank
-            and the leaf.
+        ValueError: a root outside the group; ranks that differ in names, shapes, dtypes, devices, integer policy, stats
+            or root; or a rank with a NaN among the updates that `batch` had left waiting: on every rank, naming that
+            rank and the leaf.
         PeerError: a rank has died, or has hung for the group's timeout. Ranks that had the total before keep it.
         RuntimeError: torch's own, where a rank had died before the first message.
     """
@@ -67,6 +67,7 @@ class _Outline(NamedTuple):
 
     root: int | None
     integer_policy: str
+    stats: bool
     device: str  # its kind
     leaves: list[str] | None  # None: a rank without clients
     problem: TypeError | ValueError | None = None
@@ -84,7 +85,7 @@ def _agreed_state(accumulator: Accumulator, link: _Link, root: int | None) -> St
         state = accumulator.state_dict()  # updates that waited are folded here
         outline = _outline(state, root)
     except (TypeError, ValueError) as error:  # raised once all know it: the others would wait for this rank
-        outline = _Outline(None, "", "", None, error)
+        outline = _Outline(None, "", False, "", None, error)
     everyone: list[Any] = [None] * link.world
     dist.all_gather_object(everyone, outline, group=link.group)
     reference = _check_alike(everyone, link.names)
@@ -109,7 +110,8 @@ def _outline(state: State, root: int | None) -> _Outline:
             f"{structure.leaf_name(index)}, {dtype} {tuple(shape)}"
             for index, (_, dtype, _, shape, _, _) in enumerate(state["leaves"])
         ]
-    return _Outline(root, state["integer_policy"], state["device"].split(":")[0], leaves)
+    stats = state["statistics"] is not None
+    return _Outline(root, state["integer_policy"], stats, state["device"].split(":")[0], leaves)
 
 
 def _check_alike(everyone: list[_Outline], names: list[int]) -> _Outline:
@@ -126,6 +128,7 @@ def _check_alike(everyone: list[_Outline], names: list[int]) -> _Outline:
         pairs = [
             (f"root {reference.root}", f"root {outline.root}"),
             (f"integer_policy {reference.integer_policy!r}", f"integer_policy {outline.integer_policy!r}"),
+            (f"stats={reference.stats}", f"stats={outline.stats}"),
         ]
         if outline.leaves is not None:
             pairs += zip_longest(reference.leaves or [], outline.leaves, fillvalue="no more leaves")
@@ -176,7 +179,7 @@ def _restored(state: State) -> Accumulator:
 
 def _as_own(total: State, own: State) -> State:
     """The total in the arrays and with the options of this rank's accumulator."""
-    kept = ["nan_policy", "batch", "device"]
+    kept = ["nan_policy", "batch", "low_memory", "device"]
     if own["structure"] is not None:
         kept += ["structure", "leaves"]
     return {**total, **{key: own[key] for key in kept}}

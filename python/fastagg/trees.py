@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
+
 from fastagg._errors import DroppedUpdateWarning
 from fastagg._updates import as_weights
 from fastagg.accumulator import Accumulator
@@ -123,7 +125,7 @@ class Plan:
         integer_policy: str,
     ) -> None:
         check_policies(nan_policy, integer_policy)
-        if not isinstance(fan_in, int) or fan_in < 1:
+        if not isinstance(fan_in, (int, np.integer)) or fan_in < 1:
             raise ValueError(f"fan_in: expected an integer of 1 or more, got {fan_in!r}")
         clients = _as_list(sources, load)
         numbers = as_weights(weights, len(clients))

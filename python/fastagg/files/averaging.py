@@ -63,7 +63,17 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         TypeError: a leaf is no array, or of a dtype that fastagg has no arithmetic for (fp8 without scales among them).
         ValueError: a file is truncated, damaged or of another format; the message names the file and the leaf.
     """
-    path = Path(path)
+    checkpoint = _open(Path(path))
+    for name, leaf in checkpoint.leaves.items():
+        try:
+            leaf.check_shape()
+        except ValueError as error:
+            raise ValueError(f"{path}: leaf {name!r}: shape {leaf.shape}: {error}") from None
+    return checkpoint
+
+
+def _open(path: Path) -> Checkpoint:
+    """Opens a checkpoint by the format that its name tells."""
     if path.is_dir() or path.name.endswith(INDEX_SUFFIX):
         return ShardedCheckpoint(path)
     if path.suffix == ".safetensors":

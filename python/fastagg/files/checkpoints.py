@@ -9,6 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from fastagg._codes import ELEMENT_BYTES, WIRES, Code, code_of_dtype
 from fastagg._overlap import encoded_bytes
 from fastagg.files.mapped_file import release
@@ -47,6 +49,11 @@ class LeafDescription(NamedTuple):
     def stored_bytes(self) -> int:
         """Bytes of the array, or of a `Quantized` leaf's codes."""
         return encoded_bytes(self.code if self.wire is None else WIRES[self.wire], self.elements)
+
+    def check_shape(self) -> None:
+        """Raises ValueError for a shape that no array has: too many dimensions, or too large ones beside a 0."""
+        element = np.empty((), f"V{self.element_bytes}")
+        np.ndarray(self.shape, element.dtype, element, strides=(0,) * len(self.shape))
 
 
 class Checkpoint(Mapping[str, Any]):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import resource
 import sys
 import warnings
 from collections.abc import Callable
@@ -10,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
 from fastagg._codes import WIRES, float_code
@@ -70,6 +73,7 @@ def average_command(
     normalize: Annotated[bool, typer.Option(help="Divide by the sum of the weights.")] = True,
 ) -> None:
     """Average checkpoint files of any size into a new one."""
+    _permit_many_files()
     if weight and len(weight) != len(files):
         raise typer.BadParameter(f"expected {len(files)}, one for each file, got {len(weight)}", param_hint="--weight")
     try:
@@ -96,6 +100,13 @@ def average_command(
     _report(done, sum(map(bool, weight)) if weight else len(files))
 
 
+def _permit_many_files() -> None:
+    """Lets this process open as many files as the system permits: all inputs stay open, and the usual limit is 1024."""
+    with contextlib.suppress(OSError, ValueError):  # a system that has no such number keeps its limit
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def _progress_bar() -> Progress:
     """Bytes and their rate on a terminal, nothing elsewhere."""
     console = Console(stderr=True)
@@ -106,8 +117,8 @@ def _progress_bar() -> Progress:
 def _report(done: Averaged, contributing: int) -> None:
     for path, leaf in done.dropped.items():
         print(f"dropped {path}: leaf {leaf!r} holds a NaN or an infinity", file=sys.stderr)
-    rate = done.bytes_read / max(done.seconds, 1e-9) / 1e9
+    rate = int(done.bytes_read / max(done.seconds, 1e-9))
     print(
         f"wrote {done.output}: {done.leaves} leaves of {contributing - len(done.dropped)} files, "
-        f"{done.bytes_read / 1e9:.3g} GB read in {done.seconds:.2f} s, {rate:.3g} GB/s"
+        f"{decimal(done.bytes_read)} read in {done.seconds:.2f} s, {decimal(rate)}/s"
     )

@@ -24,12 +24,17 @@ class MappedFile:
 
         Raises:
             OSError: it cannot be read.
-            ValueError: it is empty.
+            ValueError: it is empty, or no plain file.
         """
+        if path.exists() and not path.is_file():  # to open a pipe would wait for who writes to it
+            raise ValueError(f"{path}: expected a plain file")
         with path.open("rb") as file:
             if not path.stat().st_size:
                 raise ValueError(f"{path}: the file is empty")
-            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            try:
+                mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            except OSError as error:  # it keeps a descriptor of its own, and there may be too many
+                raise OSError(error.errno, error.strerror, str(path)) from None
         self.bytes: np.ndarray = np.frombuffer(mapping, np.uint8)
 
     def __len__(self) -> int:

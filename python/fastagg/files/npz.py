@@ -19,7 +19,16 @@ from fastagg.files.mapped_file import MappedFile, span_of
 SUFFIX = ".npy"
 _LOCAL_HEADER_BYTES = 30
 _STEP = 4 << 20  # bytes
-_CORRUPT = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, OSError, RuntimeError, ValueError)
+_CORRUPT = (
+    zipfile.BadZipFile,
+    zlib.error,
+    EOFError,
+    MemoryError,
+    NotImplementedError,
+    OSError,
+    RuntimeError,
+    ValueError,
+)
 
 
 class _Member(NamedTuple):

@@ -12,7 +12,9 @@ import numpy as np
 from fastagg._codes import Code, code_of_dtype, name_of
 from fastagg._tensor import kind_named
 from fastagg.files.checkpoints import Checkpoint, LeafDescription
-from fastagg.files.mapped_file import spans_of_mapping
+from fastagg.files.mapped_file import MappedFile, spans_of_mapping
+
+_MAGIC = b"PK\3\4"  # of an archive
 
 
 class TorchCheckpoint(Checkpoint):
@@ -46,8 +48,8 @@ class TorchCheckpoint(Checkpoint):
 
 
 def _load(path: Path) -> Mapping[str, Any]:
-    with path.open("rb"):  # what cannot be opened is said as for every other file
-        pass
+    if MappedFile(path).bytes[: len(_MAGIC)].tobytes() != _MAGIC:  # what cannot be opened is said as for other files
+        raise ValueError(f"{path}: no valid .pt file: expected an archive as torch.save has written since torch 1.6")
     try:
         import torch
     except ImportError:
@@ -77,6 +79,8 @@ def _describe(path: Path, name: Any, tensor: Any) -> LeafDescription:
         raise TypeError(f"{path}: leaf {name!r}: expected a text as its name")
     if code_of_dtype(tensor.dtype) is None or tensor.layout is not torch.strided:
         raise TypeError(f"{path}: leaf {name!r}: {tensor.layout} {tensor.dtype} is not supported")
+    if tensor.is_meta:
+        raise TypeError(f"{path}: leaf {name!r}: expected a tensor with values, got one on the meta device")
     if code_of_dtype(tensor.dtype) == Code.BFLOAT16:
         kind_named("numpy").dtype_for(Code.BFLOAT16)  # may be missing
     return LeafDescription(name_of(tensor.dtype), tuple(tensor.shape))

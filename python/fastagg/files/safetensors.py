@@ -129,6 +129,7 @@ def read_header(file: np.ndarray) -> tuple[dict[str, str], dict[str, Tensor]]:
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise ValueError("the header's __metadata__ is no mapping from names to texts")
+    _check_unicode([*header, *metadata, *metadata.values()])
     tensors = {name: _tensor(name, entry, data) for name, entry in header.items()}
     tensors = dict(sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)))
     _check_places(tensors, data, file.size)
@@ -137,12 +138,21 @@ def read_header(file: np.ndarray) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 def _parse(text: bytes) -> dict[str, Any]:
     try:
-        header = json.loads(text, object_pairs_hook=_without_duplicates)
+        header = json.loads(text.decode(), object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"the header is no valid JSON: {error}") from None
     if not isinstance(header, dict):
         raise ValueError("the header is no JSON object")
     return header
+
+
+def _check_unicode(texts: list[str]) -> None:
+    """Raises ValueError for half of a surrogate pair: JSON can spell it, and nobody can write it again."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"the header's text {text!r} is no Unicode") from None
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -158,7 +168,7 @@ def _tensor(name: str, entry: Any, data: int) -> Tensor:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (KeyError, TypeError, ValueError):
         raise ValueError(f"leaf {name!r}: the header lacks its dtype, shape or data_offsets") from None
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise TypeError(f"leaf {name!r}: dtype {dtype} is not supported (expected one of {', '.join(DTYPES)})")
     if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
         raise ValueError(f"leaf {name!r}: shape {shape} and data_offsets {begin, end} must be integers of 0 or more")

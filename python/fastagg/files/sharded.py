@@ -62,9 +62,15 @@ def _read_index(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     if not isinstance(weight_map, dict) or not weight_map or not isinstance(metadata, dict):
         raise ValueError(f"{path}: expected an object with a weight_map from leaves to files")
     for leaf, shard in weight_map.items():
-        if not isinstance(shard, str) or Path(shard).name != shard:
-            raise ValueError(f"{path}: leaf {leaf!r}: expected the name of a file beside the index, got {shard!r}")
+        if not isinstance(shard, str) or not _is_file_name(shard):
+            raise ValueError(
+                f"{path}: leaf {leaf!r}: expected the name of a .safetensors file beside the index, got {shard!r}"
+            )
     return metadata, weight_map
+
+
+def _is_file_name(shard: str) -> bool:
+    return Path(shard).name == shard and shard.endswith(".safetensors") and shard.isprintable()
 
 
 def _check_shard(index: Path, name: str, shard: SafetensorsCheckpoint, weight_map: dict[str, str]) -> None:

@@ -25,6 +25,7 @@ from fastagg.quantization import check_block, quantize
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _HEADER_ALIGNMENT = 8
+_LARGEST_MEMBER_NAME = 2**16 - 1 - len(SUFFIX)  # bytes
 # Bytes after which the disk is told: while it writes, the sums go on, and there is less to wait for at the end.
 _WRITEBACK_BYTES = 32 << 20
 _WRITE = 2  # SYNC_FILE_RANGE_WRITE
@@ -169,8 +170,11 @@ class NpzWriter:
 
         Raises:
             TypeError: a leaf is bf16, which the format has no name for.
+            ValueError: a leaf has a name that the format would cut.
         """
         for name, leaf in leaves.items():
+            if zipfile.ZipInfo(name + SUFFIX).filename != name + SUFFIX or len(name.encode()) > _LARGEST_MEMBER_NAME:
+                raise ValueError(f"leaf {name!r}: .npz cannot hold such a name")
             if leaf.dtype == "bfloat16":
                 raise TypeError(f"leaf {name!r}: .npz has no bf16 (dtype= another one, or write .safetensors)")
         self._leaves = leaves

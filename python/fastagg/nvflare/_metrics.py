@@ -12,7 +12,7 @@ def numbers_of(metrics: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, 
     """The finite numbers among a client's metrics, and why each of the others cannot be averaged."""
     averaged, skipped = {}, {}
     for name, value in metrics.items():
-        number = _as_number(value)
+        number = as_number(value)
         if number is None:
             skipped[name] = f"expected a number, got {type(value).__name__}"
         elif not math.isfinite(number):
@@ -40,7 +40,8 @@ def mean_metrics(metrics: list[dict[str, float] | None], weights: list[float]) -
     return means or None
 
 
-def _as_number(value: Any) -> float | None:
+def as_number(value: Any) -> float | None:
+    """A number, or an array without dimensions, as a float; None for anything else, bools among it."""
     if getattr(value, "shape", None) == ():  # an array without dimensions
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, numbers.Real):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ from nvflare.app_common.app_constant import AppConstants
 
 from fastagg._codes import code_of_dtype, name_of
 from fastagg._tensor import adopt
+from fastagg.nvflare._metrics import as_number
 from fastagg.nvflare._wire import DESCRIPTIONS, check_processing, unpack
 from fastagg.quantization import Quantized
 
@@ -50,8 +50,8 @@ def number_of_steps(model: FLModel) -> float:
     Raises:
         TypeError, ValueError: it is no finite number of 0 or more.
     """
-    steps = (model.meta or {}).get(MetaKey.NUM_STEPS_CURRENT_ROUND, 1)
-    return as_weight(steps, MetaKey.NUM_STEPS_CURRENT_ROUND)
+    steps = (model.meta or {}).get(MetaKey.NUM_STEPS_CURRENT_ROUND)
+    return as_weight(1 if steps is None else steps, MetaKey.NUM_STEPS_CURRENT_ROUND)
 
 
 def as_weight(value: Any, what: str) -> float:
@@ -60,12 +60,9 @@ def as_weight(value: Any, what: str) -> float:
     Raises:
         TypeError, ValueError: it is no finite number of 0 or more.
     """
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    number = as_number(value)
+    if number is None:
         raise TypeError(f"{what}: expected a number, got {value!r}")
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
     if not 0 <= number < math.inf:
         raise ValueError(f"{what}: expected a finite number of 0 or more, got {value!r}")
     return number

@@ -109,7 +109,7 @@ class FedAvgAggregator(ModelAggregator):
         self,
         nan_policy: str = "drop",
         integer_policy: str = "max",
-        batch: int = 3,
+        batch: int = 4,
         aggregation_weights: dict[str, float] | None = None,
         exclude_vars: str | None = None,
     ) -> None:
@@ -151,6 +151,7 @@ class FedAvgAggregator(ModelAggregator):
             self._without_weight: list[str] = []
             self._replies = 0
             self._round: int | None = None
+            self._is_over = False
             self.dropped: list[DroppedReply] = []
 
     def accept(self, shareable: Shareable, fl_ctx: FLContext) -> bool:
@@ -160,7 +161,9 @@ class FedAvgAggregator(ModelAggregator):
         try:
             model = FLModelUtils.from_shareable(shareable, fl_ctx)
         except ValueError as error:
-            self._drop(client, str(error))
+            with self._lock:
+                self._begin()
+                self._drop(client, str(error))
             return False
         model.meta.setdefault("client_name", client)
         if model.current_round is None:
@@ -175,6 +178,7 @@ class FedAvgAggregator(ModelAggregator):
                 made of them, or references to tensors on disk. They must not change before `aggregate_model`.
         """
         with self._lock:
+            self._begin()
             self._replies += 1
             client = client_of(model) or f"reply {self._replies}"
             try:
@@ -192,6 +196,7 @@ class FedAvgAggregator(ModelAggregator):
         """
         with self._lock:
             groups, self._groups = self._groups, {}
+            self._is_over = True
             self._finish(groups)
             chosen = max(groups, key=lambda form: self._rank(form, groups[form]), default=None)
             if chosen is None or not groups[chosen].contributions:
@@ -202,6 +207,11 @@ class FedAvgAggregator(ModelAggregator):
                         self._drop(contribution.client, form.difference_from(chosen))
             self._last_form = chosen
             return self._result(chosen, groups[chosen])
+
+    def _begin(self) -> None:
+        """Begins a round where the last one is over: not every workflow resets what has been aggregated."""
+        if self._is_over:
+            self.reset_stats()
 
     def _add(self, client: str, model: FLModel) -> None:
         """Adds a reply to those of its form; raises TypeError or ValueError if it is wrong."""
