@@ -1,8 +1,8 @@
 """The benchmark of `fastagg average`: `python bench/average_files.py [--quick] [--results FOLDER]`.
 
-Large checkpoints in the page cache, averaged by the command and by what people write instead, beside the streaming limit
-of the machine; and the command's peak memory. The contenders take turns in one process. The answer is checked before it
-is timed.
+Large checkpoints in the page cache, averaged by the command and by what people write instead, beside the streaming
+limit of the machine; and the command's peak memory. The contenders take turns in one process. The answer is checked
+before it is timed.
 """
 
 from __future__ import annotations
