@@ -154,6 +154,31 @@ def test_centered_clip_of_late_training() -> None:
     assert np.abs(result - expected.centered_clip(wide(x), 0.01)).max() < 1e-6 * 1e-3
 
 
+@pytest.mark.parametrize("clients", [3, 5, 11, 39])
+def test_in_one_dimension_the_geometric_median_is_the_median(clients: int) -> None:
+    # Weiszfeld's iteration is at its slowest there.
+    for seed in range(20):
+        random = generator(seed)
+        x, weights = random.normal(size=(clients, 1)), random.integers(1, 50, clients)
+        weights[0] += 1 - weights.sum() % 2  # an odd sum: the median is one of the values
+        exact = np.median(np.repeat(x, weights))
+        assert abs(robust.geometric_median(list(x), weights) - exact) < 2e-6 * np.abs(x).max()
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_no_neighbour_of_the_geometric_median_is_better(dimensions: int) -> None:
+    def objective(v: np.ndarray) -> float:
+        return float(weights @ np.linalg.norm(x - v, axis=1))
+
+    for seed in range(30):
+        random = generator(seed)
+        x, weights = random.normal(size=(12, dimensions)), random.integers(1, 50, 12).astype(np.float64)
+        x[:4] *= -20
+        found = robust.geometric_median(list(x), weights)
+        for step in 1e-3 * np.vstack([np.eye(dimensions), -np.eye(dimensions)]):
+            assert objective(found) < objective(found + step)
+
+
 def test_a_majority_of_identical_clients_is_the_geometric_median() -> None:
     random = generator(8)
     same, others = rows(random, 1, 50, FLOAT32), rows(random, 4, 50, FLOAT32)

@@ -13,13 +13,17 @@ from fastagg.robust.rules import DistanceRule, Geometry, Options, distances_from
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+# Where a client is far away, rounding keeps the others' coefficients in motion. Changes so small that have not become
+# smaller for so many iterations are that; those of a slow iteration become smaller each time.
+_SMALL_CHANGE, _PATIENCE = 1e-6, 20
+
 
 class GeometricMedian(DistanceRule):
     """See `geometric_median`."""
 
     name = "geometric_median"
 
-    def __init__(self, smoothing: float = 1e-6, iterations: int = 100, tolerance: float = 1e-10) -> None:
+    def __init__(self, smoothing: float = 1e-6, iterations: int = 10_000, tolerance: float = 1e-10) -> None:
         """Weiszfeld's iteration, smoothed."""
         self.smoothing = as_positive(smoothing, "smoothing")
         self.iterations = as_count(iterations, "iterations", 1)
@@ -31,13 +35,15 @@ class GeometricMedian(DistanceRule):
     def coefficients(self, geometry: Geometry) -> np.ndarray:
         """Where the iteration ends."""
         weights, products = geometry.shares(), geometry.inner_products()
-        current = weights
+        current, least, since = weights, np.inf, 0
         for _ in range(self.iterations):
             previous = current
             current = weights / np.maximum(distances_from(previous, products), self.smoothing)
             current /= current.sum()
-            # Relative: times a client far away, the smallest coefficient moves the result.
-            if np.all(np.abs(current - previous) <= self.tolerance * previous):
+            change = largest_change(previous, current)
+            since = 0 if change < least else since + 1
+            least = min(change, least)
+            if change <= self.tolerance or (change < _SMALL_CHANGE and since == _PATIENCE):
                 break
         return current
 
@@ -128,6 +134,12 @@ class FLTrust(DistanceRule):
         return coefficients
 
 
+def largest_change(before: np.ndarray, after: np.ndarray) -> float:
+    """Of coefficients, in parts of themselves: times a client far away, the smallest one moves the result."""
+    parts = np.divide(np.abs(after - before), before, out=np.zeros_like(after), where=before > 0)
+    return float(parts.max())
+
+
 def clip_factors(distances: np.ndarray, radius: float) -> np.ndarray:
     """min(1, radius / distance)."""
     factors: np.ndarray = radius / np.maximum(distances, radius)
@@ -139,7 +151,7 @@ def geometric_median(
     weights: Any = None,
     *,
     smoothing: float = 1e-6,
-    iterations: int = 100,
+    iterations: int = 10_000,
     tolerance: float = 1e-10,
     **options: Unpack[Options],
 ) -> Any:
@@ -156,8 +168,9 @@ def geometric_median(
         updates: K updates of one structure, as in `fastagg.fedavg`; or `MixedUpdates`.
         weights: as in `fastagg.fedavg`.
         smoothing: the distance below which a client's pull grows no more; above 0, in the units of the updates.
-        iterations: at most so many.
-        tolerance: stop when no coefficient b_k / sum(b) changes by a larger share of itself.
+        iterations: at most so many. Tens are enough for models; points of two or three coordinates may take thousands.
+        tolerance: stop when no coefficient b_k / sum(b) changes by a larger share of itself, or when rounding is all
+            that still changes them.
         **options: see `Options`.
 
     Raises:
