@@ -283,7 +283,8 @@ def test_the_page_says_who_and_why(page: str) -> None:
     assert "2 of 8 clients were outliers in at least one of 3 rounds, 1 of them more than once" in words
     assert re.search(r"site 2 3 of 3 1–3 \S+ round \d norm of the whole update is \d+ times the median", words)
     assert "site 5 1 of 3 2 ∞ round 2 1 non-finite value in layer conv.bias" in words
-    assert "Found by: zscore, threshold 3.5, action drop." in words
+    told = "the aggregation was told to leave them out (drop)."
+    assert f"Found by their most unusual feature (zscore), above a score of 3.5; {told}" in words
     assert re.search(r"last loss 0\.667 last accuracy 0\.833", words)
     assert re.search(r"conv\.weight 300 \S+ \S+ 0\.5 1 ", words)
 
@@ -312,6 +313,53 @@ def test_the_page_escapes_what_clients_are_called(tmp_path: Path) -> None:
     assert "<i>" not in page
     assert html.escape(label) in page
     assert "5 non-finite values in layer $x_{1}$ &lt;b&gt;" in page
+
+
+FORMULA, CONTROL, HALF = "$x^$ $", "new\nline\ttab\0\x1b\u202e", "\ud800"  # half of a character beyond 16 bits
+AT_THE_CUT = 20 * "a$" + 21 * "b$"
+
+
+STRANGE = [FORMULA, CONTROL, HALF, AT_THE_CUT, "<&>", "医院", "", 5000 * "x"]
+
+
+def test_no_name_breaks_the_page(tmp_path: Path) -> None:
+    pytest.importorskip("jinja2")
+    pytest.importorskip("matplotlib")
+    updates = [{name: np.arange(3.0) + client for name in STRANGE} for client in range(len(STRANGE))]
+    updates[0][CONTROL] *= 100
+    statistics = fastagg.fedavg(updates, stats=True)[1].with_clients(STRANGE)
+    run = Run(title=HALF)
+    findings = Explorer().explore(statistics)
+    assert list(findings.outliers) == [FORMULA]
+    metrics = dict.fromkeys(STRANGE, 1.0)
+    run.record(statistics=statistics, findings=findings, metrics=metrics, cosines=pairwise_cosines(updates))
+    for name, model in zip(STRANGE, updates, strict=True):
+        run.add_model(name, model)
+    run.compare(FORMULA, updates[0], AT_THE_CUT, updates[1])
+    run.save(tmp_path / "run.json")
+    write_report(Run.load(tmp_path / "run.json"), tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "<title>?</title>" in page
+    assert all(html.escape(name.replace(HALF, "?")) in page for name in STRANGE)
+
+
+def test_every_plot_says_what_its_axes_are(run: Run) -> None:
+    pytest.importorskip("matplotlib")
+    from fastagg import plots
+
+    shares = {"a": 0.25, "b": 0.75}
+    for figure, axes in (
+        (plots.norms_by_round({one.number: one.statistics for one in run.rounds}), ("round", "norm of the update")),
+        (plots.cosine_map(np.eye(2), [0, 1]), ("client", "client")),
+        (plots.layer_by_client(np.ones((2, 1)), [0, 1], ["a"]), ("client", "layer")),
+        (plots.layer_importance(shares, shares), ("share of all layers", "layer")),
+        (plots.compare_models(run.comparisons[0].rows), ("relative difference: |second − first| / |first|", "layer")),
+    ):
+        assert (figure.axes[0].get_xlabel(), figure.axes[0].get_ylabel()) == axes
+    histograms = plots.weight_histograms(run.models)
+    assert (histograms.get_supxlabel(), histograms.get_supylabel()) == ("weight", "density")
+    curves = plots.metrics_by_round({1: {"loss": 1.0}}).axes[0]
+    assert (curves.get_xlabel(), curves.get_title(loc="left")) == ("round", "loss")
 
 
 @pytest.mark.parametrize("keep", ["metrics", "statistics", "findings", "models", "comparisons"])
