@@ -127,6 +127,19 @@ def test_rounds_are_numbered_on(tmp_path: Path) -> None:
     assert [one.number for one in run.rounds] == [1, 5, 6]
 
 
+def test_numbers_of_numpy_are_written(tmp_path: Path) -> None:
+    run, labels = Run(), np.arange(3)
+    statistics = fastagg.fedavg([np.ones(3)] * 3, stats=True)[1].with_clients(labels)
+    run.record(np.int64(4), statistics=statistics, findings=Explorer().explore(statistics, np.int64(4)))
+    run.record(metrics={"loss": np.float32(0.5), "accuracy": np.array(1)})
+    run.save(tmp_path / "run.json")
+    back = Run.load(tmp_path / "run.json")
+    assert [(one.number, one.clients, one.metrics) for one in back.rounds] == [
+        (4, (0, 1, 2), {}),
+        (5, (), {"loss": 0.5, "accuracy": 1.0}),
+    ]
+
+
 def test_clients_are_in_natural_order() -> None:
     run = Run()
     statistics = fastagg.fedavg([np.ones(3)] * 4, stats=True)[1]
@@ -140,6 +153,9 @@ def wrong_records() -> list[Any]:
     return [
         ({"round": 1}, ValueError, "round 1 has been recorded already"),
         ({"metrics": {"loss": "low"}}, TypeError, "metric 'loss': expected a number, got 'low'"),
+        ({"metrics": {"loss": "3.5"}}, TypeError, "metric 'loss': expected a number, got '3.5'"),
+        ({"round": "8"}, TypeError, "round: expected an integer, got '8'"),
+        ({"round": -1}, ValueError, "round: expected 0 or more, got -1"),
         ({"statistics": statistics, "findings": others, "round": 9}, ValueError, "round 9: the findings are of other"),
         ({"cosines": np.ones((3, 3))}, ValueError, r"cosines: expected shape \(0, 0\)"),
         ({"statistics": statistics, "cosines": np.ones((2, 2))}, ValueError, r"expected shape \(3, 3\).*got \(2, 2\)"),

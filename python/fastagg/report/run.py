@@ -16,6 +16,7 @@ import numpy as np
 from fastagg.files.atomic import atomic_file
 from fastagg.outliers import Findings, times_flagged
 from fastagg.report.models import Histogram, LayerComparison, compare_models, weight_histograms
+from fastagg.robust.arguments import as_count
 
 if TYPE_CHECKING:
     from fastagg.statistics import Statistics
@@ -94,12 +95,13 @@ class Run:
             cosines: (clients, clients), of `outliers.pairwise_cosines` or `Sketch.cosines`, in the clients' order.
 
         Raises:
-            TypeError, ValueError: a metric is no number, the round is there already, the findings or cosines are of
-                other clients than the statistics.
+            TypeError, ValueError: a metric is no number, the round none of 0 or more or there already, the findings or
+                cosines are of other clients than the statistics.
         """
         if round is None:
             last = self.rounds[-1].number if self.rounds else 0
             round = findings.round if findings is not None else last + 1
+        round = as_count(round, "round")
         for source in (statistics, findings):
             for client in () if source is None else source.clients:
                 if not isinstance(client, (int, str)):
@@ -202,6 +204,8 @@ def _as_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
     found = {}
     for name, value in metrics.items():
         try:
+            if isinstance(value, (str, bytes)):
+                raise TypeError
             found[str(name)] = float(value)
         except (TypeError, ValueError):
             raise TypeError(f"metric {name!r}: expected a number, got {value!r}") from None
