@@ -191,6 +191,40 @@ def test_files_that_are_no_runs_are_named(tmp_path: Path, content: bytes, messag
         Run.load(path)
 
 
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (("title",), None, "expected a text, got None"),
+        (("rounds", 0, "number"), "x", "round: expected an integer, got 'x'"),
+        (("rounds", 1, "number"), 1, "round 1 has been recorded already"),
+        (("rounds", 0, "metrics"), [1], "'list' object has no attribute 'items'"),
+        (("rounds", 0, "cosines"), [[1.0]], r"cosines: expected shape \(8, 8\)"),
+        (("rounds", 0, "statistics", "elements", 0), math.inf, "cannot convert float infinity"),
+        (("rounds", 0, "findings", "clients", 2), "stranger", "outliers: {'site 2'} are not among the clients"),
+        (("rounds", 0, "findings", "scores"), [1.0], "cannot reshape array"),
+        (("rounds", 0, "findings", "method"), "guess", "method: expected one of zscore"),
+        (("rounds", 0, "findings", "threshold"), None, "threshold: expected a number, got None"),
+        (("models", "start", 0, "counts"), [], "counts: expected one number a bin"),
+        (("models", "start", 0, "leaf"), 3, "expected a text, got 3"),
+        (("comparisons", 0, "rows", 0, "elements"), 1.5, "elements: expected an integer, got 1.5"),
+        (("comparisons", 0, "rows", 0, "cosine"), None, "float"),
+    ],
+)
+def test_what_is_damaged_is_told_before_a_page_is_drawn(
+    run: Run, tmp_path: Path, place: tuple[Any, ...], value: Any, message: str
+) -> None:
+    path = tmp_path / "run.json"
+    run.save(path)
+    plain = json.loads(path.read_text())
+    holder = plain
+    for step in place[:-1]:
+        holder = holder[step]
+    holder[place[-1]] = value
+    path.write_text(json.dumps(plain))
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))}: is damaged: .*{message}"):
+        Run.load(path)
+
+
 def test_a_run_cut_short_anywhere_is_refused(run: Run, tmp_path: Path) -> None:
     path = tmp_path / "run.json"
     run.save(path)

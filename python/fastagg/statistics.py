@@ -171,7 +171,7 @@ class Statistics:
             shape = (len(fixed[0]), len(fixed[1]))
             quantities = {name: _numbers(plain[name]).reshape(shape) for name in QUANTITIES}
             return cls(*fixed, **quantities)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, OverflowError, TypeError, ValueError) as error:
             raise ValueError(f"statistics: expected what Statistics.as_dict() returned: {error!r}") from error
 
     def to_pandas(self) -> Any:

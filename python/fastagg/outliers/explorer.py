@@ -93,18 +93,26 @@ class Findings:
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> Findings:
-        """The findings that `as_dict` gave."""
-        shape = (len(plain["clients"]), len(plain["leaves"]))
+        """The findings that `as_dict` gave.
+
+        Raises:
+            KeyError, TypeError, ValueError: something is missing, or is not what `as_dict` gives.
+        """
+        clients, leaves = tuple(plain["clients"]), tuple(map(str, plain["leaves"]))
+        outliers = {client: tuple(map(str, reasons)) for client, reasons in plain["outliers"]}
+        if strangers := outliers.keys() - set(clients):
+            raise ValueError(f"outliers: {strangers} are not among the clients")
+        found_by = Explorer(plain["method"], plain["threshold"], plain["action"])  # which checks them
         return cls(
-            plain["round"],
-            tuple(plain["clients"]),
-            np.array(plain["scores"], np.float64),
-            {client: tuple(reasons) for client, reasons in plain["outliers"]},
-            tuple(plain["leaves"]),
-            np.array(plain["leaf_scores"], np.float64).reshape(shape),
-            plain["method"],
-            plain["threshold"],
-            plain["action"],
+            as_count(plain["round"], "round"),
+            clients,
+            np.array(plain["scores"], np.float64).reshape(len(clients)),
+            outliers,
+            leaves,
+            np.array(plain["leaf_scores"], np.float64).reshape(len(clients), len(leaves)),
+            found_by.method,
+            found_by.threshold,
+            found_by.action,
         )
 
 
