@@ -585,6 +585,11 @@ def invoke() -> Any:
     return lambda *arguments: CliRunner().invoke(application, ["report", *map(str, arguments)])
 
 
+def test_the_extra_report_brings_the_command_line() -> None:
+    project = (Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8")
+    assert re.search(r'^report = \[.*"fastagg\[cli\]"', project, re.MULTILINE)
+
+
 def save_metrics(path: Path) -> None:
     run = Run()
     run.record(metrics={"loss": 1.0})
