@@ -12,6 +12,7 @@ import pytest
 import robust_reference as expected
 from data import generator
 from fastagg import robust
+from reference import assert_same_bits
 from robust_reference import assert_rule
 from robust_rules import COORDINATE_RULES, RULES, Rule, every_distance_rule, every_rule, rows, wide
 
@@ -184,6 +185,18 @@ def test_a_majority_of_identical_clients_is_the_geometric_median() -> None:
     same, others = rows(random, 1, 50, FLOAT32), rows(random, 4, 50, FLOAT32)
     result = robust.geometric_median([*np.repeat(same, 5, axis=0), *others])
     assert_rule(result, same[0].astype(np.float64), wide(same))
+
+
+@pytest.mark.parametrize("name", ["geometric_median", "centered_clip"])
+def test_clients_without_a_part_change_no_bit(name: str) -> None:
+    # Sums in BLAS's order do, and differ between processors.
+    rule = {"geometric_median": robust.geometric_median, "centered_clip": lambda x, w: robust.centered_clip(x, 3.0, w)}
+    for clients in range(2, 40):
+        random = generator(clients)
+        x, weights = random.normal(size=(clients, 20)), random.integers(1, 50, clients)
+        weights[random.permutation(clients)[: clients // 2]] = 0
+        kept = weights > 0
+        assert_same_bits(rule[name](list(x), weights), rule[name](list(x[kept]), weights[kept]))
 
 
 # Attacks

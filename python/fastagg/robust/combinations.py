@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastagg.robust.arguments import as_count, as_positive
-from fastagg.robust.rules import DistanceRule, Geometry, Options, distances_from, run
+from fastagg.robust.rules import DistanceRule, Geometry, Options, distances_from, exact_sum, run
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -39,7 +39,7 @@ class GeometricMedian(DistanceRule):
         for _ in range(self.iterations):
             previous = current
             current = weights / np.maximum(distances_from(previous, products), self.smoothing)
-            current /= current.sum()
+            current /= exact_sum(current)
             change = largest_change(previous, current)
             since = 0 if change < least else since + 1
             least = min(change, least)
@@ -74,7 +74,7 @@ class CenteredClip(DistanceRule):
             current[-1] = 1
         for _ in range(self.iterations):
             steps = weights * clip_factors(distances_from(current, products), self.radius)
-            current = current * (1 - steps.sum()) + steps
+            current = current * (1 - exact_sum(steps)) + steps
         return current
 
 
@@ -97,7 +97,7 @@ class NormClip(DistanceRule):
     def coefficients(self, geometry: Geometry) -> np.ndarray:
         """Each update's weight, clipped; the rest is the reference's."""
         clipped: np.ndarray = geometry.shares() * clip_factors(np.sqrt(geometry.distances[-1]), self.radius)
-        clipped[-1] = 1 - clipped.sum()
+        clipped[-1] = 1 - exact_sum(clipped)
         return clipped
 
 
@@ -128,9 +128,9 @@ class FLTrust(DistanceRule):
         if trust.any():
             heard = trust > 0
             shares = np.zeros_like(trust)
-            shares[heard] = trust[heard] / trust.sum() * trusted_norm / norms[heard]
+            shares[heard] = trust[heard] / exact_sum(trust) * trusted_norm / norms[heard]
             coefficients[near] = shares
-        coefficients[-2] = 1 - coefficients.sum()
+        coefficients[-2] = 1 - exact_sum(coefficients)
         return coefficients
 
 
