@@ -108,6 +108,8 @@ class FLTrust(DistanceRule):
 
     def __init__(self, trusted: Any, reference: Any = None) -> None:
         """Trusts an update of the server's own."""
+        if trusted is None:
+            raise TypeError("trusted: expected an update of the server's own, got None")
         self.trusted, self.reference = trusted, reference
 
     def check(self, count: int) -> None:
