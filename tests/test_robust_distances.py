@@ -187,6 +187,18 @@ def test_a_majority_of_identical_clients_is_the_geometric_median() -> None:
     assert_rule(result, same[0].astype(np.float64), wide(same))
 
 
+@pytest.mark.parametrize("magnitude", [1.0, 1e3, 1e9])
+def test_distances_of_many_mixtures(magnitude: float) -> None:
+    x = generator(12).normal(size=(300, 10))
+    x[:20] *= magnitude
+    for mixed in (robust.nearest_neighbor_mixing(list(x), 5), robust.nearest_neighbor_mixing(list(x), 30)):
+        exact = np.array([(((row - mixed.mixing) @ x) ** 2).sum(axis=1) for row in mixed.mixing])
+        found = robust.squared_distances(mixed)
+        assert not found[exact == 0].any()
+        near = exact < 1e3  # what the far ones have no part in, or the same
+        np.testing.assert_allclose(found[near], exact[near], rtol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["geometric_median", "centered_clip"])
 def test_clients_without_a_part_change_no_bit(name: str) -> None:
     # Sums in BLAS's order do, and differ between processors.
