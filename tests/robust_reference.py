@@ -126,7 +126,7 @@ def geometric_median(
     x: Array,
     weights: Sequence[float] | None = None,
     smoothing: float = 1e-6,
-    iterations: int = 100,
+    iterations: int = 10_000,
     tolerance: float = 1e-10,
 ) -> Array:
     """Pillutla et al. 2022 (RFA): the smoothed Weiszfeld algorithm, from the weighted mean on."""

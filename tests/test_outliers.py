@@ -305,6 +305,15 @@ def test_labels_name_clients() -> None:
     assert set(Explorer().explore(statistics_of(updates).with_clients(labels)).outliers) == {"c"}
 
 
+@by_source
+def test_a_client_beyond_float64s_squares_is_found(source: Any) -> None:
+    updates = honest(generator(32), 8)
+    updates[3] = {name: 1e200 * values for name, values in updates[3].items()}
+    found = Explorer().explore(source(updates))
+    assert set(found.outliers) == {3}
+    assert "largest value of the whole update is" in found.outliers[3][0]
+
+
 @by_method
 def test_the_same_seed_finds_the_same(method: str) -> None:
     sketched = sketch(honest(generator(22), 15))
@@ -378,10 +387,25 @@ def test_leaves_of_one_element_point_either_way(source: Any) -> None:
         ({"action": "ban"}, "action: expected one of report, drop, down_weight, got 'ban'"),
         ({"threshold": 0}, "threshold: expected a finite number above 0, got 0"),
         ({"threshold": math.nan}, "threshold: expected a finite number above 0, got nan"),
+        ({"seed": -1}, "seed: expected 0 or more, got -1"),
+        ({"seed": 2**32}, r"seed: expected a number below 2\*\*32"),
     ],
 )
 def test_options_that_do_not_exist_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
+        Explorer(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"threshold": "3"}, "threshold: expected a number, got '3'"),
+        ({"threshold": True}, "threshold: expected a number, got True"),
+        ({"seed": None}, "seed: expected an integer, got None"),
+    ],
+)
+def test_options_of_other_types_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
         Explorer(**options)
 
 
@@ -485,11 +509,15 @@ def test_cosines_of_pairs() -> None:
         ([np.ones(3)], {"reference": [np.ones(3)]}, TypeError, "reference: expected an array"),
         ([np.arange(3)], {}, ValueError, "expected at least one floating leaf, got none"),
         ([np.ones(3), "x"], {}, TypeError, "client 1: expected an array"),
+        ({"a": np.ones(3)}, {}, TypeError, "expected a sequence of updates, got a single mapping"),
+        ([np.ones(3)], {"dimensions": 2.5}, TypeError, "dimensions: expected an integer, got 2.5"),
+        ([np.ones(3)], {"seed": -1}, ValueError, "seed: expected 0 or more, got -1"),
+        ([np.ones(3)], {"clients": [[1]]}, TypeError, r"labels: expected numbers, texts .*, got \[1\]"),
         ([np.ones(3) * 1j], {}, TypeError, "client 0, the array: dtype complex128 is not supported"),
     ],
 )
 def test_updates_that_do_not_fit_are_refused(
-    updates: list[Any], options: dict[str, Any], error: type[Exception], message: str
+    updates: Any, options: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
         sketch(updates, **options)

@@ -127,6 +127,19 @@ def test_rounds_are_numbered_on(tmp_path: Path) -> None:
     assert [one.number for one in run.rounds] == [1, 5, 6]
 
 
+def test_numbers_of_numpy_are_written(tmp_path: Path) -> None:
+    run, labels = Run(), np.arange(3)
+    statistics = fastagg.fedavg([np.ones(3)] * 3, stats=True)[1].with_clients(labels)
+    run.record(np.int64(4), statistics=statistics, findings=Explorer().explore(statistics, np.int64(4)))
+    run.record(metrics={"loss": np.float32(0.5), "accuracy": np.array(1)})
+    run.save(tmp_path / "run.json")
+    back = Run.load(tmp_path / "run.json")
+    assert [(one.number, one.clients, one.metrics) for one in back.rounds] == [
+        (4, (0, 1, 2), {}),
+        (5, (), {"loss": 0.5, "accuracy": 1.0}),
+    ]
+
+
 def test_clients_are_in_natural_order() -> None:
     run = Run()
     statistics = fastagg.fedavg([np.ones(3)] * 4, stats=True)[1]
@@ -140,6 +153,9 @@ def wrong_records() -> list[Any]:
     return [
         ({"round": 1}, ValueError, "round 1 has been recorded already"),
         ({"metrics": {"loss": "low"}}, TypeError, "metric 'loss': expected a number, got 'low'"),
+        ({"metrics": {"loss": "3.5"}}, TypeError, "metric 'loss': expected a number, got '3.5'"),
+        ({"round": "8"}, TypeError, "round: expected an integer, got '8'"),
+        ({"round": -1}, ValueError, "round: expected 0 or more, got -1"),
         ({"statistics": statistics, "findings": others, "round": 9}, ValueError, "round 9: the findings are of other"),
         ({"cosines": np.ones((3, 3))}, ValueError, r"cosines: expected shape \(0, 0\)"),
         ({"statistics": statistics, "cosines": np.ones((2, 2))}, ValueError, r"expected shape \(3, 3\).*got \(2, 2\)"),
@@ -172,6 +188,40 @@ def test_files_that_are_no_runs_are_named(tmp_path: Path, content: bytes, messag
     path = tmp_path / "other.json"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=rf"other\.json: {re.escape(message)}"):
+        Run.load(path)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (("title",), None, "expected a text, got None"),
+        (("rounds", 0, "number"), "x", "round: expected an integer, got 'x'"),
+        (("rounds", 1, "number"), 1, "round 1 has been recorded already"),
+        (("rounds", 0, "metrics"), [1], "'list' object has no attribute 'items'"),
+        (("rounds", 0, "cosines"), [[1.0]], r"cosines: expected shape \(8, 8\)"),
+        (("rounds", 0, "statistics", "elements", 0), math.inf, "cannot convert float infinity"),
+        (("rounds", 0, "findings", "clients", 2), "stranger", "outliers: {'site 2'} are not among the clients"),
+        (("rounds", 0, "findings", "scores"), [1.0], "cannot reshape array"),
+        (("rounds", 0, "findings", "method"), "guess", "method: expected one of zscore"),
+        (("rounds", 0, "findings", "threshold"), None, "threshold: expected a number, got None"),
+        (("models", "start", 0, "counts"), [], "counts: expected one number a bin"),
+        (("models", "start", 0, "leaf"), 3, "expected a text, got 3"),
+        (("comparisons", 0, "rows", 0, "elements"), 1.5, "elements: expected an integer, got 1.5"),
+        (("comparisons", 0, "rows", 0, "cosine"), None, "float"),
+    ],
+)
+def test_what_is_damaged_is_told_before_a_page_is_drawn(
+    run: Run, tmp_path: Path, place: tuple[Any, ...], value: Any, message: str
+) -> None:
+    path = tmp_path / "run.json"
+    run.save(path)
+    plain = json.loads(path.read_text())
+    holder = plain
+    for step in place[:-1]:
+        holder = holder[step]
+    holder[place[-1]] = value
+    path.write_text(json.dumps(plain))
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))}: is damaged: .*{message}"):
         Run.load(path)
 
 
@@ -283,7 +333,8 @@ def test_the_page_says_who_and_why(page: str) -> None:
     assert "2 of 8 clients were outliers in at least one of 3 rounds, 1 of them more than once" in words
     assert re.search(r"site 2 3 of 3 1–3 \S+ round \d norm of the whole update is \d+ times the median", words)
     assert "site 5 1 of 3 2 ∞ round 2 1 non-finite value in layer conv.bias" in words
-    assert "Found by: zscore, threshold 3.5, action drop." in words
+    told = "the aggregation was told to leave them out (drop)."
+    assert f"Found by their most unusual feature (zscore), above a score of 3.5; {told}" in words
     assert re.search(r"last loss 0\.667 last accuracy 0\.833", words)
     assert re.search(r"conv\.weight 300 \S+ \S+ 0\.5 1 ", words)
 
@@ -312,6 +363,53 @@ def test_the_page_escapes_what_clients_are_called(tmp_path: Path) -> None:
     assert "<i>" not in page
     assert html.escape(label) in page
     assert "5 non-finite values in layer $x_{1}$ &lt;b&gt;" in page
+
+
+FORMULA, CONTROL, HALF = "$x^$ $", "new\nline\ttab\0\x1b\u202e", "\ud800"  # half of a character beyond 16 bits
+AT_THE_CUT = 20 * "a$" + 21 * "b$"
+
+
+STRANGE = [FORMULA, CONTROL, HALF, AT_THE_CUT, "<&>", "医院", "", 5000 * "x"]
+
+
+def test_no_name_breaks_the_page(tmp_path: Path) -> None:
+    pytest.importorskip("jinja2")
+    pytest.importorskip("matplotlib")
+    updates = [{name: np.arange(3.0) + client for name in STRANGE} for client in range(len(STRANGE))]
+    updates[0][CONTROL] *= 100
+    statistics = fastagg.fedavg(updates, stats=True)[1].with_clients(STRANGE)
+    run = Run(title=HALF)
+    findings = Explorer().explore(statistics)
+    assert list(findings.outliers) == [FORMULA]
+    metrics = dict.fromkeys(STRANGE, 1.0)
+    run.record(statistics=statistics, findings=findings, metrics=metrics, cosines=pairwise_cosines(updates))
+    for name, model in zip(STRANGE, updates, strict=True):
+        run.add_model(name, model)
+    run.compare(FORMULA, updates[0], AT_THE_CUT, updates[1])
+    run.save(tmp_path / "run.json")
+    write_report(Run.load(tmp_path / "run.json"), tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "<title>?</title>" in page
+    assert all(html.escape(name.replace(HALF, "?")) in page for name in STRANGE)
+
+
+def test_every_plot_says_what_its_axes_are(run: Run) -> None:
+    pytest.importorskip("matplotlib")
+    from fastagg import plots
+
+    shares = {"a": 0.25, "b": 0.75}
+    for figure, axes in (
+        (plots.norms_by_round({one.number: one.statistics for one in run.rounds}), ("round", "norm of the update")),
+        (plots.cosine_map(np.eye(2), [0, 1]), ("client", "client")),
+        (plots.layer_by_client(np.ones((2, 1)), [0, 1], ["a"]), ("client", "layer")),
+        (plots.layer_importance(shares, shares), ("share of all layers", "layer")),
+        (plots.compare_models(run.comparisons[0].rows), ("relative difference: |second − first| / |first|", "layer")),
+    ):
+        assert (figure.axes[0].get_xlabel(), figure.axes[0].get_ylabel()) == axes
+    histograms = plots.weight_histograms(run.models)
+    assert (histograms.get_supxlabel(), histograms.get_supylabel()) == ("weight", "density")
+    curves = plots.metrics_by_round({1: {"loss": 1.0}}).axes[0]
+    assert (curves.get_xlabel(), curves.get_title(loc="left")) == ("round", "loss")
 
 
 @pytest.mark.parametrize("keep", ["metrics", "statistics", "findings", "models", "comparisons"])
@@ -485,6 +583,11 @@ def invoke() -> Any:
     from fastagg._commands import application
 
     return lambda *arguments: CliRunner().invoke(application, ["report", *map(str, arguments)])
+
+
+def test_the_extra_report_brings_the_command_line() -> None:
+    project = (Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8")
+    assert re.search(r'^report = \[.*"fastagg\[cli\]"', project, re.MULTILINE)
 
 
 def save_metrics(path: Path) -> None:

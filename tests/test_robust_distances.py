@@ -12,6 +12,7 @@ import pytest
 import robust_reference as expected
 from data import generator
 from fastagg import robust
+from reference import assert_same_bits
 from robust_reference import assert_rule
 from robust_rules import COORDINATE_RULES, RULES, Rule, every_distance_rule, every_rule, rows, wide
 
@@ -154,11 +155,60 @@ def test_centered_clip_of_late_training() -> None:
     assert np.abs(result - expected.centered_clip(wide(x), 0.01)).max() < 1e-6 * 1e-3
 
 
+@pytest.mark.parametrize("clients", [3, 5, 11, 39])
+def test_in_one_dimension_the_geometric_median_is_the_median(clients: int) -> None:
+    # Weiszfeld's iteration is at its slowest there.
+    for seed in range(20):
+        random = generator(seed)
+        x, weights = random.normal(size=(clients, 1)), random.integers(1, 50, clients)
+        weights[0] += 1 - weights.sum() % 2  # an odd sum: the median is one of the values
+        exact = np.median(np.repeat(x, weights))
+        assert abs(robust.geometric_median(list(x), weights) - exact) < 2e-6 * np.abs(x).max()
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_no_neighbour_of_the_geometric_median_is_better(dimensions: int) -> None:
+    def objective(v: np.ndarray) -> float:
+        return float(weights @ np.linalg.norm(x - v, axis=1))
+
+    for seed in range(30):
+        random = generator(seed)
+        x, weights = random.normal(size=(12, dimensions)), random.integers(1, 50, 12).astype(np.float64)
+        x[:4] *= -20
+        found = robust.geometric_median(list(x), weights)
+        for step in 1e-3 * np.vstack([np.eye(dimensions), -np.eye(dimensions)]):
+            assert objective(found) < objective(found + step)
+
+
 def test_a_majority_of_identical_clients_is_the_geometric_median() -> None:
     random = generator(8)
     same, others = rows(random, 1, 50, FLOAT32), rows(random, 4, 50, FLOAT32)
     result = robust.geometric_median([*np.repeat(same, 5, axis=0), *others])
     assert_rule(result, same[0].astype(np.float64), wide(same))
+
+
+@pytest.mark.parametrize("magnitude", [1.0, 1e3, 1e9])
+def test_distances_of_many_mixtures(magnitude: float) -> None:
+    x = generator(12).normal(size=(300, 10))
+    x[:20] *= magnitude
+    for mixed in (robust.nearest_neighbor_mixing(list(x), 5), robust.nearest_neighbor_mixing(list(x), 30)):
+        exact = np.array([(((row - mixed.mixing) @ x) ** 2).sum(axis=1) for row in mixed.mixing])
+        found = robust.squared_distances(mixed)
+        assert not found[exact == 0].any()
+        near = exact < 1e3  # what the far ones have no part in, or the same
+        np.testing.assert_allclose(found[near], exact[near], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["geometric_median", "centered_clip"])
+def test_clients_without_a_part_change_no_bit(name: str) -> None:
+    # Sums in BLAS's order do, and differ between processors.
+    rule = {"geometric_median": robust.geometric_median, "centered_clip": lambda x, w: robust.centered_clip(x, 3.0, w)}
+    for clients in range(2, 40):
+        random = generator(clients)
+        x, weights = random.normal(size=(clients, 20)), random.integers(1, 50, clients)
+        weights[random.permutation(clients)[: clients // 2]] = 0
+        kept = weights > 0
+        assert_same_bits(rule[name](list(x), weights), rule[name](list(x[kept]), weights[kept]))
 
 
 # Attacks

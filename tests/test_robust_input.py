@@ -434,6 +434,11 @@ def test_points_beside_the_clients_must_fit_and_be_finite(call: Callable[..., An
         call(x, {"a": x[0]})
 
 
+def test_fltrust_without_an_update_of_the_servers_own_is_refused() -> None:
+    with pytest.raises(TypeError, match="trusted: expected an update of the server's own, got None"):
+        robust.fltrust(clients(5), None)
+
+
 def test_fltrust_without_anyone_to_trust_stays_at_the_reference() -> None:
     trusted, model = normal(generator(1), 20, FLOAT32), normal(generator(2), 20, FLOAT32)
     assert not robust.fltrust([-trusted, -2 * trusted], trusted).any()

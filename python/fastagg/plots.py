@@ -75,6 +75,8 @@ def cosine_map(cosines: np.ndarray, clients: Sequence[Any], outliers: Collection
     _label_clients(axes.xaxis, clients, outliers)
     _label_clients(axes.yaxis, clients, outliers, upright=True)
     _bare(axes)
+    axes.set_xlabel("client", fontsize=8.5, color=INK)
+    axes.set_ylabel("client", fontsize=8.5, color=INK)
     bar = figure.colorbar(image, ax=axes, shrink=0.6, pad=0.02, aspect=30)
     bar.set_ticks([-1, -0.5, 0, 0.5, 1], labels=["−1", "−0.5", "0", "0.5", "1"], fontsize=7.5)
     bar.set_label("cosine", fontsize=8)
@@ -118,6 +120,8 @@ def layer_by_client(
     _label_clients(axes.xaxis, clients, outliers)
     _label_leaves(axes, leaves)
     _bare(axes)
+    axes.set_xlabel("client", fontsize=8.5, color=INK)
+    axes.set_ylabel("layer", fontsize=8.5, color=INK)
     bar = figure.colorbar(image, ax=axes, pad=0.015, fraction=0.03, aspect=30)
     bar.set_ticks(
         [0, threshold, 3 * threshold], labels=["0", f"{threshold:.2g}", f"≥ {3 * threshold:.2g}"], fontsize=7.5
@@ -142,10 +146,12 @@ def weight_histograms(models: Mapping[str, Sequence[Histogram]], *, most: int = 
     _require(leaves, "models: leaves")
     columns = min(4, len(leaves))
     rows = math.ceil(len(leaves) / columns)
-    height = 0.5 + 1.3 * rows
+    height = 0.7 + 1.3 * rows
     figure = _empty_figure(height, arranged=False)  # arranging takes longer than all the rest
     grid = figure.subplots(rows, columns, squeeze=False)
-    figure.subplots_adjust(0.01, 0.3 / height, 0.99, 1 - 0.6 / height, wspace=0.1, hspace=0.62)
+    figure.subplots_adjust(0.03, 0.5 / height, 0.99, 1 - 0.6 / height, wspace=0.1, hspace=0.62)
+    figure.supxlabel("weight", fontsize=8.5, color=INK, y=0.08 / height)
+    figure.supylabel("density", fontsize=8.5, color=INK, x=0.005)
     for axes in grid.flat[len(leaves) :]:
         axes.set_visible(False)
     for axes, name in zip(grid.flat, leaves, strict=False):
@@ -178,10 +184,12 @@ def compare_models(rows: Sequence[LayerComparison], first: str = "first", second
     differences = np.array([row.relative_difference for row in rows])
     cosines = np.array([row.cosine for row in rows])
     left.barh(places, np.where(np.isfinite(differences), differences, 0), 0.7, color=ACCENT)
-    left.set_xlabel(f"|{second} − {first}| / |{first}|")
+    before, after = _shortened(first, 30), _shortened(second, 30)
+    left.set_xlabel(f"relative difference: |{after} − {before}| / |{before}|")
     right.plot(cosines, places, "o", color=ACCENT, markersize=4)
     right.set_xlabel("cosine")
     right.set_xlim(*_cosine_limits(cosines))
+    right.locator_params(axis="x", nbins=5)
     for axes in (left, right):
         _quiet(axes, "x")
     for place, one in enumerate(differences.tolist()):
@@ -189,6 +197,7 @@ def compare_models(rows: Sequence[LayerComparison], first: str = "first", second
             words = "not finite" if math.isnan(one) else f"{_shortened(first, 14)} is zero"
             left.annotate(words, (0, place), (4, 0), textcoords="offset points", va="center", fontsize=7, color=OUTLIER)
     _label_leaves(left, [row.leaf for row in rows])
+    left.set_ylabel("layer", fontsize=8.5, color=INK)
     left.set_ylim(len(rows) - 0.4, -0.6)
     return figure
 
@@ -212,6 +221,8 @@ def layer_importance(shares: Mapping[str, float], elements: Mapping[str, float])
     axes.set_ylim(len(shares) - 0.4, -0.6)
     axes.set_xlim(left=0)
     axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
+    axes.set_xlabel("share of all layers", fontsize=8.5, color=INK)
+    axes.set_ylabel("layer", fontsize=8.5, color=INK)
     figure.legend(loc="outside upper right", frameon=False, ncols=2, fontsize=8)
     return figure
 
@@ -423,12 +434,12 @@ def _label_leaves(axes: Axes, leaves: Sequence[str]) -> None:
 
 
 def _shortened(name: str, longest: int) -> str:
-    """A long name without its middle."""
-    name = name.replace("$", r"\$")  # matplotlib would set formulas
-    if len(name) <= longest:
-        return name
-    kept = longest - 1
-    return f"{name[: kept // 2]}…{name[-(kept - kept // 2) :]}"
+    """A name that can be drawn, a long one without its middle: no formula, no character that has no shape."""
+    name = "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in name)
+    if len(name) > longest:
+        kept = longest - 1
+        name = f"{name[: kept // 2]}…{name[-(kept - kept // 2) :]}"
+    return name.replace("$", r"\$")
 
 
 def _largest_leaves(models: Mapping[str, Sequence[Histogram]], most: int) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -71,7 +71,7 @@ class Statistics:
             TypeError: a quantity is missing, or there is none of this name.
             ValueError: a shape does not fit.
         """
-        self.clients, self.leaves = tuple(clients), tuple(leaves)
+        self.clients, self.leaves = as_labels(clients), tuple(leaves)
         self.elements = _column("elements", elements, np.int64, (len(self.leaves),))
         self.weights = _column("weights", weights, np.float64, (len(self.clients),))
         if quantities.keys() != set(QUANTITIES):
@@ -171,7 +171,7 @@ class Statistics:
             shape = (len(fixed[0]), len(fixed[1]))
             quantities = {name: _numbers(plain[name]).reshape(shape) for name in QUANTITIES}
             return cls(*fixed, **quantities)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, OverflowError, TypeError, ValueError) as error:
             raise ValueError(f"statistics: expected what Statistics.as_dict() returned: {error!r}") from error
 
     def to_pandas(self) -> Any:
@@ -221,6 +221,19 @@ class Statistics:
         return {name: getattr(self, name) for name in QUANTITIES}
 
 
+def as_labels(labels: Iterable[Any]) -> tuple[Any, ...]:
+    """Clients' labels, NumPy's numbers as Python's, so that they can be written as JSON.
+
+    Raises:
+        TypeError: one cannot be looked up, such as a list.
+    """
+    plain = tuple(label.item() if isinstance(label, np.generic) else label for label in labels)
+    for label in plain:
+        if not isinstance(label, Hashable):
+            raise TypeError(f"labels: expected numbers, texts or other hashable values, got {label!r}")
+    return plain
+
+
 def by_client(moments: np.ndarray, floats: list[int], clients: int) -> np.ndarray:
     """The native code's moments (all leaves, clients, MOMENTS) as (clients, floating leaves, MOMENTS)."""
     return np.swapaxes(moments[floats], 0, 1) if floats else np.empty((clients, 0, MOMENTS))
@@ -246,8 +259,9 @@ def _divided(dividend: np.ndarray, divisor: np.ndarray, otherwise: float) -> np.
 
 
 def _root_of_squares(column: np.ndarray) -> np.ndarray:
-    """The norm over all leaves."""
-    return np.asarray(np.sqrt((column**2).sum(axis=1, keepdims=True)))
+    """The norm over all leaves; infinite where squares overflow."""
+    with np.errstate(over="ignore"):
+        return np.asarray(np.sqrt((column**2).sum(axis=1, keepdims=True)))
 
 
 def _extreme(smaller_or_larger: np.ufunc, column: np.ndarray) -> np.ndarray:

@@ -15,11 +15,13 @@ from fastagg.outliers.features import Features, deviations, features_of, leaf_al
 from fastagg.outliers.reasons import notable_limits, reasons_for
 from fastagg.outliers.scores import METHODS, worst_deviations
 from fastagg.outliers.sketches import Sketch
+from fastagg.robust.arguments import as_count, as_positive
 
 if TYPE_CHECKING:
     from fastagg.statistics import Statistics
 
 ACTIONS = ("report", "drop", "down_weight")
+_SEEDS = 2**32
 FEWEST = 3  # clients without a NaN: of two, nobody can say which one is unusual
 
 
@@ -91,18 +93,26 @@ class Findings:
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> Findings:
-        """The findings that `as_dict` gave."""
-        shape = (len(plain["clients"]), len(plain["leaves"]))
+        """The findings that `as_dict` gave.
+
+        Raises:
+            KeyError, TypeError, ValueError: something is missing, or is not what `as_dict` gives.
+        """
+        clients, leaves = tuple(plain["clients"]), tuple(map(str, plain["leaves"]))
+        outliers = {client: tuple(map(str, reasons)) for client, reasons in plain["outliers"]}
+        if strangers := outliers.keys() - set(clients):
+            raise ValueError(f"outliers: {strangers} are not among the clients")
+        found_by = Explorer(plain["method"], plain["threshold"], plain["action"])  # which checks them
         return cls(
-            plain["round"],
-            tuple(plain["clients"]),
-            np.array(plain["scores"], np.float64),
-            {client: tuple(reasons) for client, reasons in plain["outliers"]},
-            tuple(plain["leaves"]),
-            np.array(plain["leaf_scores"], np.float64).reshape(shape),
-            plain["method"],
-            plain["threshold"],
-            plain["action"],
+            as_count(plain["round"], "round"),
+            clients,
+            np.array(plain["scores"], np.float64).reshape(len(clients)),
+            outliers,
+            leaves,
+            np.array(plain["leaf_scores"], np.float64).reshape(len(clients), len(leaves)),
+            found_by.method,
+            found_by.threshold,
+            found_by.action,
         )
 
 
@@ -117,8 +127,8 @@ class Explorer:
     - "kmeans", "local_outlier_factor", "isolation_forest": of the whole update's deviations and each kind's most
       extreme leaf; by scikit-learn, and best with ten clients or more.
 
-    A score above `threshold` makes an outlier, and a NaN or an infinity always does. With fewer than three other
-    clients, or with clients that are all alike, there are no others.
+    A score above `threshold` makes an outlier, and a NaN or an infinity always does. Where fewer than three clients are
+    free of those, or all are alike, there are no other outliers.
 
     Statistics are of what the clients sent: differences from the global model tell directions, whole models hardly do.
     A `Sketch` takes the difference itself (`reference=`), and its centre is one that a minority hardly moves.
@@ -141,8 +151,9 @@ class Explorer:
         for name, value, known in (("method", self.method, METHODS), ("action", self.action, ACTIONS)):
             if value not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
-        if not 0 < self.threshold < math.inf:
-            raise ValueError(f"threshold: expected a finite number above 0, got {self.threshold}")
+        self.threshold, self.seed = as_positive(self.threshold, "threshold"), as_count(self.seed, "seed")
+        if self.seed >= _SEEDS:
+            raise ValueError(f"seed: expected a number below 2**32, as scikit-learn does, got {self.seed}")
 
     def explore(self, source: Statistics | Sketch, round: int | None = None) -> Findings:
         """Finds the outliers of a round and remembers them.
@@ -152,8 +163,8 @@ class Explorer:
             round: its number; None for the one after the last.
 
         Raises:
-            TypeError: `source` is neither.
-            ValueError: it holds no client.
+            TypeError: `source` is neither, or the round no integer.
+            ValueError: it holds no client, or one label twice; the round is negative.
             ModuleNotFoundError: the method needs scikit-learn.
         """
         features = features_of(source)
@@ -167,6 +178,7 @@ class Explorer:
         }
         if round is None:
             round = self.history[-1].round + 1 if self.history else 1
+        round = as_count(round, "round")
         found = Findings(
             round,
             features.clients,

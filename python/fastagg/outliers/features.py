@@ -83,7 +83,8 @@ def features_of(source: Statistics | Sketch) -> Features:
     twice = next((client for client, count in Counter(source.clients).items() if count > 1), None)
     if twice is not None:
         raise ValueError(f"client {twice!r}: its label is there twice")
-    values = _of_sketch(source) if isinstance(source, Sketch) else _of_statistics(source)
+    with np.errstate(over="ignore", invalid="ignore"):  # squares beyond float64: their largest values tell enough
+        values = _of_sketch(source) if isinstance(source, Sketch) else _of_statistics(source)
     elements = np.concatenate([[source.elements.sum()], source.elements])
     leaves = tuple(map(str, source.leaves))
     columns = slice(None) if len(leaves) > 1 else slice(0, 1)

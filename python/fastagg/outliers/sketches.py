@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from fastagg._leaf_values import Leaf, blocks_of, columns_of
+from fastagg._updates import as_list
+from fastagg.robust.arguments import as_count
+from fastagg.statistics import as_labels
 
 
 class Sketch(NamedTuple):
@@ -66,15 +68,12 @@ def sketch(
         clients: labels, one an update; without, their numbers.
 
     Raises:
-        TypeError, ValueError: no updates, updates of unlike structures or shapes, without a floating leaf, or a number
-            of dimensions or labels that does not fit.
+        TypeError, ValueError: no updates, updates of unlike structures or shapes, without a floating leaf, or
+            dimensions, a seed or labels that do not fit.
     """
-    updates = list(updates)
-    if not updates:
-        raise ValueError("updates: expected at least one, got none")
-    if operator.index(dimensions) < 1:
-        raise ValueError(f"dimensions: expected 1 or more, got {dimensions}")
-    labels = tuple(range(len(updates)) if clients is None else clients)
+    updates = as_list(updates)
+    dimensions, seed = as_count(dimensions, "dimensions", 1), as_count(seed, "seed")
+    labels = as_labels(range(len(updates)) if clients is None else clients)
     if len(labels) != len(updates):
         raise ValueError(f"clients: expected {len(updates)} labels, one for each update, got {len(labels)}")
     names, sizes, parts = [], [], []
@@ -115,9 +114,7 @@ def pairwise_cosines(updates: Iterable[Any], *, reference: Any = None) -> np.nda
     Raises:
         TypeError, ValueError: no updates, or updates of unlike structures or shapes.
     """
-    updates = list(updates)
-    if not updates:
-        raise ValueError("updates: expected at least one, got none")
+    updates = as_list(updates)
     gram = np.zeros((len(updates), len(updates)))
     with np.errstate(invalid="ignore", over="ignore"):
         for _, leaves, base in columns_of(updates, reference):

@@ -39,5 +39,5 @@ def write_report(run: Run, path: str | os.PathLike[str], *, force: bool = False)
 
     check_place(Path(path), force)
     page = render(run)
-    with atomic_file(Path(path), force) as descriptor, os.fdopen(os.dup(descriptor), "w", encoding="utf-8") as file:
-        file.write(page)
+    with atomic_file(Path(path), force) as descriptor, os.fdopen(os.dup(descriptor), "wb") as file:
+        file.write(page.encode("utf-8", "replace"))  # a label may hold half a character

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+import warnings
 from collections.abc import Sequence
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,6 +22,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MOST_DIFFERENT, _MOST_METRICS, _MOST_PANELS = 10, 4, 48
+_METHODS_IN_WORDS = {
+    "zscore": "their most unusual feature (zscore)",
+    "kmeans": "their distance from the clusters of the majority (kmeans)",
+    "local_outlier_factor": "how thin their neighbourhood is (local_outlier_factor)",
+    "isolation_forest": "how easily they are isolated (isolation_forest)",
+}
+_ACTIONS_IN_WORDS = {
+    "report": "to leave their weight as it is (report)",
+    "drop": "to leave them out (drop)",
+    "down_weight": "to lower their weight (down_weight)",
+}
 
 
 class Plot(NamedTuple):
@@ -184,17 +196,31 @@ def _at_the_end(value: float) -> float:
 
 
 def _method(one: Round) -> str:
-    assert one.findings is not None
-    return f"{one.findings.method}, threshold {one.findings.threshold:g}, action {one.findings.action}"
+    found = one.findings
+    assert found is not None
+    method, told = _METHODS_IN_WORDS[found.method], _ACTIONS_IN_WORDS[found.action]
+    return f"Found by {method}, above a score of {found.threshold:g}; the aggregation was told {told}."
 
 
 def _plot(figure: Figure, alternative: str) -> Plot:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Glyph .* missing from", UserWarning)
+        try:
+            written = _as_svg(figure, "path")
+        except UserWarning:  # a script that matplotlib's font does not have: the browser will
+            warnings.simplefilter("ignore", UserWarning)
+            written = _as_svg(figure, "none")
+    return Plot("data:image/svg+xml;base64," + base64.b64encode(written).decode(), alternative)
+
+
+def _as_svg(figure: Figure, text: str) -> bytes:
+    """A figure whose text is drawn ("path"), or left to the fonts of who looks at it ("none")."""
     import matplotlib as mpl
 
     written = io.BytesIO()
-    with mpl.rc_context({"svg.fonttype": "path", "svg.hashsalt": "fastagg"}):
+    with mpl.rc_context({"svg.fonttype": text, "svg.hashsalt": "fastagg"}):
         figure.savefig(written, format="svg", metadata={"Date": None})
-    return Plot("data:image/svg+xml;base64," + base64.b64encode(written.getvalue()).decode(), alternative)
+    return written.getvalue()
 
 
 def _curves(run: Run) -> Plot | None:

@@ -16,6 +16,7 @@ import numpy as np
 from fastagg.files.atomic import atomic_file
 from fastagg.outliers import Findings, times_flagged
 from fastagg.report.models import Histogram, LayerComparison, compare_models, weight_histograms
+from fastagg.robust.arguments import as_count
 
 if TYPE_CHECKING:
     from fastagg.statistics import Statistics
@@ -94,12 +95,13 @@ class Run:
             cosines: (clients, clients), of `outliers.pairwise_cosines` or `Sketch.cosines`, in the clients' order.
 
         Raises:
-            TypeError, ValueError: a metric is no number, the round is there already, the findings or cosines are of
-                other clients than the statistics.
+            TypeError, ValueError: a metric is no number, the round none of 0 or more or there already, the findings or
+                cosines are of other clients than the statistics.
         """
         if round is None:
             last = self.rounds[-1].number if self.rounds else 0
             round = findings.round if findings is not None else last + 1
+        round = as_count(round, "round")
         for source in (statistics, findings):
             for client in () if source is None else source.clients:
                 if not isinstance(client, (int, str)):
@@ -175,16 +177,15 @@ class Run:
         """
         plain = _read(Path(path))
         try:
-            return cls(
-                plain["title"],
-                [_round_of(one) for one in plain["rounds"]],
-                {name: [_histogram_of(leaf) for leaf in leaves] for name, leaves in plain["models"].items()},
-                [
-                    Comparison(one["first"], one["second"], [LayerComparison(**row) for row in one["rows"]])
-                    for one in plain["comparisons"]
-                ],
+            run = cls(
+                _as_text(plain["title"]),
+                models={name: [_histogram_of(leaf) for leaf in leaves] for name, leaves in plain["models"].items()},
+                comparisons=[_comparison_of(one) for one in plain["comparisons"]],
             )
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            for one in plain["rounds"]:
+                run.record(as_count(one["number"], "round"), **_record_of(one))
+            return run
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: is damaged: {type(error).__name__}: {error}") from error
 
 
@@ -202,6 +203,8 @@ def _as_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
     found = {}
     for name, value in metrics.items():
         try:
+            if isinstance(value, (str, bytes)):
+                raise TypeError
             found[str(name)] = float(value)
         except (TypeError, ValueError):
             raise TypeError(f"metric {name!r}: expected a number, got {value!r}") from None
@@ -234,17 +237,17 @@ def _round_as_dict(one: Round) -> dict[str, Any]:
     }
 
 
-def _round_of(plain: dict[str, Any]) -> Round:
+def _record_of(plain: dict[str, Any]) -> dict[str, Any]:
+    """What `Run.record` was told of a round."""
     from fastagg.statistics import Statistics
 
-    statistics, findings, cosines = plain["statistics"], plain["findings"], plain["cosines"]
-    return Round(
-        plain["number"],
-        None if statistics is None else Statistics.from_dict(statistics),
-        None if findings is None else Findings.from_dict(findings),
-        plain["metrics"],
-        None if cosines is None else np.array(cosines, np.float64),
-    )
+    statistics, findings = plain["statistics"], plain["findings"]
+    return {
+        "statistics": None if statistics is None else Statistics.from_dict(statistics),
+        "findings": None if findings is None else Findings.from_dict(findings),
+        "metrics": plain["metrics"],
+        "cosines": plain["cosines"],
+    }
 
 
 def _histogram_as_dict(leaf: Histogram) -> dict[str, Any]:
@@ -252,7 +255,25 @@ def _histogram_as_dict(leaf: Histogram) -> dict[str, Any]:
 
 
 def _histogram_of(plain: dict[str, Any]) -> Histogram:
-    return Histogram(**{**plain, "counts": np.array(plain["counts"], np.int64)})
+    counts, limits = np.array(plain["counts"], np.int64), (float(plain["minimum"]), float(plain["maximum"]))
+    if counts.ndim != 1 or not counts.size or not np.isfinite(limits).all():
+        raise ValueError(f"counts: expected one number a bin between finite limits, got {counts.shape}, {limits}")
+    return Histogram(_as_text(plain["leaf"]), counts, *limits, as_count(plain["nonfinite"], "nonfinite"))
+
+
+def _comparison_of(plain: dict[str, Any]) -> Comparison:
+    return Comparison(_as_text(plain["first"]), _as_text(plain["second"]), [_row_of(row) for row in plain["rows"]])
+
+
+def _row_of(plain: dict[str, Any]) -> LayerComparison:
+    leaf, elements, *numbers = (plain[name] for name in LayerComparison._fields)
+    return LayerComparison(_as_text(leaf), as_count(elements, "elements"), *map(float, numbers))
+
+
+def _as_text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"expected a text, got {value!r}")
+    return value
 
 
 def _without_nonfinite(plain: Any) -> Any:

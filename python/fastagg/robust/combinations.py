@@ -8,10 +8,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastagg.robust.arguments import as_count, as_positive
-from fastagg.robust.rules import DistanceRule, Geometry, Options, distances_from, run
+from fastagg.robust.rules import DistanceRule, Geometry, Options, distances_from, exact_sum, run
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+# Where a client is far away, rounding keeps the others' coefficients in motion. Changes so small that have not become
+# smaller for so many iterations are that; those of a slow iteration become smaller each time.
+_SMALL_CHANGE, _PATIENCE = 1e-6, 20
 
 
 class GeometricMedian(DistanceRule):
@@ -19,7 +23,7 @@ class GeometricMedian(DistanceRule):
 
     name = "geometric_median"
 
-    def __init__(self, smoothing: float = 1e-6, iterations: int = 100, tolerance: float = 1e-10) -> None:
+    def __init__(self, smoothing: float = 1e-6, iterations: int = 10_000, tolerance: float = 1e-10) -> None:
         """Weiszfeld's iteration, smoothed."""
         self.smoothing = as_positive(smoothing, "smoothing")
         self.iterations = as_count(iterations, "iterations", 1)
@@ -31,13 +35,15 @@ class GeometricMedian(DistanceRule):
     def coefficients(self, geometry: Geometry) -> np.ndarray:
         """Where the iteration ends."""
         weights, products = geometry.shares(), geometry.inner_products()
-        current = weights
+        current, least, since = weights, np.inf, 0
         for _ in range(self.iterations):
             previous = current
             current = weights / np.maximum(distances_from(previous, products), self.smoothing)
-            current /= current.sum()
-            # Relative: times a client far away, the smallest coefficient moves the result.
-            if np.all(np.abs(current - previous) <= self.tolerance * previous):
+            current /= exact_sum(current)
+            change = largest_change(previous, current)
+            since = 0 if change < least else since + 1
+            least = min(change, least)
+            if change <= self.tolerance or (change < _SMALL_CHANGE and since == _PATIENCE):
                 break
         return current
 
@@ -68,7 +74,7 @@ class CenteredClip(DistanceRule):
             current[-1] = 1
         for _ in range(self.iterations):
             steps = weights * clip_factors(distances_from(current, products), self.radius)
-            current = current * (1 - steps.sum()) + steps
+            current = current * (1 - exact_sum(steps)) + steps
         return current
 
 
@@ -91,7 +97,7 @@ class NormClip(DistanceRule):
     def coefficients(self, geometry: Geometry) -> np.ndarray:
         """Each update's weight, clipped; the rest is the reference's."""
         clipped: np.ndarray = geometry.shares() * clip_factors(np.sqrt(geometry.distances[-1]), self.radius)
-        clipped[-1] = 1 - clipped.sum()
+        clipped[-1] = 1 - exact_sum(clipped)
         return clipped
 
 
@@ -102,6 +108,8 @@ class FLTrust(DistanceRule):
 
     def __init__(self, trusted: Any, reference: Any = None) -> None:
         """Trusts an update of the server's own."""
+        if trusted is None:
+            raise TypeError("trusted: expected an update of the server's own, got None")
         self.trusted, self.reference = trusted, reference
 
     def check(self, count: int) -> None:
@@ -122,10 +130,16 @@ class FLTrust(DistanceRule):
         if trust.any():
             heard = trust > 0
             shares = np.zeros_like(trust)
-            shares[heard] = trust[heard] / trust.sum() * trusted_norm / norms[heard]
+            shares[heard] = trust[heard] / exact_sum(trust) * trusted_norm / norms[heard]
             coefficients[near] = shares
-        coefficients[-2] = 1 - coefficients.sum()
+        coefficients[-2] = 1 - exact_sum(coefficients)
         return coefficients
+
+
+def largest_change(before: np.ndarray, after: np.ndarray) -> float:
+    """Of coefficients, in parts of themselves: times a client far away, the smallest one moves the result."""
+    parts = np.divide(np.abs(after - before), before, out=np.zeros_like(after), where=before > 0)
+    return float(parts.max())
 
 
 def clip_factors(distances: np.ndarray, radius: float) -> np.ndarray:
@@ -139,7 +153,7 @@ def geometric_median(
     weights: Any = None,
     *,
     smoothing: float = 1e-6,
-    iterations: int = 100,
+    iterations: int = 10_000,
     tolerance: float = 1e-10,
     **options: Unpack[Options],
 ) -> Any:
@@ -156,8 +170,9 @@ def geometric_median(
         updates: K updates of one structure, as in `fastagg.fedavg`; or `MixedUpdates`.
         weights: as in `fastagg.fedavg`.
         smoothing: the distance below which a client's pull grows no more; above 0, in the units of the updates.
-        iterations: at most so many.
-        tolerance: stop when no coefficient b_k / sum(b) changes by a larger share of itself.
+        iterations: at most so many. Tens are enough for models; points of two or three coordinates may take thousands.
+        tolerance: stop when no coefficient b_k / sum(b) changes by a larger share of itself, or when rounding is all
+            that still changes them.
         **options: see `Options`.
 
     Raises:

@@ -126,12 +126,17 @@ class Points:
         rows[self.count :, self._clients :] = np.eye(beside)
         far = ~np.isfinite(distances)
         near, between = np.where(far, 0.0, distances), np.zeros((len(rows), len(rows)))
+        # |Xa - Xb|^2 = (a - b)' P (a - b), for a and b that sum to one; P are inner products seen from the point in the
+        # middle, for those seen from a hostile one would drown the others.
+        middle = near[np.median(distances, axis=1).argmin()]
+        products = rows @ ((middle[:, None] + middle - near) / 2)
         for place, row in enumerate(rows):
-            # |Xa - Xb|^2 = -1/2 (a - b)' D (a - b), for a and b that sum to one.
             gaps = row - rows[place + 1 :]
-            squares = np.maximum(-0.5 * np.einsum("ij,ij->i", gaps @ near, gaps), 0.0)
-            is_far = np.einsum("ij,ij->i", np.abs(gaps) @ far, np.abs(gaps)) > 0
-            between[place, place + 1 :] = between[place + 1 :, place] = np.where(is_far, np.inf, squares)
+            squares = np.maximum(np.einsum("ij,ij->i", products[place] - products[place + 1 :], gaps), 0.0)
+            if far.any():
+                is_far = np.einsum("ij,ij->i", np.abs(gaps) @ far, np.abs(gaps)) > 0
+                squares = np.where(is_far, np.inf, squares)
+            between[place, place + 1 :] = between[place + 1 :, place] = squares
         return between
 
     def nonfinite(self, points: Iterable[int]) -> dict[int, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -179,7 +180,7 @@ class Geometry(NamedTuple):
     def shares(self) -> np.ndarray:
         """The weights of the near points over their sum; 0 for all else."""
         shares = np.zeros(len(self.distances))
-        shares[self.near] = self.weights[self.near] / self.weights[self.near].sum()
+        shares[self.near] = self.weights[self.near] / exact_sum(self.weights[self.near])
         return shares
 
     def inner_products(self) -> np.ndarray:
@@ -197,10 +198,19 @@ class Geometry(NamedTuple):
 
 
 def distances_from(coefficients: np.ndarray, products: np.ndarray) -> np.ndarray:
-    """The distance of every point from a combination whose coefficients sum to one, from their inner products."""
-    along = products @ coefficients
-    distances: np.ndarray = np.sqrt(np.maximum(coefficients @ along - 2 * along + products.diagonal(), 0.0))
+    """The distance of every point from a combination whose coefficients sum to one, from their inner products.
+
+    Added up point by point: BLAS does it in an order of each processor's own, which points without a part change too.
+    """
+    along = (products * coefficients[:, None]).sum(axis=0)
+    length = exact_sum(coefficients * along)
+    distances: np.ndarray = np.sqrt(np.maximum(length - 2 * along + products.diagonal(), 0.0))
     return distances
+
+
+def exact_sum(values: np.ndarray) -> float:
+    """The sum, rounded once: in whatever order, and with however many zeros."""
+    return math.fsum(values.tolist())
 
 
 class DistanceRule(Rule):
