@@ -56,7 +56,7 @@ FASTAGG_INLINE bool is_cancelled(const ChunkSums& sums, int64_t count) {
 /// Whether one of two sums of squares is so much larger that their rounding errors would show in x * m, which is half
 /// of x^2 + m^2 - (x - m)^2.
 FASTAGG_INLINE bool is_lopsided(double squares, double reference) {
-  return squares > 0x1p14 * reference || reference > 0x1p14 * squares;
+  return squares > 0x1p10 * reference || reference > 0x1p10 * squares;
 }
 
 /// Whether sums in T stand: nothing was infinite or NaN, and no square has vanished.

@@ -105,10 +105,10 @@ template <class Lanes, bool direct, class T>
 ChunkSums sums_about(const T* x, const T* m, T pivot, int64_t count, NextChunk next) {
   ChunkSums sums{0, 0, 0, 0, x[0], x[0]};
   for (int64_t i = add_rows<Lanes, direct>(x, m, pivot, count, next, sums); i < count; ++i) {
-    const T deviation = direct ? x[i] - pivot : x[i], distance = x[i] - m[i];
+    const double value = x[i], mean = m[i], deviation = direct ? value - pivot : value, distance = value - mean;
     sums.deviations += deviation;
     sums.squares += deviation * deviation;
-    if (direct) sums.products += x[i] * m[i];
+    if (direct) sums.products += value * mean;
     sums.distances += distance * distance;
     sums.minimum = x[i] < sums.minimum ? static_cast<double>(x[i]) : sums.minimum;
     sums.maximum = x[i] > sums.maximum ? static_cast<double>(x[i]) : sums.maximum;
