@@ -34,7 +34,9 @@ FASTAGG_INLINE void add_products(T (&sums)[n], const Group& group, int64_t i) {
   int k = 0;
   for (; k + kInFlight <= group.clients; k += kInFlight)
     add_clients<code, kInFlight>(sums, group.sources + k, group.weights + k, i);
-  for (; k < group.clients; ++k) add_clients<code, 1>(sums, group.sources + k, group.weights + k, i);
+  // What is left goes in pairs, not one by one: a wait for one client's load is as long as for all of them.
+  for (; k + 2 <= group.clients; k += 2) add_clients<code, 2>(sums, group.sources + k, group.weights + k, i);
+  if (k < group.clients) add_clients<code, 1>(sums, group.sources + k, group.weights + k, i);
 }
 
 /// Adds a group's clients to sums of their own first, in float32 or float64.
