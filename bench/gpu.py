@@ -114,18 +114,24 @@ def reason(error: Exception) -> str:
 
 
 def measure_all(seconds: float, quick: bool) -> Results:
-    """All cases, as far as the time reaches."""
-    begin, benchmark = time.perf_counter(), Benchmark(quick)
+    """All cases, as far as the time reaches, or until an interruption: what was measured is never lost."""
+    begin, benchmark, end = time.perf_counter(), Benchmark(quick), ""
     for case in CASES:
-        elapsed = time.perf_counter() - begin
-        if elapsed > seconds:
-            benchmark.missing[case.key] = f"{seconds:g} seconds were over"
+        elapsed, known = time.perf_counter() - begin, len(benchmark.rows)
+        if not end and elapsed > seconds:
+            end = f"{seconds:g} seconds were over"
+        if end:
+            benchmark.missing[case.key] = end
             continue
         print(f"{elapsed:5.1f} s  {case.key}", flush=True)
         try:
             benchmark.measure(case)
+        except KeyboardInterrupt:
+            benchmark.missing[case.key] = end = "interrupted"
         except Exception as error:  # too little memory, say
             benchmark.missing[case.key] = reason(error)
+        for row in benchmark.rows[known:]:
+            print(f"{row.median * 1e6:15.1f} us  {row.contender}", flush=True)
         release()
     return Results(benchmark.rows, benchmark.missing)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -71,10 +72,13 @@ def _build() -> Path | None:
     folder = _cache_folder()
     configure = ["cmake", "-S", source, "-B", folder, f"-DPython_EXECUTABLE={sys.executable}"]
     configure += [f"-DFASTAGG_CUDA_HEADERS={headers}", f"-Dpybind11_DIR={_pybind11_folder()}"]
-    for command in (configure, ["cmake", "--build", folder, "--parallel", str(os.cpu_count())]):
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode != 0:
-            raise RuntimeError(f"building _cuda_on_cpu failed:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:  # pytest-xdist's workers all come here
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for command in (configure, ["cmake", "--build", folder, "--parallel", str(os.cpu_count())]):
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode != 0:
+                raise RuntimeError(f"building _cuda_on_cpu failed:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
     return _find(folder)
 
 

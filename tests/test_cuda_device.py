@@ -147,6 +147,7 @@ def test_an_error_names_the_call_and_leaves_everything_usable() -> None:
     assert float(fastagg.fedavg([torch.ones(5, device="cuda")] * 2)[0]) == 1
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python's own, of a process with threads
 def test_a_forked_child_can_use_the_cpu_and_is_told_about_cuda() -> None:
     update = torch.ones(5, device="cuda")
     reading, writing = os.pipe()

@@ -549,6 +549,21 @@ def test_out_may_not_overlap() -> None:
     fastagg.fedavg([buffer[5:10], np.ones(5, np.float32)], out=buffer[10:15])
 
 
+def test_out_may_not_overlap_any_of_many_arrays() -> None:
+    buffer = np.zeros(4000, np.float32)
+    updates = [{leaf: buffer[80 * leaf + place :][:7] for leaf in range(49)} for place in (0, 40)]
+    for place in (7, 33, 47, 73):  # between the two clients' arrays
+        out = {leaf: np.empty(7, np.float32) for leaf in range(49)}
+        out[20] = buffer[80 * 20 + place :][:7]
+        fastagg.fedavg(updates, out=out)
+    for place, client in ((-6, 0), (0, 0), (6, 0), (34, 1), (46, 1)):
+        out = {leaf: np.empty(7, np.float32) for leaf in range(49)}
+        out[3] = buffer[80 * 20 + place :][:7]
+        with pytest.raises(ValueError, match=rf"^out, leaf 3: overlaps client {client}'s leaf 20$"):
+            fastagg.fedavg(updates, out=out)
+    assert not buffer.any()
+
+
 def test_outs_may_not_overlap_each_other() -> None:
     buffer, ones = np.zeros(10, np.float32), np.ones(4, np.float32)
     with pytest.raises(ValueError, match=r"overlap"):
@@ -606,18 +621,28 @@ def test_tensors_of_another_make_are_named(second: torch.Tensor) -> None:
             fastagg.fedavg([{"a": first}, {"a": second}])
 
 
-@pytest.mark.parametrize("first", ["cpu", "meta"])
-def test_tensors_without_memory_are_named(first: str) -> None:
+def test_tensors_without_memory_are_named() -> None:
     # In a process of its own: reading address 0 would end this one.
-    client = 1 if first == "cpu" else 0
-    program = f"""
+    program = """
 import torch, fastagg
-try:
-    fastagg.fedavg([{{"a": torch.ones(3, device="{first}")}}, {{"a": torch.ones(3, device="meta")}}])
-except (TypeError, ValueError) as error:
-    assert "client {client}, leaf 'a'" in str(error), error
-else:
-    raise SystemExit("no error")
+ones, meta = torch.ones(3), torch.ones(3, device="meta")
+nothing = torch._efficientzerotensor((3,))  # what forward-mode differentiation leaves
+cases = [(0, meta, ones), (1, ones, meta), (0, nothing, ones), (1, ones, nothing), (0, nothing, nothing)]
+for client, *updates in cases:
+    try:
+        fastagg.fedavg([{"a": update} for update in updates])
+    except (TypeError, ValueError) as error:
+        assert f"client {client}, leaf 'a'" in str(error), error
+    else:
+        raise SystemExit("no error")
+for refuse in (lambda: fastagg.fedavg([ones, ones], out=nothing), lambda: fastagg.quantize(nothing)):
+    try:
+        refuse()
+    except TypeError as error:
+        assert "expected a tensor with memory" in str(error), error
+    else:
+        raise SystemExit("no error")
+assert fastagg.fedavg([torch.empty(0, 3)] * 2).shape == (0, 3)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:] or f"ended with {done.returncode}"

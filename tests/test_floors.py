@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "_tensor": {"_core", "_codes"},
     "quantization": {"_core", "_backend", "_codes", "_tensor"},
     "_updates": {"_tensor", "quantization"},
-    "_overlap": {"_codes"},
+    "_overlap": {"_core", "_codes"},
     "statistics": set(),
     "averaging": {"_backend", "_codes", "_errors", "_overlap", "_tensor", "_updates", "quantization", "statistics"},
     "_sums": {"_codes", "_tensor", "averaging"},

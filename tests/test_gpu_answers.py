@@ -15,6 +15,7 @@ import torch
 import gpu
 import gpu_machine
 from gpu_cases import ARRAY, HOOK, RESNET50, SMALL_LEAVES, WIRES, Case, fedavg
+from gpu_rows import Row
 from gpu_subject import Contender, Subject, prepared
 from gpu_timing import Call
 
@@ -92,3 +93,21 @@ def test_a_small_fault_is_found(case: Case, fault: Callable[[Any], Any]) -> None
     contender = plain_contenders(case)[0]
     with pytest.raises(AssertionError):
         prepared(replace(contender, prepare=spoiling(contender.prepare, fault)), [subject_of(case)])
+
+
+def test_an_interruption_keeps_what_was_measured(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def measure(benchmark: gpu.Benchmark, case: Case) -> None:
+        if case == gpu.CASES[1]:
+            raise KeyboardInterrupt
+        benchmark.rows.append(Row("fedavg", case.key, "torch", "torch", True, 8, [2e-3], 8, [1e-3]))
+
+    monkeypatch.setattr(gpu, "Copy", object)
+    monkeypatch.setattr(gpu, "release", lambda: None)
+    monkeypatch.setattr(gpu.Benchmark, "measure", measure)
+    results = gpu.measure_all(60, quick=True)
+    assert [row.key for row in results.rows] == [gpu.CASES[0].key]
+    assert results.missing == dict.fromkeys([case.key for case in gpu.CASES[1:]], "interrupted")
+    assert "2000.0 us  torch" in capfd.readouterr().out
+    assert set(gpu.measure_all(-1, quick=True).missing.values()) == {"-1 seconds were over"}

@@ -87,9 +87,8 @@ def test_every_process_names_the_tests_alike(request: pytest.FixtureRequest) -> 
 
 def outcome(tmp_path: Path, program: str, **options: Any) -> Outcome:
     """What becomes of a step that runs some Python."""
-    return gpu_check.run(
-        Step("step", [sys.executable, "-c", program], **{"seconds": 30, **options}), tmp_path / "log", 1
-    )
+    step = Step("step", [sys.executable, "-c", program], **{"seconds": 30, **options})
+    return gpu_check.run(step, tmp_path / "log", step.seconds)
 
 
 def test_a_step_passes_or_fails_and_says_its_last_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -143,8 +142,16 @@ def test_steps_see_the_build_and_not_other_plugins(tmp_path: Path) -> None:
     assert seen.remark == f"{gpu_check.SITE} 1"
 
 
+def test_what_a_step_leaves_of_its_time_is_the_next_ones(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    long = [sys.executable, "-c", "import time; time.sleep(1); print('done')"]
+    missing = Step("tool", [], 30, missing="there is none")
+    outcomes = gpu_check.run_all([missing, Step("long", long, 0.1), Step("cut", long, -28.5)], tmp_path / "log", 1)
+    assert [outcome.verdict for outcome in outcomes] == ["not available", "passed", "failed"]
+    assert capfd.readouterr().out.splitlines()[1] == "tool: not available after 0 s: there is none"
+
+
 def test_the_tests_of_ranks_are_a_step_of_their_own() -> None:
-    step = gpu_check.ranks()
+    step = gpu_check.ranks(devices=1)
     options = [option for option in step.command[3:] if not option.startswith(("--backend", "-n"))]
     chosen = subprocess.run(
         [sys.executable, "-m", "pytest", "--collect-only", *(option for option in options if option != "xdist")],
@@ -155,7 +162,14 @@ def test_the_tests_of_ranks_are_a_step_of_their_own() -> None:
     assert "test_integers_are_reduced_exactly[4-peer memory]" in chosen
     assert "test_ddp_over_nccl_and_over_peer_memory[nccl backend]" in chosen
     assert "test_integers_are_reduced_exactly[4-backend]" not in chosen
-    assert any(f"not ({gpu_check.RANK_TESTS})" in each.command for each in gpu_check.steps("90", gpu_check.ROOT))
+    assert "collectives" not in chosen
+    assert gpu_check.RANK_TESTS in gpu_check.ranks(devices=4).command
+    commands = [each.command for each in gpu_check.steps("90", 1, gpu_check.ROOT)]
+    assert any(f"not ({gpu_check.RANK_TESTS})" in command for command in commands)
+
+
+def test_all_steps_fit_into_nine_minutes() -> None:
+    assert sum(step.seconds for step in gpu_check.steps("90", 1, gpu_check.ROOT)) <= 9 * 60
 
 
 def test_without_a_gpu_it_is_one_sentence() -> None:
@@ -170,13 +184,13 @@ def test_without_nvcc_it_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setenv("PATH", "")
     with pytest.raises(SystemExit, match="needs nvcc on the PATH"):
-        gpu_check.architecture()
+        gpu_check.found_devices()
 
 
 def test_without_packages_they_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_check, "PACKAGES", ("json", "no_such_package"))
     with pytest.raises(SystemExit, match="needs no_such_package in"):
-        gpu_check.architecture()
+        gpu_check.found_devices()
 
 
 # The benchmark

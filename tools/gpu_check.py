@@ -30,6 +30,9 @@ PACKAGES = (
 # Tests of several processes, on the transports of devices; on one device they take turns.
 RANK_FILES = ("tests/test_all_reduce.py", "tests/test_ddp.py", "tests/test_hook_state.py", "tests/test_cuda_device.py")
 RANK_TESTS = "(peer and memory) or collectives or nccl or captured_and"
+# NCCL wants a device for each of these ranks. With fewer, the tests of collectives would run on the CPU, as they do
+# wherever there is no GPU.
+RANKS_OF_COLLECTIVES = 4
 SANITIZED_FILES = ("tests/test_weighted_sum.py", "tests/test_cast.py", "tests/test_reduce.py")
 # A few short tests that start every kernel that one process starts.
 SANITIZED_TESTS = ("mixed_codes_on_one_leaf", "hundreds_of_leaves", "every_source", "feedback_adds", "stretches_say")
@@ -61,8 +64,8 @@ class Outcome:
     remark: str
 
 
-def architecture() -> str:
-    """The present device's architecture, as CMake writes it.
+def found_devices() -> tuple[str, int]:
+    """The architecture of the first device, as CMake writes it, and how many there are.
 
     Raises:
         SystemExit: something is missing, in one sentence.
@@ -77,11 +80,14 @@ def architecture() -> str:
     if shutil.which("nvcc") is None:
         sys.exit("make gpu-check needs nvcc on the PATH to build the kernels")
     major, minor = torch.cuda.get_device_capability()
-    return f"{major}{minor}"
+    return f"{major}{minor}", torch.cuda.device_count()
 
 
-def steps(device_architecture: str, results: Path) -> list[Step]:
-    """All steps, in their order; their limits are made for 16 processors and come to nine minutes."""
+def steps(device_architecture: str, devices: int, results: Path) -> list[Step]:
+    """All steps, in their order; their limits are made for 16 processors and come to nine minutes.
+
+    What a step leaves of its time is the next one's.
+    """
     # Without torch's cache every tensor has bounds of its own, which memcheck can see.
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     return [
@@ -89,7 +95,7 @@ def steps(device_architecture: str, results: Path) -> list[Step]:
         Step("tests", pytest(*workers(8), "-k", f"not ({RANK_TESTS})"), 130),
         sanitized("memcheck", uncached),
         sanitized("racecheck", {}),
-        ranks(),
+        ranks(devices),
         Step("benchmark", [sys.executable, "bench/gpu.py", f"--results={results}", "--seconds=110"], 140),
     ]
 
@@ -127,20 +133,21 @@ def sanitized(tool: str, environment: dict[str, str]) -> Step:
     return Step(tool, command, 50, environment, missing, REFUSALS)
 
 
-def ranks() -> Step:
-    """The all-reduce and the DDP hook among several processes."""
-    return Step("ranks", pytest(*workers(3), "-k", RANK_TESTS, *RANK_FILES), 75)
+def ranks(devices: int) -> Step:
+    """The all-reduce and the DDP hook among several processes, on so many devices."""
+    chosen = RANK_TESTS if devices >= RANKS_OF_COLLECTIVES else f"({RANK_TESTS}) and not collectives"
+    return Step("ranks", pytest(*workers(3), "-k", chosen, *RANK_FILES), 75)
 
 
-def run(step: Step, log: Path, patience: float) -> Outcome:
-    """Runs a step; all that it prints goes to the log, the end of a failed one to the terminal too."""
+def run(step: Step, log: Path, limit: float) -> Outcome:
+    """Runs a step for so many seconds at most; all that it prints goes to the log, the end of a failed one is shown."""
     if step.missing:
         return Outcome(step.name, "not available", 0, step.missing)
     with log.open("ab") as output:
         output.write(f"\n== {step.name}: {' '.join(step.command)}\n".encode())
         output.flush()
         begin_of_output, begin = output.tell(), time.perf_counter()
-        status = wait_for(step, output, step.seconds * patience)
+        status = wait_for(step, output, limit)
         seconds = time.perf_counter() - begin
     printed = log.read_bytes()[begin_of_output:].decode(errors="replace").splitlines()
     remark = next((line.strip(" =") for line in reversed(printed) if line.strip(" =")), "")
@@ -149,8 +156,21 @@ def run(step: Step, log: Path, patience: float) -> Outcome:
     if any(refusal in line for line in printed for refusal in step.refusals):
         return Outcome(step.name, "not available", seconds, "the machine does not let it near the device")
     print("\n".join(printed[-_LINES_OF_A_FAILURE:]), flush=True)
-    over = f"ended after {step.seconds * patience:g} s: "
+    over = f"ended after {limit:.0f} s: "
     return Outcome(step.name, "failed", seconds, f"{over if status is None else ''}{remark}")
+
+
+def run_all(all_steps: Sequence[Step], log: Path, patience: float) -> list[Outcome]:
+    """What became of every step, which is printed as it comes."""
+    outcomes, spare = list[Outcome](), 0.0
+    for step in all_steps:
+        limit = step.seconds * patience + spare
+        print(f"{step.name}, at most {limit:.0f} s", flush=True)
+        outcome = run(step, log, limit)
+        print(f"{step.name}: {outcome.verdict} after {outcome.seconds:.0f} s: {outcome.remark}", flush=True)
+        outcomes.append(outcome)
+        spare = max(0.0, limit - outcome.seconds)
+    return outcomes
 
 
 def wait_for(step: Step, output: BinaryIO, seconds: float) -> int | None:
@@ -206,15 +226,12 @@ def main() -> int:
     parser.add_argument("--log", type=Path, default=LOG, help="file that receives all that is printed")
     parser.add_argument("--patience", type=float, default=1.0, help="multiplies every step's time limit")
     chosen = parser.parse_args()
-    device_architecture = architecture()
+    device_architecture, devices = found_devices()
     shutil.rmtree(SITE, ignore_errors=True)  # or a failed build would leave an older one to be tested
     chosen.log.parent.mkdir(parents=True, exist_ok=True)
     chosen.log.write_bytes(b"")
     print(f"log: {chosen.log}", flush=True)
-    outcomes = []
-    for step in steps(device_architecture, chosen.results.resolve()):
-        print(f"{step.name}, at most {step.seconds * chosen.patience:g} s", flush=True)
-        outcomes.append(run(step, chosen.log, chosen.patience))
+    outcomes = run_all(steps(device_architecture, devices, chosen.results.resolve()), chosen.log, chosen.patience)
     show(outcomes)
     return int(any(outcome.verdict == "failed" for outcome in outcomes))
 

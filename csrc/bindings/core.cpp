@@ -128,6 +128,28 @@ py::list numpy_addresses(const py::list& arrays) {
   return addresses;
 }
 
+/// Whether one of `outs`, spans of addresses, shares a byte with an input or with another of them. `inputs`: (first
+/// addresses of arrays of one size, their bytes)
+bool overlaps(const py::list& inputs, std::vector<std::pair<uintptr_t, uintptr_t>> outs) {
+  outs.erase(std::remove_if(outs.begin(), outs.end(), [](const auto& out) { return out.first >= out.second; }),
+             outs.end());
+  std::sort(outs.begin(), outs.end());
+  for (size_t i = 1; i < outs.size(); ++i)
+    if (outs[i].first < outs[i - 1].second) return true;
+  for (py::handle item : inputs) {
+    const auto arrays = py::reinterpret_borrow<py::tuple>(item);
+    const auto bytes = arrays[1].cast<uintptr_t>();
+    if (bytes == 0) continue;
+    for (py::handle address : py::reinterpret_borrow<py::list>(arrays[0])) {
+      const auto begin = address.cast<uintptr_t>();
+      // The first that begins behind this array: of those before, only the last can reach into it.
+      const auto next = std::lower_bound(outs.begin(), outs.end(), std::pair<uintptr_t, uintptr_t>(begin + bytes, 0));
+      if (next != outs.begin() && std::prev(next)->second > begin) return true;
+    }
+  }
+  return false;
+}
+
 /// Asks for huge pages for a large block of memory that is about to be written first.
 void advise_huge_pages(uintptr_t address, size_t bytes) {
 #if defined(__linux__)
@@ -181,12 +203,16 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
         "non-finite sums first.");
   m.def("numpy_addresses", &bindings::numpy_addresses, py::arg("arrays"),
         "Addresses of the leading NumPy arrays that share the first one's dtype, shape and C layout.");
-  m.def("tensor_addresses", &bindings::tensor_addresses, py::arg("exchange"), py::arg("types"), py::arg("tensors"),
+  m.def("tensor_addresses", &bindings::tensor_addresses, py::arg("exchange"), py::arg("types"), py::arg("is_negative"),
+        py::arg("tensors"),
         "Addresses of the leading tensors that are of one of these types and share the first one's dtype, device and "
-        "shape, contiguous; `exchange` is their library's table for DLPack.");
+        "shape, contiguous and not negative views; `exchange` is their library's table for DLPack.");
   m.def(
       "numpy_address", [](const py::array& array) { return reinterpret_cast<uintptr_t>(array.data()); },
       py::arg("array"), "Address of a NumPy array's first element.");
+  m.def("overlaps", &bindings::overlaps, py::arg("inputs"), py::arg("outs"),
+        "Whether one of the outs, (first address, the one behind the last byte), shares a byte with an input or with "
+        "another; inputs are (first addresses, bytes of each).");
   m.def("advise_huge_pages", &bindings::advise_huge_pages, py::arg("address"), py::arg("bytes"),
         "Asks for huge pages for memory that is about to be written first.");
 

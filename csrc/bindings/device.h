@@ -75,17 +75,6 @@ inline int device_of(const void* data) {
   return attributes.device;
 }
 
-/// Makes the device that owns `data` current for a scope.
-class DeviceOf {
- public:
-  explicit DeviceOf(const void* data) : device_(device_of(data)), current_(device_) {}
-  int device() const { return device_; }
-
- private:
-  int device_;
-  CurrentDevice current_;
-};
-
 /// Lets this thread do, while some stream is captured, what is no part of the capture.
 class OutsideCapture {
  public:
@@ -98,14 +87,26 @@ class OutsideCapture {
   cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
 };
 
-/// Our own pool of a device's memory, made at first use. It keeps what it has got: the default pool would hand memory
-/// back at every synchronisation, and others' settings of that one are not ours to change.
+/// Makes the device that owns `data` current for a scope, in which kernels may be loaded: the runtime does so when one
+/// is first started, and a capture would forbid it.
+class DeviceOf {
+ public:
+  explicit DeviceOf(const void* data) : device_(device_of(data)), current_(device_) {}
+  int device() const { return device_; }
+
+ private:
+  OutsideCapture outside_;
+  int device_;
+  CurrentDevice current_;
+};
+
+/// Our own pool of a device's memory, made at first use, within a `DeviceOf`. It keeps what it has got: the default
+/// pool would hand memory back at every synchronisation, and others' settings of that one are not ours to change.
 inline cudaMemPool_t pool_of(int device) {
   static std::mutex mutex;
   static std::map<int, cudaMemPool_t> pools;
   const std::lock_guard<std::mutex> lock(mutex);
   if (const auto found = pools.find(device); found != pools.end()) return found->second;
-  const OutsideCapture outside;
   cudaMemPoolProps properties{};
   properties.allocType = cudaMemAllocationTypePinned;
   properties.location = {cudaMemLocationTypeDevice, device};

@@ -41,15 +41,30 @@ inline bool is_contiguous(const DLTensor& tensor) {
   return true;
 }
 
+/// Whether there is memory for its elements: torch has tensors of zeros without any.
+inline bool has_memory(const DLTensor& tensor) {
+  const int64_t* const end = tensor.shape + tensor.dimensions;
+  return tensor.data != nullptr || std::find(tensor.shape, end, 0) != end;
+}
+
 inline bool look_alike(const DLTensor& one, const DLTensor& other) {
   return one.dtype.code == other.dtype.code && one.dtype.bits == other.dtype.bits &&
          one.device.type == other.device.type && one.device.number == other.device.number &&
          std::equal(one.shape, one.shape + one.dimensions, other.shape, other.shape + other.dimensions);
 }
 
+/// Whether a tensor's values are the negatives of those in its memory, of which the table tells nothing.
+inline bool is_negated(py::handle is_negative, py::handle tensor) {
+  PyObject* const answer = PyObject_CallOneArg(is_negative.ptr(), tensor.ptr());
+  if (answer == nullptr) throw py::error_already_set();
+  Py_DECREF(answer);  // True and False stay
+  return answer != Py_False;
+}
+
 /// The addresses of the leading tensors that are of one of these types and share the first one's dtype, device and
-/// shape, contiguous.
-inline py::list tensor_addresses(const py::capsule& exchange, const py::tuple& types, const py::list& tensors) {
+/// shape, contiguous, with memory of their own values: `is_negative` is their type's method that tells.
+inline py::list tensor_addresses(const py::capsule& exchange, const py::tuple& types, py::handle is_negative,
+                                 const py::list& tensors) {
   const auto* table = static_cast<const DLPackExchange*>(PyCapsule_GetPointer(exchange.ptr(), "dlpack_exchange_api"));
   if (table == nullptr) throw py::error_already_set();
   py::list addresses;
@@ -65,7 +80,8 @@ inline py::list tensor_addresses(const py::capsule& exchange, const py::tuple& t
       break;
     }
     if (addresses.empty()) first = tensor;
-    if (!look_alike(first, tensor) || !is_contiguous(tensor)) break;
+    if (!look_alike(first, tensor) || !is_contiguous(tensor) || !has_memory(tensor)) break;
+    if (is_negated(is_negative, item)) break;
     addresses.append(reinterpret_cast<uintptr_t>(tensor.data) + tensor.byte_offset);
   }
   return addresses;

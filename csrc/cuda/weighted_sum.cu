@@ -8,8 +8,9 @@
 namespace fastagg::cuda {
 namespace {
 
-/// Clients whose loads are under way together.
-constexpr int kInFlight = 4;
+/// Clients whose loads are under way together, a power of two: those of a byte must be more to keep the memory busy.
+template <Code code>
+constexpr int kInFlight = sizeof(Element<code>) == 1 ? 8 : 4;
 /// Blocks that a multiprocessor shall hold at least: with kBlocks, too few registers were left for the loads of float32
 /// clients, of which then only two were under way, and 8-bit clients spilled.
 constexpr int kSumBlocks = 5;
@@ -28,13 +29,13 @@ FASTAGG_INLINE void add_clients(T (&sums)[n], const Source* sources, const doubl
     for (int j = 0; j < n; ++j) sums[j] = add_product(sums[j], weights[k], value_of<T>(x[k], j));
 }
 
-/// Adds a group's clients, a few at a time.
-template <Code code, class T, int n>
-FASTAGG_INLINE void add_products(T (&sums)[n], const Group& group, int64_t i) {
-  int k = 0;
-  for (; k + kInFlight <= group.clients; k += kInFlight)
-    add_clients<code, kInFlight>(sums, group.sources + k, group.weights + k, i);
-  for (; k < group.clients; ++k) add_clients<code, 1>(sums, group.sources + k, group.weights + k, i);
+/// Adds a group's clients from number k on, so many at a time, then half as many: one by one they would each wait for
+/// the memory as long as all of them together.
+template <Code code, int clients, class T, int n>
+FASTAGG_INLINE void add_products(T (&sums)[n], const Group& group, int64_t i, int k = 0) {
+  for (; k + clients <= group.clients; k += clients)
+    add_clients<code, clients>(sums, group.sources + k, group.weights + k, i);
+  if constexpr (clients > 1) add_products<code, clients / 2>(sums, group, i, k);
 }
 
 /// Adds a group's clients to sums of their own first, in float32 or float64.
@@ -42,7 +43,7 @@ template <Code code, class T, int n>
 FASTAGG_INLINE void add_together(double (&sums)[n], const Group& group, int64_t i) {
   T own[n];
   for (T& sum : own) sum = static_cast<T>(-0.0);
-  add_products<code>(own, group, i);
+  add_products<code, kInFlight<code>>(own, group, i);
   for (int j = 0; j < n; ++j) sums[j] = sums[j] + static_cast<double>(own[j]);
 }
 
@@ -52,7 +53,7 @@ FASTAGG_INLINE void add_group(double (&sums)[n], const Group& group, int64_t i) 
   if constexpr (is_scaled_integer(code)) return add_together<code, double>(sums, group, i);
   if constexpr (is_narrow_float(code))
     if (group.is_run) return add_together<code, float>(sums, group, i);
-  add_products<code>(sums, group, i);
+  add_products<code, kInFlight<code>>(sums, group, i);
 }
 
 /// Stores n means from i on; true if they are finite.

@@ -29,6 +29,7 @@ __all__: list[str] = [
     "isa",
     "numpy_address",
     "numpy_addresses",
+    "overlaps",
     "reduce",
     "reduce_float64",
     "server_step",
@@ -166,6 +167,16 @@ def numpy_addresses(arrays: list[typing.Any]) -> list[typing.Any]:
     Addresses of the leading NumPy arrays that share the first one's dtype, shape and C layout.
     """
 
+def overlaps(
+    inputs: list[typing.Any],
+    outs: collections.abc.Sequence[
+        tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex]
+    ],
+) -> bool:
+    """
+    Whether one of the outs, (first address, the one behind the last byte), shares a byte with an input or with another; inputs are (first addresses, bytes of each).
+    """
+
 def reduce(operands: tuple[typing.Any, ...], norm: bool) -> tuple[bool, float]:
     """
     Adds up encoded arrays, divides and encodes; returns whether the result is finite, and its sum of squares.
@@ -234,10 +245,13 @@ def stream_probe(
     """
 
 def tensor_addresses(
-    exchange: typing_extensions.CapsuleType, types: tuple[typing.Any, ...], tensors: list[typing.Any]
+    exchange: typing_extensions.CapsuleType,
+    types: tuple[typing.Any, ...],
+    is_negative: typing.Any,
+    tensors: list[typing.Any],
 ) -> list[typing.Any]:
     """
-    Addresses of the leading tensors that are of one of these types and share the first one's dtype, device and shape, contiguous; `exchange` is their library's table for DLPack.
+    Addresses of the leading tensors that are of one of these types and share the first one's dtype, device and shape, contiguous and not negative views; `exchange` is their library's table for DLPack.
     """
 
 def weighted_sum(leaves: list[typing.Any]) -> list[int]:

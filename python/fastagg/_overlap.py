@@ -6,8 +6,7 @@ import math
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-import numpy as np
-
+from fastagg import _core
 from fastagg._codes import ELEMENT_BYTES, Code
 
 if TYPE_CHECKING:
@@ -15,23 +14,26 @@ if TYPE_CHECKING:
     from fastagg._updates import Structure
     from fastagg.averaging import LeafInputs
 
-# Up to so many pairs of spans, comparing them one by one is faster than calling NumPy.
-_FEW_PAIRS = 1000
-
 
 def check(inputs: list[LeafInputs], outs: list[View], structure: Structure) -> None:
     """Raises ValueError if an output overlaps an input or another output."""
-    spans = [span for leaf in inputs for span in _spans(leaf)]
-    if len(spans) * len(outs) <= _FEW_PAIRS:
-        suspects = [index for index, out in enumerate(outs) if _touches_any(out.span, spans)]
-    else:
-        suspects = _search(np.array(spans, np.uint64), outs)
-    for index in suspects:
-        _raise(inputs, outs[index], index, structure)
-    in_order = sorted((index for index, out in enumerate(outs) if out.elements), key=lambda index: outs[index].span)
-    for one, other in pairwise(in_order):
-        if _touch(outs[one].span, outs[other].span):
+    given = [part for leaf in inputs for part in _arrays(leaf)]
+    taken = [out.span for out in outs]
+    if not _core.overlaps(given, taken):
+        return
+    for index, out in enumerate(taken):
+        _check_inputs(inputs, out, index, structure)
+    in_order = sorted((begin, end, index) for index, (begin, end) in enumerate(taken) if begin < end)
+    for (_, end, one), (begin, _, other) in pairwise(in_order):
+        if begin < end:
             raise ValueError(f"out: {structure.leaf_name(one)} and {structure.leaf_name(other)} overlap")
+
+
+def _arrays(leaf: LeafInputs) -> list[tuple[list[int], int]]:
+    """First addresses of arrays of one size, and their bytes."""
+    if leaf.code is not None:
+        return [(leaf.sources, encoded_bytes(leaf.code, math.prod(leaf.shape)))]
+    return [([begin], end - begin) for begin, end in _spans(leaf)]
 
 
 def _spans(leaf: LeafInputs) -> list[tuple[int, int]]:
@@ -50,25 +52,11 @@ def _touch(one: tuple[int, int], other: tuple[int, int]) -> bool:
     return one[0] < other[1] and other[0] < one[1] and one[0] < one[1] and other[0] < other[1]
 
 
-def _touches_any(out: tuple[int, int], spans: list[tuple[int, int]]) -> bool:
-    begin, end = out
-    return any(begin < last and first < end and begin < end and first < last for first, last in spans)
-
-
-def _search(spans: np.ndarray, outs: list[View]) -> list[int]:
-    """The outputs that an input may reach into: those behind whose first byte an earlier input ends."""
-    spans = spans[np.argsort(spans[:, 0], kind="stable")]
-    reach = np.maximum.accumulate(spans[:, 1])
-    begins, ends = np.array([out.span for out in outs], np.uint64).T
-    before = np.searchsorted(spans[:, 0], ends)  # inputs that begin before the output ends
-    return [int(index) for index in np.nonzero((before > 0) & (reach[before - 1] > begins) & (begins < ends))[0]]
-
-
-def _raise(inputs: list[LeafInputs], out: View, index: int, structure: Structure) -> None:
+def _check_inputs(inputs: list[LeafInputs], out: tuple[int, int], index: int, structure: Structure) -> None:
     """Raises ValueError for the first input that shares a byte with an output."""
     for leaf, given in enumerate(inputs):
         for number, span in enumerate(_spans(given)):
-            if _touch(out.span, span):
+            if _touch(out, span):
                 client = number % len(given.sources)
                 raise ValueError(
                     f"out, {structure.leaf_name(index)}: overlaps client {client}'s {structure.leaf_name(leaf)}"

@@ -75,6 +75,18 @@ class Kind(Protocol):
         """A new array, its contents undefined."""
         ...
 
+    def empty_like(self, array: Any) -> Any:
+        """The same for an array's shape, dtype and device; `addresses` has taken it."""
+        ...
+
+    def note_write(self, array: Any) -> None:
+        """Prepares for a write into an array that `addresses` has taken.
+
+        Raises:
+            ValueError: it cannot be written.
+        """
+        ...
+
     def zeros(self, shape: tuple[int, ...], dtype: Any, device: str) -> Any:
         """A new array of zeros."""
         ...
@@ -119,9 +131,15 @@ class NumPy:
     def writable_view(self, array: Any) -> View:
         """See `Kind`."""
         flags = array.flags
-        if not (flags.c_contiguous and flags.aligned and flags.writeable and array.dtype.isnative):
+        if not (flags.c_contiguous and flags.aligned and array.dtype.isnative):
             raise ValueError("expected a writable, C-contiguous, aligned array")
+        self.note_write(array)
         return self.view(array)
+
+    def note_write(self, array: Any) -> None:
+        """See `Kind`."""
+        if not array.flags.writeable:
+            raise ValueError("expected a writable, C-contiguous, aligned array")
 
     def address(self, array: Any) -> int:
         """See `Kind`."""
@@ -133,7 +151,8 @@ class NumPy:
 
     def dtype_of(self, array: Any) -> Any:
         """See `Kind`."""
-        return array.dtype.newbyteorder("=")
+        dtype = array.dtype
+        return dtype if dtype.isnative else dtype.newbyteorder("=")
 
     def device_of(self, array: Any) -> str:
         """See `Kind`."""
@@ -152,6 +171,10 @@ class NumPy:
     def empty(self, shape: tuple[int, ...], dtype: Any, device: str) -> Any:
         """See `Kind`. NumPy itself asks for huge pages."""
         return np.empty(shape, dtype)
+
+    def empty_like(self, array: Any) -> Any:
+        """See `Kind`."""
+        return np.empty(array.shape, array.dtype)
 
     def zeros(self, shape: tuple[int, ...], dtype: Any, device: str) -> Any:
         """See `Kind`."""
@@ -210,6 +233,8 @@ class Torch:
             raise TypeError(f"expected a tensor on a CPU or CUDA device, got {array.device}")
         if not array.is_contiguous() or array.is_neg():
             array = array.detach().resolve_neg().contiguous()
+        if array.data_ptr() == 0 and array.numel():
+            raise TypeError("expected a tensor with memory, got one without: clone it first")
         return View(array.data_ptr(), code, tuple(array.shape), self.device_of(array), array)
 
     def writable_view(self, array: Any) -> View:
@@ -217,9 +242,13 @@ class Torch:
         view = self.view(array)
         if view.address != array.data_ptr():
             raise ValueError("expected a contiguous tensor")
-        if not array.is_inference():
-            self.torch.autograd.graph.increment_version(array)  # a graph that has saved it must notice
+        self.note_write(array)
         return view
+
+    def note_write(self, array: Any) -> None:
+        """See `Kind`. An autograd graph that has saved the tensor must notice."""
+        if not array.is_inference():
+            self.torch.autograd.graph.increment_version(array)
 
     def address(self, array: Any) -> int:
         """See `Kind`."""
@@ -227,8 +256,8 @@ class Torch:
 
     def addresses(self, arrays: list[Any]) -> list[int]:
         """See `Kind`."""
-        if self.exchange is not None and not any(map(self.torch.Tensor.is_neg, arrays)):
-            return _core.tensor_addresses(self.exchange, self.plain, arrays)
+        if self.exchange is not None:
+            return _core.tensor_addresses(self.exchange, self.plain, self.torch.Tensor.is_neg, arrays)
         return self._addresses_one_by_one(arrays)
 
     def _addresses_one_by_one(self, arrays: list[Any]) -> list[int]:
@@ -245,6 +274,7 @@ class Torch:
                 and (array.is_cpu if on_cpu else array.is_cuda and array.get_device() == device)
                 and array.is_contiguous()
                 and not array.is_neg()
+                and (array.data_ptr() or not array.numel())
             )
             if not fits:
                 break
@@ -266,9 +296,17 @@ class Torch:
 
     def empty(self, shape: tuple[int, ...], dtype: Any, device: str) -> Any:
         """See `Kind`."""
-        on_cpu = device == "cpu"
-        tensor = self.torch.empty(shape, dtype=dtype, device=self.cpu if on_cpu else device)
-        if on_cpu and tensor.nbytes >= HUGE:
+        return self._with_huge_pages(
+            self.torch.empty(shape, dtype=dtype, device=self.cpu if device == "cpu" else device)
+        )
+
+    def empty_like(self, array: Any) -> Any:
+        """See `Kind`. Half as long as `empty`, which must make sense of more arguments."""
+        return self._with_huge_pages(self.torch.empty_like(array))
+
+    def _with_huge_pages(self, tensor: Any) -> Any:
+        """The tensor, whose memory nobody has touched yet."""
+        if tensor.nbytes >= HUGE and tensor.is_cpu:
             _core.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
         return tensor
 
@@ -301,7 +339,7 @@ class CuPy:
     def __init__(self) -> None:
         import cupy  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
-        self.cupy = cupy
+        self.cupy, self.plain = cupy, (cupy.ndarray,)
 
     def adopt(self, array: Any) -> Any:
         """CUDA memory of another library, in place."""
@@ -346,6 +384,14 @@ class CuPy:
         with self.cupy.cuda.Device(int(device.removeprefix("cuda:"))):
             return self.cupy.empty(shape, dtype)
 
+    def empty_like(self, array: Any) -> Any:
+        """See `Kind`."""
+        with array.device:
+            return self.cupy.empty(array.shape, array.dtype)
+
+    def note_write(self, array: Any) -> None:
+        """See `Kind`. CuPy has no arrays that must not be written."""
+
     def zeros(self, shape: tuple[int, ...], dtype: Any, device: str) -> Any:
         """See `Kind`."""
         with self.cupy.cuda.Device(int(device.removeprefix("cuda:"))):
@@ -372,17 +418,26 @@ class CuPy:
 
 _kinds: dict[str, Kind] = {"numpy": NumPy()}
 _MAKERS: dict[str, type[Torch] | type[CuPy]] = {"cupy": CuPy, "torch": Torch}
+# Of the libraries' own types, which almost all arrays are.
+_kinds_of_types: dict[type, Kind] = {np.ndarray: _kinds["numpy"]}
 
 
 def kind_named(name: str) -> Kind:
     """The array library of that name."""
     if name not in _kinds:
-        _kinds[name] = _MAKERS[name]()
+        kind = _MAKERS[name]()
+        _kinds[name] = kind
+        _kinds_of_types.update(dict.fromkeys(kind.plain, kind))
     return _kinds[name]
 
 
 def kind_of(array: Any) -> Kind | None:
     """The library that an array belongs to, or None if it is no array that fastagg takes as it is."""
+    kind = _kinds_of_types.get(type(array))
+    return kind if kind is not None else _kind_of_another_type(array)
+
+
+def _kind_of_another_type(array: Any) -> Kind | None:
     if isinstance(array, (np.ndarray, np.generic)):
         return _kinds["numpy"]
     for name, type_name in (("torch", "Tensor"), ("cupy", "ndarray")):

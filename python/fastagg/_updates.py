@@ -7,6 +7,7 @@ import math
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from fastagg._tensor import kind_of
@@ -90,9 +91,10 @@ class Structure:
                     self.leaves(update, client)
             return [updates]
         if self.container is dict or self.container is OrderedDict:
-            names = updates[0].keys()
-            if all(type(update) is self.container and update.keys() == names for update in updates):
-                return [[update[name] for update in updates] for name in self.names]
+            count = len(self.names)
+            if all(type(update) is self.container and len(update) == count for update in updates):
+                with suppress(KeyError):  # whose message `leaves` knows
+                    return [[update[name] for update in updates] for name in self.names]
         rows = [self.leaves(update, client) for client, update in enumerate(updates)]
         return [list(column) for column in zip(*rows, strict=True)]
 

@@ -224,18 +224,10 @@ def _uniform(
     code = code_of_dtype(dtype)
     if code is None:
         raise TypeError(f"client 0, {structure.leaf_name(index)}: dtype {name_of(dtype)} is not supported")
-    result = target if target is not None and code in FLOATS else code
-    device = kind.device_of(first)
-    return LeafInputs(
-        addresses,
-        code,
-        kind,
-        dtype if result == code else kind.dtype_for(result),
-        result,
-        tuple(first.shape),
-        device,
-        column,
-    )
+    result = code
+    if target is not None and target != code and code in FLOATS:
+        result, dtype = target, kind.dtype_for(target)
+    return LeafInputs(addresses, code, kind, dtype, result, tuple(first.shape), kind.device_of(first), column)
 
 
 def _gather_one_by_one(column: list[Any], structure: Structure, index: int, target: Code | None) -> LeafInputs:
@@ -371,10 +363,16 @@ def check_policies(nan_policy: str, integer_policy: str) -> None:
 def results_for(inputs: list[LeafInputs], structure: Structure, out: Any, first: Any) -> tuple[Any, list[int]]:
     """New arrays for the result, or those of `out`, with their addresses."""
     if out is None:
-        arrays = [leaf.kind.empty(leaf.shape, leaf.dtype, leaf.device) for leaf in inputs]
+        arrays = [_new_result(leaf) for leaf in inputs]
         addresses = [leaf.kind.address(array) for leaf, array in zip(inputs, arrays, strict=True)]
         return structure.build(arrays, first), addresses
     return out, [view.address for view in check_out(inputs, structure, out)]
+
+
+def _new_result(leaf: LeafInputs) -> Any:
+    if leaf.code == leaf.result_code:
+        return leaf.kind.empty_like(leaf.owners[0])
+    return leaf.kind.empty(leaf.shape, leaf.dtype, leaf.device)
 
 
 def check_out(inputs: list[LeafInputs], structure: Structure, out: Any) -> list[View]:
@@ -383,24 +381,38 @@ def check_out(inputs: list[LeafInputs], structure: Structure, out: Any) -> list[
     Raises:
         TypeError, ValueError: one does not fit its leaf, cannot be written, or overlaps an input or another.
     """
-    views = []
-    for index, (leaf, array) in enumerate(zip(inputs, structure.leaves(out, "out"), strict=True)):
-        who = f"out, {structure.leaf_name(index)}"
-        if kind_of(array) is not leaf.kind:
-            raise TypeError(f"{who}: expected a {leaf.kind.name} array, got {type(array).__name__}")
-        if array.dtype != leaf.dtype and name_of(array.dtype) != name_of(leaf.dtype):
-            raise TypeError(f"{who}: expected dtype {name_of(leaf.dtype)}, got {name_of(array.dtype)}")
-        if tuple(array.shape) != leaf.shape:
-            raise ValueError(f"{who}: expected shape {leaf.shape}, got {tuple(array.shape)}")
-        try:
-            view = leaf.kind.writable_view(array)
-        except ValueError as error:
-            raise ValueError(f"{who}: {error}") from None
-        if view.device != leaf.device:
-            raise ValueError(f"{who}: expected device {leaf.device}, got {view.device}")
-        views.append(view)
+    views = [
+        _out_view(leaf, array, structure, index)
+        for index, (leaf, array) in enumerate(zip(inputs, structure.leaves(out, "out"), strict=True))
+    ]
     _overlap.check(inputs, views, structure)
     return views
+
+
+def _out_view(leaf: LeafInputs, array: Any, structure: Structure, index: int) -> View:
+    """An array of `out`, whose memory fits its leaf."""
+    try:
+        if leaf.code == leaf.result_code:
+            addresses = leaf.kind.addresses([leaf.owners[0], array])
+            if len(addresses) == 2:  # it looks just like the clients' arrays
+                leaf.kind.note_write(array)
+                return View(addresses[1], leaf.result_code, leaf.shape, leaf.device, array)
+        return _checked_out_view(leaf, array)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"out, {structure.leaf_name(index)}: {error}") from None
+
+
+def _checked_out_view(leaf: LeafInputs, array: Any) -> View:
+    if kind_of(array) is not leaf.kind:
+        raise TypeError(f"expected a {leaf.kind.name} array, got {type(array).__name__}")
+    if array.dtype != leaf.dtype and name_of(array.dtype) != name_of(leaf.dtype):
+        raise TypeError(f"expected dtype {name_of(leaf.dtype)}, got {name_of(array.dtype)}")
+    if tuple(array.shape) != leaf.shape:
+        raise ValueError(f"expected shape {leaf.shape}, got {tuple(array.shape)}")
+    view = leaf.kind.writable_view(array)
+    if view.device != leaf.device:
+        raise ValueError(f"expected device {leaf.device}, got {view.device}")
+    return view
 
 
 def _without(weights: list[float], offenders: dict[int, int], structure: Structure) -> list[float]:
