@@ -151,3 +151,9 @@ def test_bench_runs_the_benchmarks_wherever_the_results_go(tmp_path):
     frameworks = find_spec("flwr") is not None and find_spec("nvflare") is not None
     assert (checkout / "ran-rounds").exists() == frameworks
     assert ("no federated rounds" in done.stdout) != frameworks
+
+
+def test_the_package_runs_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "fastagg", "info"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert fastagg.__version__ in done.stdout

@@ -147,6 +147,16 @@ def test_cosines_of_a_mean_that_nearly_vanishes(cpu: Backend) -> None:
         assert_statistics(statistics, columns, result)
 
 
+def test_leaves_of_a_few_elements_whose_clients_nearly_cancel(cpu: Backend) -> None:
+    random = generator(12)
+    for size in (*range(1, 20), 33):
+        for rest in (0.3, 0.02, 0.01):
+            x = normal(random, size, np.dtype(np.float32))
+            columns = [x, np.asarray((rest - 1) * x, np.float32)]
+            result, statistics = fastagg.fedavg(columns, stats=True)
+            assert_statistics(statistics, columns, result)
+
+
 def test_identical_clients_and_constant_leaves(cpu: Backend) -> None:
     for x in (normal(generator(10), 70_001, np.dtype(np.float32)), np.full(5000, 1 / 3, np.float32), np.zeros(99)):
         mean, statistics = fastagg.fedavg([x, x, x], stats=True)

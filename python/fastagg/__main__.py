@@ -1,0 +1,5 @@
+"""`python -m fastagg`: the command line."""
+
+from fastagg.cli import main
+
+main()
