@@ -126,8 +126,8 @@ struct PeerExchange {
   int32_t* nonfinite;  // as for `cast`
   double* squares;     // as for `reduce`
 };
-/// Fails with cudaErrorInvalidValue if a slot is too small. Once a rank is lost or differs, all results are NaN, and
-/// nonfinite.
+/// Fails with cudaErrorInvalidValue if a slot is too small. Once a rank is lost or differs, what the blocks that waited
+/// for it write is NaN, and nonfinite, and so is the whole result of every later call.
 cudaError_t all_reduce(const PeerExchange& peers, cudaStream_t stream) noexcept;
 
 }  // namespace fastagg::cuda
