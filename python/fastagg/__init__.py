@@ -1,4 +1,4 @@
-"""fastagg: weighted FedAvg and FP16 quantisation as a small native library."""
+"""fastagg: the aggregation step of federated and distributed training as a small native library."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -15,7 +15,7 @@ from fastagg.files.command import average_command
 from fastagg.report.command import report_command
 
 application = typer.Typer(
-    help="Weighted FedAvg, fused gradient allreduce and FP16 quantisation.",
+    help="The aggregation step of federated and distributed training as a small native library.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
