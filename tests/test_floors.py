@@ -124,7 +124,18 @@ def test_native_code_never_prints_and_never_exits(path: Path) -> None:
 
 @by_source
 def test_no_fast_math(path: Path) -> None:
-    assert not re.findall(r"fast.?math|__fmaf?\w*|\bfmaf?\s*\(|_mm\d*_fn?m(?:add|sub)\w*|vfmaq?\w*", code_of(path))
+    exact = re.sub(r"multiply_add\(D x, D y, D sum\) \{[^}]*\}", "", code_of(path))  # see the next test
+    assert not re.findall(r"fast.?math|__fmaf?\w*|\bfmaf?\s*\(|_mm\d*_fn?m(?:add|sub)\w*|vfmaq?\w*", exact)
+
+
+def test_only_exact_products_are_fused_with_their_sum() -> None:
+    lines = [line for path in native_sources() for line in code_of(path).splitlines()]
+    callers = [line for line in lines if re.search(r"(?<!D )multiply_add\(", line)]
+    assert len(callers) == 1
+    assert "add_exact_product" in callers[0]
+    uses = [line for line in lines if re.search(r"::add_exact_product\(", line)]
+    assert len(uses) == 1
+    assert "exact ? " in uses[0]
 
 
 def test_builds_turn_contraction_off() -> None:
