@@ -47,44 +47,40 @@ FASTAGG_INLINE void exchange(V (&sorted)[rows], std::index_sequence<c...>) {
 template <class Lanes, Code work>
 using SortableBits = std::conditional_t<work == Code::float64, typename Lanes::L, typename Lanes::I>;
 
-/// Sorts columns in registers, and sums their windows; true if their values are finite. NaN sorts last. If only the
-/// middle is wanted, `is_middle`, comparisons that cannot reach it are left out.
+/// Sorts whole vectors of columns in registers, and sums their windows; true if their values are finite. NaN sorts
+/// last. If only the middle is wanted, `is_middle`, comparisons that cannot reach it are left out.
 template <class Lanes, Code work, int32_t rows, bool is_middle>
 bool sort_in_registers(const SortedMean& op, const Element<work>* const* values, int64_t count, double* sums) {
+  using V = Sortable<Lanes, work>;
+  using Bits = SortableBits<Lanes, work>;
   using Word = std::conditional_t<work == Code::float64, int64_t, int32_t>;
   constexpr auto infinity = static_cast<Word>(work == Code::float64 ? int64_t{0x7ff} << 52 : int64_t{0xff} << 23);
   constexpr auto magnitude = static_cast<Word>(work == Code::float64 ? INT64_MAX : INT32_MAX);
+  constexpr int parts = Lanes::width * sizeof(Word) / sizeof(V), part = Lanes::width / parts;
   const int32_t first = is_middle ? first_middle(rows) : first_row(op.window, rows, op.left_out);
   const int32_t last = is_middle ? last_middle(rows) : last_row(op.window, rows, op.left_out);
   bool finite = true;
-  walk<Lanes>(0, 0, count, [&](auto lanes, int64_t i, int64_t end) {
-    using Own = decltype(lanes);
-    using V = Sortable<Own, work>;
-    using Bits = SortableBits<Own, work>;
-    constexpr int parts = Own::width * sizeof(Element<work>) / sizeof(V), part = Own::width / parts;
-    for (; i + Own::width <= end; i += Own::width) {
-      alignas(64) Element<work> window[rows * Own::width];
-      for (int p = 0; p < parts; ++p) {
-        V sorted[rows];
-        Bits are_finite = ~Bits{};  // negative lanes; by integers, for comparisons keep the floating units busy
-        for (int32_t r = 0; r < rows; ++r) {
-          sorted[r] = load_bytes<V>(values[r] + i + p * part);
-          are_finite &= (bit_cast<Bits>(sorted[r]) & magnitude) - infinity;
-        }
-        if (Own::any(are_finite >= 0)) {
-          finite = false;
-          for (V& x : sorted) x = sortable(x);
-        }
-        exchange<Own, rows>(sorted, std::make_index_sequence<count_of_comparators<rows>()>{});
-        for (int32_t r = 0; r < rows; ++r)
-          if (first <= r && r < last) store_bytes(window + r * Own::width + p * part, sorted[r]);
+  for (int64_t i = 0; i < count; i += Lanes::width) {
+    alignas(64) Element<work> window[rows * Lanes::width];
+    for (int p = 0; p < parts; ++p) {
+      V sorted[rows];
+      Bits are_finite = ~Bits{};  // negative lanes; by integers, for comparisons keep the floating units busy
+      for (int32_t r = 0; r < rows; ++r) {
+        sorted[r] = load_bytes<V>(values[r] + i + p * part);
+        are_finite &= (bit_cast<Bits>(sorted[r]) & magnitude) - infinity;
       }
-      typename Own::D sum[1][Own::halves];
-      sum_of_window<Own, work>(op, SortedColumn<Own, work>{window, Own::width}, sum[0]);
-      KeepSums{sums}.template put<Own, 1>(i, sum);
+      if (Lanes::any(are_finite >= 0)) {
+        finite = false;
+        for (V& x : sorted) x = sortable(x);
+      }
+      exchange<Lanes, rows>(sorted, std::make_index_sequence<count_of_comparators<rows>()>{});
+      for (int32_t r = 0; r < rows; ++r)
+        if (first <= r && r < last) store_bytes(window + r * Lanes::width + p * part, sorted[r]);
     }
-    return i;
-  });
+    typename Lanes::D sum[1][Lanes::halves];
+    sum_of_window<Lanes, work>(op, SortedColumn<Lanes, work>{window, Lanes::width}, sum[0]);
+    KeepSums{sums}.template put<Lanes, 1>(i, sum);
+  }
   return finite;
 }
 
@@ -103,10 +99,9 @@ void sort_in_cache(const SortedMean& op, Element<work>* values, int64_t stride, 
   }
 }
 
-/// The sums of the windows of sorted columns of few rows, which lie anywhere; true if their values are finite.
 template <class Lanes, Code work, size_t... rows>
-bool sum_few_rows(const SortedMean& op, const Element<work>* const* values, int64_t count, double* sums,
-                  std::index_sequence<rows...>) {
+bool sort_few_rows(const SortedMean& op, const Element<work>* const* values, int64_t count, double* sums,
+                   std::index_sequence<rows...>) {
   bool finite = true;
   const auto sort = [&](auto count_of_rows) {
     constexpr int32_t all = count_of_rows.value;
@@ -115,6 +110,12 @@ bool sum_few_rows(const SortedMean& op, const Element<work>* const* values, int6
   };
   ((op.rows == rows + 1 ? sort(std::integral_constant<int32_t, rows + 1>{}) : void()), ...);
   return finite;
+}
+
+/// The sums of the windows of columns of few rows, which lie anywhere, in whole vectors; true if all values are finite.
+template <class Lanes, Code work>
+bool sum_few_rows(const SortedMean& op, const Element<work>* const* values, int64_t count, double* sums) {
+  return sort_few_rows<Lanes, work>(op, values, count, sums, std::make_index_sequence<kRegisterRows>{});
 }
 
 /// Asks for the clients' next tile, which comes while this one is sorted. (Tiles of many clients gained nothing.)
@@ -151,9 +152,18 @@ bool sort_where_they_lie(const SortedMean& op, const Leaf& leaf, int64_t begin, 
   bool finite = true;
   for (; begin < end; begin += kMostColumns) {
     const int64_t count = end - begin < kMostColumns ? end - begin : kMostColumns;
+    const int64_t whole = count - count % Lanes::width;
     for (int32_t k = 0; k < leaf.clients; ++k)
       values[k] = static_cast<const Element<work>*>(leaf.sources[k].data) + begin;
-    finite &= sum_few_rows<Lanes, work>(op, values, count, sums, std::make_index_sequence<kRegisterRows>{});
+    finite &= sum_few_rows<Lanes, work>(op, values, whole, sums);
+    if (whole < count) {
+      Element<work> rest[kRegisterRows][Lanes::width] = {};
+      for (int32_t k = 0; k < leaf.clients; ++k) {
+        memcpy(rest[k], values[k] + whole, (count - whole) * sizeof(Element<work>));
+        values[k] = rest[k];
+      }
+      finite &= sum_few_rows<Lanes, work>(op, values, Lanes::width, sums + whole);
+    }
     store_sums<Lanes>({leaf, begin, count, sums, false}, stream);
   }
   return finite;
@@ -180,7 +190,7 @@ bool sort_tiles(const SortedMean& op, const Leaf& leaf, int64_t begin, int64_t e
     if (leaf.clients <= kRegisterRows) prefetch_tile(leaf, begin, count);
     if (clients != 0) mix_rows<Lanes, work>(op, clients, decoded, rows, columns, whole);
     if (op.rows <= kRegisterRows) {
-      sum_few_rows<Lanes, work>(op, few_rows, whole, sums, std::make_index_sequence<kRegisterRows>{});
+      sum_few_rows<Lanes, work>(op, few_rows, whole, sums);
     } else {
       sort_in_cache<Lanes, work>(op, rows, columns, whole);
       sum_windows<Lanes, work>(op, rows, columns, whole, sums);
