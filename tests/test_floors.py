@@ -31,7 +31,8 @@ MAY_INCLUDE = {
 MAY_IMPORT = {
     "_codes": set(),
     "_errors": set(),
-    "_backend": {"_core", "_extras"},
+    "_arguments": set(),
+    "_backend": {"_arguments", "_core", "_extras"},
     "_extras": set(),
     "_build": {"_core"},
     "_tensor": {"_core", "_codes"},
@@ -42,7 +43,7 @@ MAY_IMPORT = {
     "averaging": {"_backend", "_codes", "_errors", "_overlap", "_tensor", "_updates", "quantization", "statistics"},
     "_sums": {"_codes", "_tensor", "averaging"},
     "accumulator": {
-        *("_backend", "_codes", "_errors", "_sums", "_tensor", "_updates"),
+        *("_arguments", "_backend", "_codes", "_errors", "_sums", "_tensor", "_updates"),
         *("averaging", "quantization", "statistics"),
     },
     "server/buffers": {"_codes"},
