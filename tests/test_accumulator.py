@@ -386,11 +386,23 @@ def test_a_batch_drops_the_offenders_only() -> None:
     assert accumulator.result().tolist() == EXPECTED
 
 
-@pytest.mark.parametrize(
-    "options", [{"nan_policy": "x"}, {"integer_policy": "x"}, {"batch": 0}, {"batch": 1.5}], ids=str
-)
+@pytest.mark.parametrize("options", [{"nan_policy": "x"}, {"integer_policy": "x"}, {"batch": 0}], ids=str)
 def test_wrong_options(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
+        fastagg.Accumulator(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"batch": "8"}, "batch: expected an integer, got '8'"),
+        ({"batch": 1.5}, "batch: expected an integer, got 1.5"),
+        ({"low_memory": "yes"}, "low_memory: expected True or False, got 'yes'"),
+        ({"stats": 1}, "stats: expected True or False, got 1"),
+    ],
+)
+def test_options_of_a_wrong_type(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(TypeError, match=f"^{words}$"):
         fastagg.Accumulator(**options)
 
 

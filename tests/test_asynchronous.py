@@ -435,3 +435,12 @@ def test_the_example_shows_what_stragglers_cost() -> None:
     assert [row.split(",")[0].split()[0] for row in rows] == ["FedAvg", "FedAsync", "FedBuff"]
     last = [float(row.split()[-1].removesuffix("%")) for row in rows]
     assert last[0] + 10 < min(last[1:])
+
+
+def test_a_server_tells_its_version() -> None:
+    mixing, buffered = FedAsync(np.zeros(3)), FedBuff(np.zeros(3), buffer_size=5)
+    for server in (mixing, buffered):
+        for _ in range(9):
+            server.add(np.ones(3), 0)
+    assert repr(mixing) == "FedAsync(version=9)"
+    assert repr(buffered) == "FedBuff(version=1, pending=4)"

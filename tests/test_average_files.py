@@ -897,11 +897,39 @@ def test_the_command(tmp_path):
     assert_same(contents(output), fastagg.fedavg(models, [10, 20]))
     done = invoke(*paths, "-o", output)
     assert done.exit_code == 1
-    assert done.output == f"fastagg average: {output} exists: force=True or --force overwrites it\n"
+    assert done.output == f"fastagg average: {output} exists: force overwrites it\n"
     options = ("--wire", "int8", "-w", -1, "-w", 3, "--allow-negative", "--no-normalize", "--dtype", "fp32", "--force")
     done = invoke(*paths, "-o", output, *options, "--integer-policy", "first")
     assert done.exit_code == 0, done.output
     assert contents(output)["half"].dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("second", "options", "message"),
+    [
+        (
+            np.ones(3),
+            ("-w", 1, "-w", -2),
+            "expected a weight of 0 or more, got -2.0 (negative ones must be allowed)",
+        ),
+        (np.ones(3), ("-w", 1, "-w", -1, "--allow-negative"), "their sum is zero, so they cannot be normalized"),
+        (np.ones(3, BFLOAT16), ("--dtype", "bf16"), ".npz has no bf16: ask for another dtype, or write .safetensors"),
+        (np.ones(3, np.float16), (), "got float16 (ask for a dtype to say what the result shall be)"),
+    ],
+)
+def test_what_the_command_refuses_is_said_as_a_user_of_it_would(tmp_path, second, options, message):
+    leaves = ({"w": np.ones(3)}, {"w": second})
+    paths = [write(tmp_path / f"{place}.safetensors", update) for place, update in enumerate(leaves)]
+    done = invoke(*paths, "-o", tmp_path / "out.npz", *options)
+    assert done.exit_code == 1
+    assert done.output.endswith(f"{message}\n")
+
+
+def test_a_checkpoint_tells_its_size(tmp_path):
+    for suffix, kind in ((".safetensors", "Safetensors"), (".npz", "Npz"), (".pt", "Torch")):
+        path = write(tmp_path / f"a{suffix}", {"v": np.ones(3), "w": np.ones(3)})
+        with open_checkpoint(path) as opened:
+            assert repr(opened) == f"{kind}Checkpoint({str(path)!r}, 2 leaves)"
 
 
 def test_a_terminal_shows_bytes_and_their_rate(tmp_path, monkeypatch):

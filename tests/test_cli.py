@@ -1,6 +1,7 @@
 """The command line: what it prints, how it ends, and what it says where a package is missing."""
 
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -151,6 +152,38 @@ def test_bench_runs_the_benchmarks_wherever_the_results_go(tmp_path):
     frameworks = find_spec("flwr") is not None and find_spec("nvflare") is not None
     assert (checkout / "ran-rounds").exists() == frameworks
     assert ("no federated rounds" in done.stdout) != frameworks
+
+
+def help_of(*arguments):
+    """What the command line says of a command, without frames and line breaks."""
+    result = invoke(*arguments, "--help")
+    assert result.exit_code == 0, result.output
+    return " ".join(re.sub(r"\x1b\[[0-9;]*m|[│╭╰─╮╯]", " ", result.output).split())
+
+
+def test_help_says_what_the_files_are():
+    text = help_of("average")
+    assert "FILES are .safetensors, .npz, .pt or .pth files, or directories with an index of shards" in text
+    assert "A .safetensors, .npz, .pt or .pth file; a directory if the first input is sharded." in text
+    assert "RUN is a file that `fastagg.report.Run.save` wrote." in help_of("report")
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        "raise, drop or propagate",
+        "max, first or round",
+        "fp64, fp32, fp16 or bf16",
+        "fp32, bf16, fp16, fp8_e4m3, fp8_e5m2, int8, int4 or sign",
+    ],
+)
+def test_help_lists_what_an_option_takes(choices):
+    assert choices in help_of("average")
+
+
+def test_the_command_line_tells_the_version():
+    result = invoke("--version")
+    assert (result.exit_code, result.output) == (0, f"fastagg {fastagg.__version__}\n")
 
 
 def test_the_package_runs_as_a_module():

@@ -549,6 +549,12 @@ def test_out_may_not_overlap() -> None:
     fastagg.fedavg([buffer[5:10], np.ones(5, np.float32)], out=buffer[10:15])
 
 
+def test_an_out_that_overlaps_a_single_array_is_named() -> None:
+    buffer = np.zeros(8, np.float32)
+    with pytest.raises(ValueError, match=r"^out, the array: overlaps client 1's array$"):
+        fastagg.fedavg([np.ones(5, np.float32), buffer[:5]], out=buffer[2:7])
+
+
 def test_out_may_not_overlap_any_of_many_arrays() -> None:
     buffer = np.zeros(4000, np.float32)
     updates = [{leaf: buffer[80 * leaf + place :][:7] for leaf in range(49)} for place in (0, 40)]
@@ -843,6 +849,33 @@ def test_masks_are_not_dropped_in_silence() -> None:
 def test_no_updates_at_all_is_a_sentence() -> None:
     with pytest.raises(TypeError, match=r"updates: expected a sequence"):
         fastagg.fedavg(None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("updates", "dimensions"),
+    [
+        (np.ones(3, np.float32), "one dimension"),
+        (torch.ones(3), "one dimension"),
+        (np.array(3.0), "no dimension"),
+        (torch.tensor(3.0), "no dimension"),
+    ],
+)
+def test_arrays_that_are_no_sequence_are_named(updates: Any, dimensions: str) -> None:
+    # fedavg(a, b) would take b for the weights of a's elements.
+    for weights in (None, updates):
+        with pytest.raises(
+            TypeError, match=f"^updates: expected a sequence of updates, got a single array of {dimensions}$"
+        ):
+            fastagg.fedavg(updates, weights)
+
+
+def test_the_rows_of_an_array_are_updates() -> None:
+    rows = np.array(two())
+    assert fastagg.fedavg(rows, [1, 3]).tolist() == EXPECTED
+    assert fastagg.fedavg(torch.from_numpy(rows), [1, 3]).tolist() == EXPECTED
+    objects = np.empty(2, object)
+    objects[:] = [{"a": row} for row in rows]
+    assert fastagg.fedavg(objects, [1, 3])["a"].tolist() == EXPECTED
 
 
 def test_out_may_not_overlap_scales() -> None:

@@ -7,12 +7,14 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import fastagg
 from fastagg import _core
+from fastagg._extras import EXTRAS
 
 ROOT = Path(__file__).resolve().parent.parent
 NATIVE = ROOT / "csrc"
@@ -31,7 +33,8 @@ MAY_INCLUDE = {
 MAY_IMPORT = {
     "_codes": set(),
     "_errors": set(),
-    "_backend": {"_core", "_extras"},
+    "_arguments": set(),
+    "_backend": {"_arguments", "_core", "_extras"},
     "_extras": set(),
     "_build": {"_core"},
     "_tensor": {"_core", "_codes"},
@@ -42,7 +45,7 @@ MAY_IMPORT = {
     "averaging": {"_backend", "_codes", "_errors", "_overlap", "_tensor", "_updates", "quantization", "statistics"},
     "_sums": {"_codes", "_tensor", "averaging"},
     "accumulator": {
-        *("_backend", "_codes", "_errors", "_sums", "_tensor", "_updates"),
+        *("_arguments", "_backend", "_codes", "_errors", "_sums", "_tensor", "_updates"),
         *("averaging", "quantization", "statistics"),
     },
     "server/buffers": {"_codes"},
@@ -209,6 +212,83 @@ def test_submodules_are_there_without_an_import_of_their_own() -> None:
     assert output_of("import fastagg; print(fastagg.server.FedAdam().beta_2, fastagg.files.average.__name__)") == (
         "0.99 average"
     )
+
+
+SUBMODULES = [name for name, extra in fastagg._SUBMODULES.items() if extra is None or not EXTRAS[extra].missing]
+
+
+def test_every_submodule_can_be_fetched() -> None:
+    from processes import output_of
+
+    assert {"horovod", "outliers", "plots", "ranks", "trees"} <= set(fastagg._SUBMODULES)
+    wanted = [name for name in SUBMODULES if name not in ("flower", "nvflare", "ray")]  # which take long
+    assert output_of(f"import fastagg; print(*[getattr(fastagg, name).__name__ for name in {wanted}])").split() == [
+        f"fastagg.{name}" for name in wanted
+    ]
+
+
+def test_completion_shows_what_would_be_fetched() -> None:
+    from processes import output_of
+
+    shown = set(output_of("import fastagg; print(*dir(fastagg))").split())
+    assert {*SUBMODULES, "fedavg", "__version__"} <= shown
+    assert set(fastagg.__all__) <= shown or EXTRAS["torch"].missing
+
+
+def test_what_lacks_its_packages_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(EXTRAS, "torch", EXTRAS["torch"]._replace(modules=("no_such_module",)))
+    shown = {name for name in dir(fastagg) if name not in vars(fastagg)}  # others may have been fetched before
+    assert not shown & {"all_reduce", "horovod", "ranks", "DistributedOptimizer"}
+
+
+@pytest.mark.parametrize("name", ["asynchronous", "outliers", "plots", "ranks", "ray", "robust", "statistics", "trees"])
+def test_a_submodule_says_what_is_public(name: str) -> None:
+    path = next(path for path in (PYTHON / f"{name}.py", PYTHON / name / "__init__.py") if path.is_file())
+    public = next(
+        ast.literal_eval(node.value)
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "__all__"
+    )
+    assert public
+    if name in SUBMODULES:
+        assert all(hasattr(getattr(fastagg, name), one) for one in public)
+
+
+TYPED = """
+import fastagg
+from fastagg.server import FedAdam
+
+optimizer: FedAdam = fastagg.server.FedAdam()
+fastagg.horovod.init
+fastagg.trees.average
+fastagg.all_reduce
+fastagg.fedvag
+fastagg.trees.as_weights
+"""
+# Other people's packages are not looked at: that takes long, and says nothing of our names.
+CHECKED = """
+[mypy]
+strict = true
+[mypy-torch.*,numpy.*,flwr.*,nvflare.*,ray.*,matplotlib.*,sklearn.*,jinja2.*,typer.*,rich.*]
+follow_imports = skip
+ignore_missing_imports = true
+"""
+
+
+def test_type_checkers_know_every_name_and_no_other(tmp_path: Path) -> None:
+    pytest.importorskip("mypy")
+    (tmp_path / "typed.py").write_text(TYPED)
+    (tmp_path / "mypy.ini").write_text(CHECKED)
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--follow-imports=silent", "typed.py"],
+        cwd=tmp_path,
+        env={**os.environ, "MYPYPATH": str(PYTHON.parent)},
+        capture_output=True,
+        text=True,
+    )
+    wrong = re.findall(r"typed.py:\d+: error: .*(fedvag|as_weights)", done.stdout)
+    assert wrong == ["fedvag", "as_weights"], done.stdout + done.stderr
+    assert done.stdout.count("error:") == 2
 
 
 def test_the_version_has_one_home() -> None:

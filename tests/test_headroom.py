@@ -230,6 +230,12 @@ def test_the_table() -> None:
     ]
 
 
+def test_one_rank_has_no_gain_to_show() -> None:
+    table = str(reported(0.8, FP16, world=1))
+    assert "%" not in table
+    assert "gain" in table.splitlines()[2]
+
+
 def test_the_example_prints_the_table_once() -> None:
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     sizes = ("--width", "16", "--batch", "4", "--steps", "2", "--wires", "fp16", "sign")

@@ -529,6 +529,14 @@ def test_a_sketch_tells_its_size() -> None:
     assert made.dimensions == 100
     assert made.values.shape == (3, 4, 100)
     assert made.elements.tolist() == list(SIZES.values())
+    assert repr(made) == "Sketch(3 clients, 4 leaves, 100 dimensions)"
+
+
+def test_findings_tell_who_was_found() -> None:
+    updates = honest(generator(31), 10)
+    updates[3]["fc1.bias"][0] = np.nan
+    found = Explorer().explore(sketch(updates, 32, clients=[f"site {client}" for client in range(10)]))
+    assert repr(found) == "Findings(round=1, 10 clients, outliers=['site 3'])"
 
 
 def test_the_documented_loop(

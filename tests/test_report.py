@@ -154,6 +154,13 @@ def wrong_records() -> list[Any]:
         ({"round": 1}, ValueError, "round 1 has been recorded already"),
         ({"metrics": {"loss": "low"}}, TypeError, "metric 'loss': expected a number, got 'low'"),
         ({"metrics": {"loss": "3.5"}}, TypeError, "metric 'loss': expected a number, got '3.5'"),
+        (
+            {"statistics": {}},
+            TypeError,
+            r"statistics: expected the Statistics of fedavg\(\.\.\., stats=True\), got dict",
+        ),
+        ({"findings": [1]}, TypeError, r"findings: expected the Findings of Explorer\.explore, got list"),
+        ({"metrics": [1]}, TypeError, "metrics: expected a mapping from names to numbers, got list"),
         ({"round": "8"}, TypeError, "round: expected an integer, got '8'"),
         ({"round": -1}, ValueError, "round: expected 0 or more, got -1"),
         ({"statistics": statistics, "findings": others, "round": 9}, ValueError, "round 9: the findings are of other"),
@@ -187,7 +194,7 @@ def test_what_does_not_fit_is_not_recorded(options: dict[str, Any], error: type[
 def test_files_that_are_no_runs_are_named(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "other.json"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=rf"other\.json: {re.escape(message)}"):
+    with pytest.raises(ValueError, match=rf"other\.json {re.escape(message)}"):
         Run.load(path)
 
 
@@ -197,7 +204,7 @@ def test_files_that_are_no_runs_are_named(tmp_path: Path, content: bytes, messag
         (("title",), None, "expected a text, got None"),
         (("rounds", 0, "number"), "x", "round: expected an integer, got 'x'"),
         (("rounds", 1, "number"), 1, "round 1 has been recorded already"),
-        (("rounds", 0, "metrics"), [1], "'list' object has no attribute 'items'"),
+        (("rounds", 0, "metrics"), [1], "metrics: expected a mapping from names to numbers, got list"),
         (("rounds", 0, "cosines"), [[1.0]], r"cosines: expected shape \(8, 8\)"),
         (("rounds", 0, "statistics", "elements", 0), math.inf, "cannot convert float infinity"),
         (("rounds", 0, "findings", "clients", 2), "stranger", "outliers: {'site 2'} are not among the clients"),
@@ -221,7 +228,7 @@ def test_what_is_damaged_is_told_before_a_page_is_drawn(
         holder = holder[step]
     holder[place[-1]] = value
     path.write_text(json.dumps(plain))
-    with pytest.raises(ValueError, match=f"{re.escape(str(path))}: is damaged: .*{message}"):
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))} is damaged: .*{message}"):
         Run.load(path)
 
 
@@ -606,7 +613,7 @@ def test_the_command_writes_the_page(invoke: Any, tmp_path: Path) -> None:
     assert written.startswith("<!doctype html>")
     again = invoke(run, "-o", page)
     assert again.exit_code == 1
-    assert again.output == f"fastagg report: {page} exists: force=True or --force overwrites it\n"
+    assert again.output == f"fastagg report: {page} exists: force overwrites it\n"
     page.write_text("old")
     assert invoke(run, "-o", page, "--force").exit_code == 0
     assert page.read_text() == written
@@ -614,7 +621,7 @@ def test_the_command_writes_the_page(invoke: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "No such file or directory"), ("{}", "is no run of fastagg: it does not say 'fastagg run'")],
+    [(None, ": No such file or directory"), ("{}", " is no run of fastagg: it does not say 'fastagg run'")],
 )
 def test_the_command_names_what_is_no_run(invoke: Any, tmp_path: Path, content: str | None, message: str) -> None:
     run, page = tmp_path / "run.json", tmp_path / "report.html"
@@ -622,7 +629,7 @@ def test_the_command_names_what_is_no_run(invoke: Any, tmp_path: Path, content: 
         run.write_text(content)
     done = invoke(run, "-o", page)
     assert done.exit_code == 1
-    assert done.output == f"fastagg report: {run}: {message}\n"
+    assert done.output == f"fastagg report: {run}{message}\n"
     assert not page.exists()
 
 

@@ -638,3 +638,9 @@ def test_the_proximal_term_refuses_other_parameters() -> None:
         proximal_term(own, list(own.values()), 1.0)
     with pytest.raises(ValueError, match="mu"):
         proximal_term(own, own, -1.0)
+
+
+def test_an_optimizer_tells_its_numbers() -> None:
+    assert repr(FedAdam(tau=0.5)) == "FedAdam(learning_rate=0.1, beta_1=0.9, beta_2=0.99, tau=0.5)"
+    assert repr(FedNova(learning_rate=0.5)) == "FedNova(learning_rate=0.5)"
+    assert repr(Scaffold(np.zeros(3), 10)) == "Scaffold(clients=10, learning_rate=1.0)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import sys
 import threading
 import time
@@ -152,15 +153,18 @@ print("done")
 
 def test_set_num_threads_is_checked() -> None:
     before = fastagg.get_num_threads()
-    for wrong, error in (
-        (-1, ValueError),
-        (1.5, TypeError),
-        ("2", TypeError),
-        (None, TypeError),
-        (1 << 40, (TypeError, ValueError)),
+    for wrong, error, words in (
+        (-1, ValueError, "an integer from 0 to 2147483647, got -1"),
+        (1 << 40, ValueError, "an integer from 0 to 2147483647, got 1099511627776"),
+        (1.5, TypeError, "an integer, got 1.5"),
+        ("2", TypeError, "an integer, got '2'"),
+        (None, TypeError, "an integer, got None"),
+        (True, TypeError, "an integer, got True"),
     ):
-        with pytest.raises(error):
-            fastagg.set_num_threads(wrong)
+        with pytest.raises(error, match=f"^count: expected {re.escape(words)}$"):
+            fastagg.set_num_threads(wrong)  # type: ignore[arg-type]
+    with threads(np.int64(3)):  # type: ignore[arg-type]
+        assert fastagg.get_num_threads() == 3
     assert fastagg.get_num_threads() == before
     with threads(5):
         assert fastagg.get_num_threads() == 5

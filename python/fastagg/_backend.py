@@ -10,6 +10,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 
 from fastagg import _core
+from fastagg._arguments import as_integer
 from fastagg._extras import CUDA_COMMAND
 
 # csrc/bindings/operands.h reads these.
@@ -35,6 +36,8 @@ WindowOperands = tuple[int, int, int, list[float] | None]
 OptimizerOperands = tuple[int, float, float, float, float]
 # (model, mean, first moment, second moment, out, code, count)
 ModelLeafOperands = tuple[int, int, int, int, int, int, int]
+
+_MOST_THREADS = 2**31 - 1  # what the native code counts with
 
 MEAN, MAXIMUM = 0, 1
 # The rules of `server_step`, in the order of `enum class Rule` of csrc/core/types.h.
@@ -194,8 +197,12 @@ def set_num_threads(count: int) -> None:
         count: 1 or more; 0 restores the default (OMP_NUM_THREADS if set, else the processors available).
 
     Raises:
-        ValueError: count is negative.
+        TypeError: count is no integer.
+        ValueError: count is negative, or beyond any number of threads.
     """
+    count = as_integer(count, "count")
+    if not 0 <= count <= _MOST_THREADS:
+        raise ValueError(f"count: expected an integer from 0 to {_MOST_THREADS}, got {count}")
     _core.set_num_threads(count)
 
 

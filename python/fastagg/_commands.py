@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from fastagg._build import __version__
 from fastagg._extras import EXTRAS
 from fastagg.files.command import average_command
 from fastagg.report.command import report_command
@@ -20,6 +21,22 @@ application = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _show_version(asked: bool) -> None:
+    """Ends with the version of fastagg where it was asked for."""
+    if asked:
+        print(f"fastagg {__version__}")
+        raise typer.Exit
+
+
+@application.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """What stands before a command."""
 
 
 application.command("average")(average_command)

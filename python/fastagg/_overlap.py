@@ -58,9 +58,8 @@ def _check_inputs(inputs: list[LeafInputs], out: tuple[int, int], index: int, st
         for number, span in enumerate(_spans(given)):
             if _touch(out, span):
                 client = number % len(given.sources)
-                raise ValueError(
-                    f"out, {structure.leaf_name(index)}: overlaps client {client}'s {structure.leaf_name(leaf)}"
-                )
+                what = "array" if structure.container is None else structure.leaf_name(leaf)
+                raise ValueError(f"out, {structure.leaf_name(index)}: overlaps client {client}'s {what}")
 
 
 def encoded_bytes(code: Code, count: int) -> int:

@@ -160,16 +160,24 @@ def as_list(updates: Iterable[Any]) -> list[Any]:
     """K updates as a list.
 
     Raises:
-        TypeError, ValueError: they are a single mapping, no sequence, or none.
+        TypeError, ValueError: they are a single mapping or array, no sequence, or none.
     """
     if isinstance(updates, Mapping):
         raise TypeError("updates: expected a sequence of updates, got a single mapping")
+    if _is_array_of_numbers(updates):
+        dimensions = "one dimension" if updates.ndim else "no dimension"  # type: ignore[attr-defined]
+        raise TypeError(f"updates: expected a sequence of updates, got a single array of {dimensions}")
     if not hasattr(updates, "__iter__"):
         raise TypeError(f"updates: expected a sequence of updates, got {type(updates).__name__}")
     listed = list(updates)
     if not listed:
         raise ValueError("updates: expected at least one, got none")
     return listed
+
+
+def _is_array_of_numbers(updates: Any) -> bool:
+    """Whether it is an array of numbers; the rows of one with more dimensions, or of Python objects, may be updates."""
+    return getattr(updates, "ndim", 2) < 2 and is_leaf(updates) and updates.dtype != object
 
 
 def as_weights(weights: Any, count: int) -> list[float]:

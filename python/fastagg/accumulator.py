@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastagg._arguments import as_flag, as_integer
 from fastagg._backend import MAXIMUM, MEAN, LeafOperands, MeasurementOperands, statistics, weighted_sum
 from fastagg._codes import FLOATS, Code, name_of
 from fastagg._errors import DroppedUpdateWarning, NonFiniteUpdateError
@@ -95,12 +96,15 @@ class Accumulator:
                 can overflow.
             stats: keep `statistics`, gathered as updates are folded: 72 bytes a client and floating leaf. For updates
                 on the CPU.
+
+        Raises:
+            TypeError, ValueError: an option is of another type, or none of its values.
         """
         check_policies(nan_policy, integer_policy)
-        if not isinstance(batch, (int, np.integer)) or batch < 1:
+        self.nan_policy, self.integer_policy, self.batch = nan_policy, integer_policy, as_integer(batch, "batch")
+        if self.batch < 1:
             raise ValueError(f"batch: expected an integer of 1 or more, got {batch!r}")
-        self.nan_policy, self.integer_policy, self.batch = nan_policy, integer_policy, batch
-        self.low_memory, self.stats = low_memory, stats
+        self.low_memory, self.stats = as_flag(low_memory, "low_memory"), as_flag(stats, "stats")
         self._lock = threading.RLock()
         self._sums: Any = None
         self._spare: Any = None

@@ -81,6 +81,9 @@ class _Server:
         self._model = fedavg([model])
         self._version = 0
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(version={self._version})"
+
     @property
     def model(self) -> Any:
         """The newest model. It never changes: later versions are new arrays."""
@@ -287,6 +290,9 @@ class FedBuff(_Server):
                 raise ValueError(f"buffers: the model has no leaf {name!r}")
         self.learning_rate = in_range(learning_rate, "learning_rate")
         self._buffer = self._new_buffer()
+
+    def __repr__(self) -> str:
+        return f"FedBuff(version={self._version}, pending={self.pending})"
 
     @property
     def pending(self) -> int:

@@ -64,7 +64,8 @@ def fedavg(
     Args:
         updates: K updates of one structure: arrays, or sequences of arrays, or mappings from names to arrays (a
             state_dict). Arrays are NumPy, PyTorch, CuPy or anything that speaks DLPack or
-            `__cuda_array_interface__`; a leaf may be a `Quantized`, which is decoded on the way.
+            `__cuda_array_interface__`; a leaf may be a `Quantized`, which is decoded on the way. Of a single array of
+            two or more dimensions, the rows are the updates.
         weights: K finite numbers of 0 or more, such as numbers of examples; None for equal weights. A client of
             weight 0 never contributes, whatever it holds.
         out: an update of the same structure to write into; may not overlap an input.

@@ -85,7 +85,7 @@ class Report:
 
     def __str__(self) -> str:
         headings = ("", "step", "exposed", "gain", "wire bytes", "gradient error")
-        cells = [headings, *(_cells(row) for row in self.rows)]
+        cells = [headings, *(_cells(row, self.world) for row in self.rows)]
         first, *others = (max(map(len, column)) for column in zip(*cells, strict=True))
         lines = [
             name.ljust(first) + "".join(cell.rjust(width + 3) for cell, width in zip(line, others, strict=True))
@@ -242,13 +242,13 @@ def _gradient(parameter: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(parameter, dtype=torch.float64) if parameter.grad is None else parameter.grad.double()
 
 
-def _cells(row: Row) -> tuple[str, ...]:
-    """The texts of a row of the table."""
+def _cells(row: Row, world: int) -> tuple[str, ...]:
+    """The texts of a row of the table. One rank communicates nothing: what its steps differ by is noise, no gain."""
     return (
         row.name,
         f"{row.seconds * 1e3:.2f} ms",
         f"{row.exposed * 1e3:.2f} ms",
-        f"{row.gain:.1%}",
+        f"{row.gain:.1%}" if world > 1 else "",
         "-" if row.wire_bytes is None else f"{row.wire_bytes:,}",
         f"{row.gradient_error:.2g}",
     )

@@ -22,6 +22,16 @@ if TYPE_CHECKING:
     from fastagg.report.models import Histogram, LayerComparison
     from fastagg.statistics import Statistics
 
+__all__ = [
+    "compare_models",
+    "cosine_map",
+    "layer_by_client",
+    "layer_importance",
+    "metrics_by_round",
+    "norms_by_round",
+    "weight_histograms",
+]
+
 INK, PALE, FAINT, ACCENT, OUTLIER = "#22303c", "#8a97a3", "#d5dce2", "#2f6f9f", "#c2401c"
 MODEL_COLOURS = ("#8a97a3", "#2f6f9f", "#3d8b66", "#8460a8")
 WIDTH = 9.5  # inches

@@ -14,6 +14,8 @@ from fastagg._transports import group_of
 from fastagg._updates import Structure
 from fastagg.accumulator import Accumulator
 
+__all__ = ["merge_over_ranks"]
+
 State = dict[str, Any]  # what Accumulator.state_dict() gives
 Message = State | PeerError
 

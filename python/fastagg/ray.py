@@ -14,6 +14,8 @@ try:
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError("fastagg.ray needs Ray: pip install 'fastagg[ray]'") from error
 
+__all__ = ["average"]
+
 
 def average(
     sources: Iterable[Any],

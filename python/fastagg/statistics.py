@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+__all__ = ["QUANTITIES", "Statistics"]
+
 # The columns of what the native code finds of a client's leaf: `struct Moments` of csrc/core/types.h.
 _FINITE, _NONFINITE, _MEAN, _DEVIATIONS, _MINIMUM, _MAXIMUM, _PRODUCTS, _DISTANCES, _REFERENCE = range(9)
 MOMENTS = 9

@@ -16,6 +16,8 @@ from fastagg._updates import as_weights
 from fastagg.accumulator import Accumulator
 from fastagg.averaging import check_policies
 
+__all__ = ["average"]
+
 Node = TypeVar("Node")
 Load = Callable[[Any], Any]
 

@@ -40,7 +40,7 @@ def _check_leaf(who: str, leaf: LeafDescription, expected: LeafDescription, targ
     floats = leaf.code in FLOATS and expected.code in FLOATS
     if floats and (target is not None or leaf.wire is not None):
         return
-    hint = " (dtype= or --dtype says what the result shall be)" if floats else ""
+    hint = " (ask for a dtype to say what the result shall be)" if floats else ""
     raise TypeError(f"{who}: expected dtype {expected.dtype} like the first file's, got {leaf.dtype}{hint}")
 
 

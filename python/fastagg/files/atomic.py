@@ -73,7 +73,7 @@ def check_place(path: Path, force: bool) -> None:
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent}: there is no such directory")
     if not force and os.path.lexists(path):
-        raise FileExistsError(f"{path} exists: force=True or --force overwrites it")
+        raise FileExistsError(f"{path} exists: force overwrites it")
 
 
 def _create(path: Path, is_directory: bool) -> tuple[Path, int]:
@@ -117,7 +117,7 @@ def _link(temporary: Path, path: Path) -> None:
     try:
         os.link(temporary, path)
     except FileExistsError:
-        raise FileExistsError(f"{path} exists: force=True or --force overwrites it") from None
+        raise FileExistsError(f"{path} exists: force overwrites it") from None
     except OSError:  # a file system without hard links
         check_place(path, force=False)
         temporary.rename(path)

@@ -73,6 +73,9 @@ class Checkpoint(Mapping[str, Any]):
         self.leaves: dict[str, LeafDescription] = {}
         self.mapped: list[tuple[int, int]] = []  # spans of memory that are mapped files
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self.path)!r}, {len(self.leaves)} leaves)"
+
     @abstractmethod
     def __getitem__(self, name: str) -> Any: ...
 

@@ -6,7 +6,7 @@ import contextlib
 import resource
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,6 +32,12 @@ def _one_of(names: Any) -> Callable[[str | None], str | None]:
     return check
 
 
+def _listed(names: Iterable[str]) -> str:
+    """Choices as the help names them: "max, first or round"."""
+    *others, last = names
+    return f"{', '.join(others)} or {last}"
+
+
 def _floating(value: str | None) -> str | None:
     """Checks that an option is a floating dtype."""
     try:
@@ -43,14 +49,12 @@ def _floating(value: str | None) -> str | None:
 
 
 def average_command(
-    files: Annotated[
-        list[Path],
-        typer.Argument(
-            help=".safetensors, .npz, .pt or .pth files, or directories with an index of shards, also mixed."
-        ),
-    ],
+    files: Annotated[list[Path], typer.Argument()],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="The same suffixes; a directory if the first input is sharded.")
+        Path,
+        typer.Option(
+            "--output", "-o", help="A .safetensors, .npz, .pt or .pth file; a directory if the first input is sharded."
+        ),
     ],
     weight: Annotated[
         list[float] | None,
@@ -58,21 +62,36 @@ def average_command(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the output.")] = False,
     nan_policy: Annotated[
-        str, typer.Option(callback=_one_of(NAN_POLICIES), help="For a file with a NaN or an infinity.")
+        str,
+        typer.Option(
+            callback=_one_of(NAN_POLICIES), help=f"For a file with a NaN or an infinity: {_listed(NAN_POLICIES)}."
+        ),
     ] = "raise",
     integer_policy: Annotated[
-        str, typer.Option(callback=_one_of(INTEGER_POLICIES), help="For integer and bool leaves.")
+        str,
+        typer.Option(
+            callback=_one_of(INTEGER_POLICIES), help=f"For integer and bool leaves: {_listed(INTEGER_POLICIES)}."
+        ),
     ] = "max",
     dtype: Annotated[
-        str | None, typer.Option(callback=_floating, help="Of floating leaves; without, the first file's.")
+        str | None,
+        typer.Option(
+            callback=_floating, help="Of floating leaves: fp64, fp32, fp16 or bf16; without, the first file's."
+        ),
     ] = None,
     wire: Annotated[
-        str | None, typer.Option(callback=_one_of(WIRES), help="Quantise floating leaves (.safetensors only).")
+        str | None,
+        typer.Option(
+            callback=_one_of(WIRES), help=f"Quantise floating leaves (.safetensors only) to {_listed(WIRES)}."
+        ),
     ] = None,
     allow_negative: Annotated[bool, typer.Option("--allow-negative", help="Permit negative weights.")] = False,
     normalize: Annotated[bool, typer.Option(help="Divide by the sum of the weights.")] = True,
 ) -> None:
-    """Average checkpoint files of any size into a new one."""
+    """Average checkpoint files of any size into a new one.
+
+    FILES are .safetensors, .npz, .pt or .pth files, or directories with an index of shards, also mixed.
+    """
     _permit_many_files()
     if weight and len(weight) != len(files):
         raise typer.BadParameter(f"expected {len(files)}, one for each file, got {len(weight)}", param_hint="--weight")

@@ -44,9 +44,7 @@ def check_weights(weights: Iterable[float] | None, paths: Sequence[Path], signed
         if not math.isfinite(weight):
             raise ValueError(f"{path}: expected a finite weight, got {weight}")
         if weight < 0 and not signed:
-            raise ValueError(
-                f"{path}: expected a weight of 0 or more, got {weight} (allow_negative or --allow-negative permits it)"
-            )
+            raise ValueError(f"{path}: expected a weight of 0 or more, got {weight} (negative ones must be allowed)")
     if not any(numbers):
         raise ValueError("weights: all are zero, so no file contributes")
     return numbers
@@ -77,7 +75,7 @@ def combine(weights: list[float], normalize: bool) -> Combination:
         return Combination(scaled, factor, weights)
     total = math.fsum(scaled)
     if abs(total) <= _SMALLEST_SHARE * math.fsum(map(abs, scaled)):
-        raise ValueError("weights: their sum is zero, so it cannot divide (normalize=False or --no-normalize)")
+        raise ValueError("weights: their sum is zero, so they cannot be normalized")
     # NumPy's sum is the one of `fedavg`; where terms cancel, its error would be that of every element.
     plain_total = total if min(scaled) < 0 else float(np.asarray(scaled).sum())
     return Combination(scaled, total, (np.asarray(scaled) / plain_total).tolist())

@@ -176,7 +176,7 @@ class NpzWriter:
             if zipfile.ZipInfo(name + SUFFIX).filename != name + SUFFIX or len(name.encode()) > _LARGEST_MEMBER_NAME:
                 raise ValueError(f"leaf {name!r}: .npz cannot hold such a name")
             if leaf.dtype == "bfloat16":
-                raise TypeError(f"leaf {name!r}: .npz has no bf16 (dtype= another one, or write .safetensors)")
+                raise TypeError(f"leaf {name!r}: .npz has no bf16: ask for another dtype, or write .safetensors")
         self._leaves = leaves
         self._file = os.fdopen(os.dup(descriptor), "w+b")
         self._archive = zipfile.ZipFile(self._file, "w", zipfile.ZIP_STORED)

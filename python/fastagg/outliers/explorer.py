@@ -51,6 +51,9 @@ class Findings:
     threshold: float
     action: str
 
+    def __repr__(self) -> str:
+        return f"Findings(round={self.round}, {len(self.clients)} clients, outliers={list(self.outliers)})"
+
     def weights(self, original: Any = None) -> list[float]:
         """The weights to aggregate with, in the order of the clients.
 

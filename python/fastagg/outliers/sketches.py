@@ -32,6 +32,9 @@ class Sketch(NamedTuple):
     largest: np.ndarray
     nonfinite: np.ndarray
 
+    def __repr__(self) -> str:
+        return f"Sketch({len(self.clients)} clients, {len(self.leaves)} leaves, {self.dimensions} dimensions)"
+
     @property
     def dimensions(self) -> int:
         """Dimensions of a leaf's sketch."""

@@ -12,11 +12,14 @@ from fastagg.report import Run, write_report
 
 
 def report_command(
-    run: Annotated[Path, typer.Argument(dir_okay=False, help="What `fastagg.report.Run.save` wrote.")],
+    run: Annotated[Path, typer.Argument(dir_okay=False)],
     output: Annotated[Path, typer.Option("--output", "-o", dir_okay=False, help="The page, an HTML file.")],
     force: Annotated[bool, typer.Option("--force", help="Overwrite the output.")] = False,
 ) -> None:
-    """Show a recorded run as one HTML page: outliers and why, norms, cosines, layers, weights."""
+    """Show a recorded run as one HTML page: outliers and why, norms, cosines, layers, weights.
+
+    RUN is a file that `fastagg.report.Run.save` wrote.
+    """
     try:
         write_report(Run.load(run), output, force=force)
     except OSError as error:

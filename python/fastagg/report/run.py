@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -17,9 +17,7 @@ from fastagg.files.atomic import atomic_file
 from fastagg.outliers import Findings, times_flagged
 from fastagg.report.models import Histogram, LayerComparison, compare_models, weight_histograms
 from fastagg.robust.arguments import as_count
-
-if TYPE_CHECKING:
-    from fastagg.statistics import Statistics
+from fastagg.statistics import Statistics
 
 FORMAT = "fastagg run"
 VERSION = 1
@@ -95,9 +93,10 @@ class Run:
             cosines: (clients, clients), of `outliers.pairwise_cosines` or `Sketch.cosines`, in the clients' order.
 
         Raises:
-            TypeError, ValueError: a metric is no number, the round none of 0 or more or there already, the findings or
-                cosines are of other clients than the statistics.
+            TypeError, ValueError: what is given is of another type, a metric is no number, the round none of 0 or more
+                or there already, the findings or cosines are of other clients than the statistics.
         """
+        _check_types(statistics, findings, metrics)
         if round is None:
             last = self.rounds[-1].number if self.rounds else 0
             round = findings.round if findings is not None else last + 1
@@ -186,7 +185,7 @@ class Run:
                 run.record(as_count(one["number"], "round"), **_record_of(one))
             return run
         except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: is damaged: {type(error).__name__}: {error}") from error
+            raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from error
 
 
 def _natural_order(label: int | str) -> tuple[Any, ...]:
@@ -197,6 +196,17 @@ def _natural_order(label: int | str) -> tuple[Any, ...]:
         1,
         *((part.isdigit(), int(part) if part.isdigit() else part) for part in re.findall(r"[0-9]+|[^0-9]+", label)),
     )
+
+
+def _check_types(statistics: Any, findings: Any, metrics: Any) -> None:
+    """Raises TypeError for a part of a round's record that is not what `Run.record` takes."""
+    for name, value, kind, words in (
+        ("statistics", statistics, Statistics, "the Statistics of fedavg(..., stats=True)"),
+        ("findings", findings, Findings, "the Findings of Explorer.explore"),
+        ("metrics", metrics, Mapping, "a mapping from names to numbers"),
+    ):
+        if value is not None and not isinstance(value, kind):
+            raise TypeError(f"{name}: expected {words}, got {type(value).__name__}")
 
 
 def _as_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
@@ -216,14 +226,14 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         plain = json.loads(text, object_hook=_with_nonfinite)
     except UnicodeDecodeError:
-        raise ValueError(f"{path}: is no run of fastagg: it is not text") from None
+        raise ValueError(f"{path} is no run of fastagg: it is not text") from None
     except ValueError as error:
         what = "is truncated, or no run of fastagg" if FORMAT.encode() in text[:100] else "is no run of fastagg"
-        raise ValueError(f"{path}: {what}: {error}") from None
+        raise ValueError(f"{path} {what}: {error}") from None
     if not isinstance(plain, dict) or plain.get("format") != FORMAT:
-        raise ValueError(f"{path}: is no run of fastagg: it does not say {FORMAT!r}")
+        raise ValueError(f"{path} is no run of fastagg: it does not say {FORMAT!r}")
     if plain.get("version") != VERSION:
-        raise ValueError(f"{path}: is of version {plain.get('version')}, and this fastagg reads version {VERSION}")
+        raise ValueError(f"{path} is of version {plain.get('version')}, and this fastagg reads version {VERSION}")
     return plain
 
 
@@ -239,8 +249,6 @@ def _round_as_dict(one: Round) -> dict[str, Any]:
 
 def _record_of(plain: dict[str, Any]) -> dict[str, Any]:
     """What `Run.record` was told of a round."""
-    from fastagg.statistics import Statistics
-
     statistics, findings = plain["statistics"], plain["findings"]
     return {
         "statistics": None if statistics is None else Statistics.from_dict(statistics),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import numpy as np
+
+from fastagg._arguments import as_integer
 
 
 def as_count(value: Any, name: str, least: int = 0) -> int:
@@ -15,12 +16,7 @@ def as_count(value: Any, name: str, least: int = 0) -> int:
         TypeError: it is no integer.
         ValueError: it is below `least`.
     """
-    try:
-        count = operator.index(value)
-    except TypeError:
-        count = None
-    if count is None or isinstance(value, bool):
-        raise TypeError(f"{name}: expected an integer, got {value!r}")
+    count = as_integer(value, name)
     if count < least:
         raise ValueError(f"{name}: expected {least} or more, got {count}")
     return count

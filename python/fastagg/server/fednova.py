@@ -33,6 +33,9 @@ class FedNova:
         """
         self.learning_rate, self.buffers = in_range(learning_rate, "learning_rate"), as_buffers(buffers)
 
+    def __repr__(self) -> str:
+        return f"FedNova(learning_rate={self.learning_rate})"
+
     def step(
         self,
         model: Any,

@@ -47,6 +47,9 @@ class Scaffold:
         self.learning_rate = in_range(learning_rate, "learning_rate")
         self.control = zeros_like(model)
 
+    def __repr__(self) -> str:
+        return f"Scaffold(clients={self.clients}, learning_rate={self.learning_rate})"
+
     def step(
         self,
         model: Any,
