@@ -374,11 +374,11 @@ class Accumulator:
         while self._pending:
             offenders = self._nonfinite_pending() if self._spoils_sums else {}
             if not offenders:
-                flagged = self._combine_pending()
+                flagged, found = self._combine_pending()
                 offenders = self._offenders(flagged) if flagged else {}
             if not offenders:
                 self._swap()
-                self._measured.extend(self._found)
+                self._measured.extend(found)
                 self._count += len(self._pending)
                 self._total = math.fsum((self._total, *(weight for _, _, weight in self._pending)))
                 self._pending.clear()
@@ -406,23 +406,26 @@ class Accumulator:
         flagged = {client: nonfinite_leaves(inputs, 0, self._stream()) for client, inputs, _ in self._pending}
         return {client: leaves[0] for client, leaves in flagged.items() if leaves}
 
-    def _combine_pending(self) -> list[int]:
-        """Writes sums + pending updates to the next block of sums; returns the leaves that are not finite there."""
+    def _combine_pending(self) -> tuple[list[int], list[_Measured]]:
+        """Writes sums + pending updates to the next block of sums.
+
+        Returns:
+            The leaves that are not finite there, and what was found of the updates, if anybody asked for it.
+        """
         weights, base = self._weights(), self._next_address()
         leaves = [
             self._leaf_operands(leaf, *self._sources(index), weights, base) for index, leaf in enumerate(self._leaves)
         ]
         check = self.nan_policy != "propagate" and not self._spoils_sums
         if not self.stats:
-            self._found: list[_Measured] = []
-            return weighted_sum(leaves, self._device, self._stream(), check)
+            return weighted_sum(leaves, self._device, self._stream(), check), []
         flagged, moments = statistics(leaves, self._measurements())
         of_clients = by_client(moments, self._floats(), len(self._pending))
-        self._found = [
-            _Measured(client, weight, found)
-            for (client, _, weight), found in zip(self._pending, of_clients, strict=True)
+        found = [
+            _Measured(client, weight, moments)
+            for (client, _, weight), moments in zip(self._pending, of_clients, strict=True)
         ]
-        return flagged if check else []
+        return flagged if check else [], found
 
     def _measurements(self) -> list[MeasurementOperands]:
         """The updates that wait, to be compared with the sums that they join."""
