@@ -41,8 +41,9 @@ MAY_IMPORT = {
     "statistics": set(),
     "averaging": {"_backend", "_codes", "_errors", "_overlap", "_tensor", "_updates", "quantization", "statistics"},
     "_sums": {"_codes", "_tensor", "averaging"},
+    "_measured": {"_codes", "_sums", "_updates", "averaging", "statistics"},
     "accumulator": {
-        *("_backend", "_codes", "_errors", "_sums", "_tensor", "_updates"),
+        *("_backend", "_codes", "_errors", "_measured", "_sums", "_tensor", "_updates"),
         *("averaging", "quantization", "statistics"),
     },
     "server/buffers": {"_codes"},

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastagg._backend import MAXIMUM, MEAN, LeafOperands, MeasurementOperands, statistics, weighted_sum
+from fastagg._backend import MAXIMUM, MEAN, LeafOperands, statistics, weighted_sum
 from fastagg._codes import FLOATS, Code, name_of
 from fastagg._errors import DroppedUpdateWarning, NonFiniteUpdateError
+from fastagg._measured import Measured, floating, found_of, measured_of, measurements, renumbered, table_of
 from fastagg._sums import ALIGNMENT, LeafSums, check_sums, lay_out
 from fastagg._tensor import Kind, kind_named
 from fastagg._updates import Structure, as_weights
@@ -24,12 +25,11 @@ from fastagg.averaging import (
     check_policies,
     gather,
     is_finite,
-    measured_names,
     nonfinite_leaves,
     scale_weights,
 )
 from fastagg.quantization import Quantized
-from fastagg.statistics import MOMENTS, Statistics, by_client
+from fastagg.statistics import Statistics
 
 _STATE_KEYS = {
     *("version", "structure", "leaves", "device", "sums", "folds", "added", "count", "total_weight", "dropped"),
@@ -46,14 +46,6 @@ class DroppedUpdate(NamedTuple):
     client: int
     leaf: Any
     reason: str
-
-
-class _Measured(NamedTuple):
-    """What a fold has found of one client: float64 (floating leaves, MOMENTS)."""
-
-    client: int
-    weight: float
-    moments: np.ndarray
 
 
 class Accumulator:
@@ -123,7 +115,7 @@ class Accumulator:
             self._total = 0.0
             self._folds = 0
             self.dropped: list[DroppedUpdate] = []
-            self._measured: list[_Measured] = []
+            self._measured: list[Measured] = []
 
     @property
     def count(self) -> int:
@@ -155,14 +147,7 @@ class Accumulator:
                 raise ValueError("statistics: expected an Accumulator(stats=True)")
             self._check_not_empty()
             assert self._structure is not None
-            floats = self._floats()
-            return Statistics.from_moments(
-                [measured.client for measured in self._measured],
-                measured_names(self._structure, floats),
-                [self._leaves[index].elements for index in floats],
-                [measured.weight for measured in self._measured],
-                np.stack([measured.moments for measured in self._measured]),
-            )
+            return table_of(self._measured, self._structure, self._leaves)
 
     def add(self, update: Any, weight: float = 1.0) -> None:
         """Adds one client's update.
@@ -214,11 +199,9 @@ class Accumulator:
                 self._total = math.fsum((self._total, other._total))
             self.dropped.extend(dropped._replace(client=self._added + dropped.client) for dropped in other.dropped)
             if self.stats:
-                floats = other._floats()
+                floats = floating(other._leaves)
                 rows = [floats.index(place) for place in places if place in floats]
-                self._measured.extend(
-                    one._replace(client=self._added + one.client, moments=one.moments[rows]) for one in other._measured
-                )
+                self._measured.extend(renumbered(other._measured, self._added, rows))
             self._added += other._added
 
     def result(self, *, out: Any = None) -> Any:
@@ -254,13 +237,17 @@ class Accumulator:
         """Writes the mean of all that was added and of all that waits; returns the leaves that are not finite there."""
         weights = self._weights()
         scaled, _ = scale_weights(weights)
-        total = math.fsum((self._total, *(weight for _, _, weight in self._pending))) * (scaled[0] / weights[0])
+        total = self._total_of_all() * (scaled[0] / weights[0])
         leaves: list[LeafOperands] = []
         for index, (leaf, address) in enumerate(zip(self._leaves, addresses, strict=True)):
             sources, fold = self._sources(index)
             leaves.append((sources, None, scaled, total, leaf.elements, fold, address, 0, leaf.code, 0))
         check = bool(self._pending) and self.nan_policy != "propagate"
         return weighted_sum(leaves, self._device, self._stream(), check)
+
+    def _total_of_all(self) -> float:
+        """The weight of all that was added and of all that waits."""
+        return math.fsum((self._total, *(weight for _, _, weight in self._pending)))
 
     def _weights(self) -> list[float]:
         """Those of the sums, where there are any, and of the updates that wait."""
@@ -313,7 +300,7 @@ class Accumulator:
             leaves = [LeafSums.described(leaf) for leaf in state["leaves"]]
             check_policies(state["nan_policy"], state["integer_policy"])
             saved = None if state["sums"] is None else np.asarray(state["sums"])
-            measured = _measured_of(state.get("statistics"), leaves, state["count"])  # older states have none
+            measured = measured_of(state.get("statistics"), leaves, state["count"])  # older states have none
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"state: damaged: {error}") from error
         check_sums(saved, leaves, state["count"])
@@ -380,7 +367,7 @@ class Accumulator:
                 self._swap()
                 self._measured.extend(found)
                 self._count += len(self._pending)
-                self._total = math.fsum((self._total, *(weight for _, _, weight in self._pending)))
+                self._total = self._total_of_all()
                 self._pending.clear()
                 return
             self._pending = [entry for entry in self._pending if entry[0] not in offenders]
@@ -406,7 +393,7 @@ class Accumulator:
         flagged = {client: nonfinite_leaves(inputs, 0, self._stream()) for client, inputs, _ in self._pending}
         return {client: leaves[0] for client, leaves in flagged.items() if leaves}
 
-    def _combine_pending(self) -> tuple[list[int], list[_Measured]]:
+    def _combine_pending(self) -> tuple[list[int], list[Measured]]:
         """Writes sums + pending updates to the next block of sums.
 
         Returns:
@@ -419,25 +406,10 @@ class Accumulator:
         check = self.nan_policy != "propagate" and not self._spoils_sums
         if not self.stats:
             return weighted_sum(leaves, self._device, self._stream(), check), []
-        flagged, moments = statistics(leaves, self._measurements())
-        of_clients = by_client(moments, self._floats(), len(self._pending))
-        found = [
-            _Measured(client, weight, moments)
-            for (client, _, weight), moments in zip(self._pending, of_clients, strict=True)
-        ]
+        measured = measurements(self._leaves, leaves, bool(self._count), self._total_of_all())
+        flagged, moments = statistics(leaves, measured)
+        found = found_of([(client, weight) for client, _, weight in self._pending], moments, self._leaves)
         return flagged if check else [], found
-
-    def _measurements(self) -> list[MeasurementOperands]:
-        """The updates that wait, to be compared with the sums that they join."""
-        factor = 1 / math.fsum((self._total, *(weight for _, _, weight in self._pending)))
-        return [
-            (self._sources(index)[0][bool(self._count) :] if leaf.code in FLOATS else [], None, factor)
-            for index, leaf in enumerate(self._leaves)
-        ]
-
-    def _floats(self) -> list[int]:
-        """The leaves that have statistics."""
-        return [index for index, leaf in enumerate(self._leaves) if leaf.code in FLOATS]
 
     def _combine(self, blocks: list[tuple[list[LeafSums], Any]]) -> None:
         """Sets the sums to the total of several blocks of sums, each with its leaves in the order of this one's."""
@@ -550,21 +522,6 @@ class Accumulator:
 
     def _stream(self) -> int:
         return kind_named(self._leaves[0].kind).stream(self._device)
-
-
-def _measured_of(saved: Any, leaves: list[LeafSums], count: int) -> list[_Measured] | None:
-    """Saved statistics; None for none.
-
-    Raises:
-        ValueError: they are not those of as many updates with these leaves.
-    """
-    if saved is None:
-        return None
-    measured = [_Measured(client, weight, np.array(moments, np.float64)) for client, weight, moments in saved]
-    shape = (sum(leaf.code in FLOATS for leaf in leaves), MOMENTS)
-    if len(measured) != count or any(one.moments.shape != shape for one in measured):
-        raise ValueError(f"expected statistics of {count} updates, each of shape {shape}")
-    return measured
 
 
 def _as_weight(weight: Any, client: int) -> float:
