@@ -42,8 +42,9 @@ MAY_IMPORT = {
     "averaging": {"_backend", "_codes", "_errors", "_overlap", "_tensor", "_updates", "quantization", "statistics"},
     "_sums": {"_codes", "_tensor", "averaging"},
     "_measured": {"_codes", "_sums", "_updates", "averaging", "statistics"},
+    "_accumulator_state": {"_measured", "_sums", "_updates", "averaging"},
     "accumulator": {
-        *("_backend", "_codes", "_errors", "_measured", "_sums", "_tensor", "_updates"),
+        *("_accumulator_state", "_backend", "_codes", "_errors", "_measured", "_sums", "_tensor", "_updates"),
         *("averaging", "quantization", "statistics"),
     },
     "server/buffers": {"_codes"},

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastagg._accumulator_state import AccumulatorState
 from fastagg._backend import MAXIMUM, MEAN, LeafOperands, statistics, weighted_sum
 from fastagg._codes import FLOATS, Code, name_of
 from fastagg._errors import DroppedUpdateWarning, NonFiniteUpdateError
-from fastagg._measured import Measured, floating, found_of, measured_of, measurements, renumbered, table_of
-from fastagg._sums import ALIGNMENT, LeafSums, check_sums, lay_out
+from fastagg._measured import Measured, floating, found_of, measurements, renumbered, table_of
+from fastagg._sums import ALIGNMENT, LeafSums, lay_out
 from fastagg._tensor import Kind, kind_named
 from fastagg._updates import Structure, as_weights
 from fastagg.averaging import (
@@ -31,10 +32,6 @@ from fastagg.averaging import (
 from fastagg.quantization import Quantized
 from fastagg.statistics import Statistics
 
-_STATE_KEYS = {
-    *("version", "structure", "leaves", "device", "sums", "folds", "added", "count", "total_weight", "dropped"),
-    *("nan_policy", "integer_policy", "batch", "low_memory"),
-}
 # Beyond these, sums of float32 values could leave the range of float64; counts of examples are far inside.
 _LARGEST_WEIGHT, _SMALLEST_WEIGHT = 2.0**300, 2.0**-300
 _REASON = "holds a NaN, an infinity, or values beyond the range of the sums"
@@ -266,26 +263,22 @@ class Accumulator:
         """A copy of everything held, as plain values and one NumPy array of bytes, for `load_state_dict`."""
         with self._lock:
             self._fold()
-            sums = None
-            if self._sums is not None:
-                sums = self._kind().to_numpy(self._sums)
-            return {
-                "version": 1,
-                "structure": None if self._structure is None else self._structure.describe(),
-                "leaves": [leaf.describe() for leaf in self._leaves],
-                "device": self._device,
-                "sums": sums,
-                "folds": self._folds,
-                "added": self._added,
-                "count": self._count,
-                "total_weight": self._total,
-                "dropped": [tuple(dropped) for dropped in self.dropped],
-                "nan_policy": self.nan_policy,
-                "integer_policy": self.integer_policy,
-                "batch": self.batch,
-                "low_memory": self.low_memory,
-                "statistics": [tuple(measured) for measured in self._measured] if self.stats else None,
-            }
+            return AccumulatorState(
+                structure=self._structure,
+                leaves=self._leaves,
+                device=self._device,
+                sums=None if self._sums is None else self._kind().to_numpy(self._sums),
+                folds=self._folds,
+                added=self._added,
+                count=self._count,
+                total_weight=self._total,
+                dropped=[tuple(dropped) for dropped in self.dropped],
+                nan_policy=self.nan_policy,
+                integer_policy=self.integer_policy,
+                batch=self.batch,
+                low_memory=self.low_memory,
+                measured=self._measured if self.stats else None,
+            ).describe()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Becomes what `state_dict` saved, policies included.
@@ -293,29 +286,19 @@ class Accumulator:
         Raises:
             ValueError: the state is of another version of fastagg, or incomplete.
         """
-        if not isinstance(state, dict) or state.get("version") != 1 or not state.keys() >= _STATE_KEYS:
-            raise ValueError("state: expected what Accumulator.state_dict() returned, version 1")
-        try:
-            structure = None if state["structure"] is None else Structure.described(state["structure"])
-            leaves = [LeafSums.described(leaf) for leaf in state["leaves"]]
-            check_policies(state["nan_policy"], state["integer_policy"])
-            saved = None if state["sums"] is None else np.asarray(state["sums"])
-            measured = measured_of(state.get("statistics"), leaves, state["count"])  # older states have none
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"state: damaged: {error}") from error
-        check_sums(saved, leaves, state["count"])
+        loaded = AccumulatorState.described(state)
         with self._lock:
             self.reset()
-            self._structure, self._leaves, self._device = structure, leaves, state["device"]
-            if saved is not None:
-                self._sums = self._allocate(len(saved))
-                self._sums[:] = self._kind().from_numpy(saved, self._device)
-            self._folds, self._added = state["folds"], state["added"]
-            self._count, self._total = state["count"], state["total_weight"]
-            self.dropped = [DroppedUpdate(*dropped) for dropped in state["dropped"]]
-            self.nan_policy, self.integer_policy = state["nan_policy"], state["integer_policy"]
-            self.batch, self.low_memory = state["batch"], state["low_memory"]
-            self.stats, self._measured = measured is not None, measured or []
+            self._structure, self._leaves, self._device = loaded.structure, loaded.leaves, loaded.device
+            if loaded.sums is not None:
+                self._sums = self._allocate(len(loaded.sums))
+                self._sums[:] = self._kind().from_numpy(loaded.sums, self._device)
+            self._folds, self._added = loaded.folds, loaded.added
+            self._count, self._total = loaded.count, loaded.total_weight
+            self.dropped = [DroppedUpdate(*dropped) for dropped in loaded.dropped]
+            self.nan_policy, self.integer_policy = loaded.nan_policy, loaded.integer_policy
+            self.batch, self.low_memory = loaded.batch, loaded.low_memory
+            self.stats, self._measured = loaded.measured is not None, loaded.measured or []
 
     def __getstate__(self) -> dict[str, Any]:
         return self.state_dict()
