@@ -14,6 +14,7 @@ import numpy as np
 
 from fastagg import plots
 from fastagg._build import __version__
+from fastagg._drawing import import_matplotlib
 from fastagg._extras import EXTRAS
 from fastagg.outliers.features import leaf_allowance
 from fastagg.report.run import Round, Run
@@ -67,7 +68,7 @@ def render(run: Run) -> str:
         from jinja2 import Environment, StrictUndefined
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"Reports need jinja2: {EXTRAS['report'].command}") from error
-    plots.import_matplotlib()
+    import_matplotlib()
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["number"] = number
     template = environment.from_string(files("fastagg.report").joinpath("page.html").read_text(encoding="utf-8"))
