@@ -106,21 +106,26 @@ def _context(run: Run) -> dict[str, Any]:
         "models": list(run.models),
         "panels": min(_MOST_PANELS, leaves := max((len(model) for model in run.models.values()), default=0)),
         "model_leaves": leaves,
-        "comparisons": [
-            {
-                "first": one.first,
-                "second": one.second,
-                "plot": _plot(
-                    plots.compare_models(one.rows, one.first, one.second),
-                    f"Relative difference and cosine of every layer of {one.first} and {one.second}.",
-                ),
-                "rows": sorted(one.rows, key=lambda row: -_at_the_end(row.relative_difference))[:_MOST_DIFFERENT],
-                "count": len(one.rows),
-            }
-            for one in run.comparisons
-            if one.rows
-        ],
+        "comparisons": _comparisons(run),
     }
+
+
+def _comparisons(run: Run) -> list[dict[str, Any]]:
+    """What the page shows of each comparison of two models."""
+    return [
+        {
+            "first": compared.first,
+            "second": compared.second,
+            "plot": _plot(
+                plots.compare_models(compared.rows, compared.first, compared.second),
+                f"Relative difference and cosine of every layer of {compared.first} and {compared.second}.",
+            ),
+            "rows": sorted(compared.rows, key=lambda row: -_at_the_end(row.relative_difference))[:_MOST_DIFFERENT],
+            "count": len(compared.rows),
+        }
+        for compared in run.comparisons
+        if compared.rows
+    ]
 
 
 def outlier_rows(run: Run) -> list[Outlier]:
