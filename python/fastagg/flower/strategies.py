@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any, cast
@@ -19,6 +18,7 @@ from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 from fastagg import server
 from fastagg._errors import NonFiniteUpdateError
 from fastagg.averaging import NONFINITE, check_policies, mean_and_dropped
+from fastagg.flower.accounted_privacy import AccountedAggregateTrain
 from fastagg.flower.arrays import FreshArrays, Leaf, as_array, read_record, squared_distance
 from fastagg.flower.replies import LeftOutReply, Reply, UnusableReplyError, differences, form_of
 from fastagg.flower.rounds import LOG, EvaluationRound, Mean, Members, Round, Settings, TrainingRound
@@ -30,22 +30,6 @@ LEFT_OUT_METRIC = "replies-left-out"
 
 _SMALLEST_RATE = 1e-30  # whose inverse's square is far inside the range of floats
 _LARGEST_SHARE = 2.0**900  # so that the sum of any number of replies' shares is finite
-_WHAT_THE_MODEL_IS = ("_weight_of", "_aggregate", "_next_model")  # methods
-
-
-class _AggregateTrain:
-    """`aggregate_train`, which Flower's accounted differential privacy finds unchanged where the model is the mean.
-
-    It takes only strategies whose class has Flower's own method: what it needs is that the model is the weighted mean,
-    and that ours is. Everybody else who looks at the class gets ours.
-    """
-
-    def __get__(self, strategy: FedAvg | None, owner: type[FedAvg]) -> Any:
-        if strategy is not None:
-            return strategy._aggregate_train
-        asks = str(sys._getframe(1).f_globals.get("__name__", ""))
-        is_mean = all(getattr(owner, name) is getattr(FedAvg, name) for name in _WHAT_THE_MODEL_IS)
-        return flower.FedAvg.aggregate_train if is_mean and asks.startswith("flwr.") else FedAvg._aggregate_train
 
 
 class FedAvg(flower.FedAvg):
@@ -64,7 +48,7 @@ class FedAvg(flower.FedAvg):
         left_out: (server_round, node, reason) of every reply that was left out.
     """
 
-    aggregate_train = _AggregateTrain()
+    aggregate_train = AccountedAggregateTrain(model_made_by=("_weight_of", "_aggregate", "_next_model"))
     _in_model_dtypes = False
 
     def __init__(
