@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import secrets
 from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
@@ -180,11 +179,6 @@ def override_cpu(backend: Backend | None) -> None:
     """Lets a device's module do the CPU's work: the tests run the CUDA kernels on the CPU through it."""
     global _in_the_place_of_the_cpu
     _in_the_place_of_the_cpu = backend
-
-
-def draw_seed() -> int:
-    """A fresh seed for stochastic rounding."""
-    return secrets.randbits(63)
 
 
 def set_num_threads(count: int) -> None:
