@@ -31,7 +31,7 @@ MAY_INCLUDE = {
 MAY_IMPORT = {
     "_codes": set(),
     "_errors": set(),
-    "_backend": {"_core", "_extras"},
+    "_backend": {"_core", "_codes", "_extras"},
     "_extras": set(),
     "_build": {"_core"},
     "_kind": {"_codes"},

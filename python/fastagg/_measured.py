@@ -14,7 +14,7 @@ from fastagg.averaging import measured_names
 from fastagg.statistics import MOMENTS, Statistics, by_client
 
 if TYPE_CHECKING:
-    from fastagg._backend import LeafOperands, MeasurementOperands
+    from fastagg._backend import LeafTuple, MeasurementOperands
 
 
 class Measured(NamedTuple):
@@ -31,7 +31,7 @@ def floating(leaves: Sequence[LeafSums]) -> list[int]:
 
 
 def measurements(
-    leaves: Sequence[LeafSums], operands: Sequence[LeafOperands], sums: int, total: float
+    leaves: Sequence[LeafSums], operands: Sequence[LeafTuple], sums: int, total: float
 ) -> list[MeasurementOperands]:
     """The updates that wait, to be compared with the sums that they join.
 

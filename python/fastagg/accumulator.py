@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastagg._accumulator_state import AccumulatorState
-from fastagg._backend import MAXIMUM, MEAN, LeafOperands, statistics, weighted_sum
+from fastagg._backend import MAXIMUM, MEAN, LeafOperands, LeafTuple, statistics, weighted_sum
 from fastagg._codes import FLOATS, Code, name_of
 from fastagg._errors import DroppedUpdateWarning, NonFiniteUpdateError
 from fastagg._measured import Measured, floating, found_of, measurements, renumbered, table_of
@@ -238,7 +238,9 @@ class Accumulator:
         leaves: list[LeafOperands] = []
         for index, (leaf, address) in enumerate(zip(self._leaves, addresses, strict=True)):
             sources, fold = self._sources(index)
-            leaves.append((sources, None, scaled, total, leaf.elements, fold, address, 0, leaf.code, 0))
+            leaves.append(
+                LeafOperands(sources, None, scaled, total, leaf.elements, fold, address, result_code=leaf.code)
+            )
         check = bool(self._pending) and self.nan_policy != "propagate"
         return weighted_sum(leaves, self._device, self._stream(), check)
 
@@ -419,7 +421,7 @@ class Accumulator:
 
     def _leaf_operands(
         self, leaf: LeafSums, sources: list[Any], fold: int, weights: list[float], base: int
-    ) -> LeafOperands:
+    ) -> LeafTuple:
         out, companion, dither = base + leaf.offset, leaf.companion(base), bit_reversed(self._folds)
         return sources, None, weights, 1.0, leaf.elements, fold, out, companion, leaf.state, dither
 

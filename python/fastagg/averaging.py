@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastagg import _overlap
-from fastagg._backend import MAXIMUM, MEAN, LeafOperands, MeasurementOperands, statistics, weighted_sum
+from fastagg._backend import MAXIMUM, MEAN, LeafOperands, LeafTuple, MeasurementOperands, statistics, weighted_sum
 from fastagg._codes import FLOATS, Code, code_of_dtype, float_code, name_of
 from fastagg._errors import DroppedUpdateWarning, NonFiniteUpdateError
 from fastagg._tensor import Kind, View, adopt, kind_of
@@ -167,11 +167,11 @@ class _Mean:
         names, moments = measured_names(structure, floats), by_client(self.moments, floats, len(weights))
         return Statistics.from_moments(range(len(weights)), names, elements, weights, moments)
 
-    def _operands(self, weights: list[float]) -> list[LeafOperands]:
+    def _operands(self, weights: list[float]) -> list[LeafTuple]:
         contributing = None if min(weights) > 0 else [client for client, weight in enumerate(weights) if weight > 0]
         scaled, total = scale_weights(weights if contributing is None else [weights[client] for client in contributing])
         normalised: list[float] | None = None
-        leaves: list[LeafOperands] = []
+        leaves: list[LeafTuple] = []
         for leaf, out in zip(self.inputs, self.outs, strict=True):
             sources = leaf.sources if contributing is None else [leaf.sources[client] for client in contributing]
             fold, leaf_weights, divisor = MEAN, scaled, total
@@ -311,7 +311,7 @@ def nonfinite_leaves(inputs: list[LeafInputs], client: int, stream: int) -> list
     leaves: list[LeafOperands] = []
     for leaf in (inputs[index] for index in floats):
         source, code = leaf.sources[client], leaf.code
-        leaves.append(([source], code, [1.0], 1.0, math.prod(leaf.shape), MEAN, 0, 0, Code.FLOAT32, 0))
+        leaves.append(LeafOperands([source], code, [1.0], 1.0, math.prod(leaf.shape)))
     return [floats[index] for index in weighted_sum(leaves, inputs[0].device, stream, True)] if leaves else []
 
 

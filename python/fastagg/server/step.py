@@ -89,7 +89,10 @@ class Operands(NamedTuple):
         for index in indices:
             view, out = source[index].view, self.outs[index].address
             fold = MEAN if view.code in FLOATS else MAXIMUM
-            leaves.append(([view.address], view.code, [1.0], 1.0, view.elements, fold, out, 0, view.code, 0))
+            operands = LeafOperands(
+                [view.address], view.code, [1.0], 1.0, view.elements, fold, out, result_code=view.code
+            )
+            leaves.append(operands)
         if leaves:
             weighted_sum(leaves, self.device, self.stream, False)
 
