@@ -115,10 +115,10 @@ def norms_of_rounds(
     axes: Axes, norms: Mapping[int, Mapping[Any, float]], outliers: Mapping[int, Collection[Any]]
 ) -> None:
     """One line a client, and the median."""
-    clients = list(dict.fromkeys(client for one in norms.values() for client in one))
+    clients = list(dict.fromkeys(client for of_clients in norms.values() for client in of_clients))
     flagged = [client for client in clients if any(client in found for found in outliers.values())]
     for client in sorted(clients, key=lambda client: client in flagged):
-        numbers = [number for number, one in norms.items() if client in one]
+        numbers = [number for number, of_clients in norms.items() if client in of_clients]
         values = [norms[number][client] for number in numbers]
         colour, alpha = (OUTLIER, 0.55) if client in flagged else (FAINT, 1.0)
         axes.plot(numbers, values, color=colour, linewidth=1.1, alpha=alpha)
@@ -126,12 +126,12 @@ def norms_of_rounds(
             _draw_norms(axes, numbers, values, colour, size=3)
         dotted = [number for number in numbers if client in outliers.get(number, ())]
         _draw_norms(axes, dotted, [norms[number][client] for number in dotted], OUTLIER, size=4.5)
-    medians = [_median(list(one.values())) for one in norms.values()]
+    medians = [_median(list(of_clients.values())) for of_clients in norms.values()]
     axes.plot(list(norms), medians, color=INK, linewidth=2, label="median")
     axes.plot([], [], color=FAINT, linewidth=2, label="client")
     if flagged:
         axes.plot([], [], "o-", color=OUTLIER, markersize=4.5, label="outlier, a dot in its rounds")
-    if any(not math.isfinite(value) for one in norms.values() for value in one.values()):
+    if any(not math.isfinite(value) for of_clients in norms.values() for value in of_clients.values()):
         axes.plot([], [], "x", color=OUTLIER, markersize=6, label="not finite")
     axes.legend(frameon=False, fontsize=8, ncols=4, loc="lower left", bbox_to_anchor=(0, 1.02), borderaxespad=0)
     count_rounds(axes)
@@ -153,7 +153,7 @@ def _scale_norms(axes: Axes, norms: Iterable[Mapping[Any, float]]) -> None:
     """A logarithmic axis, if there is anything on it, with plain numbers."""
     from matplotlib.ticker import LogLocator
 
-    if any(0 < value < math.inf for one in norms for value in one.values()):
+    if any(0 < value < math.inf for of_clients in norms for value in of_clients.values()):
         axes.set_yscale("log")
         low, high = axes.get_ylim()
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
@@ -165,8 +165,8 @@ def _scale_norms(axes: Axes, norms: Iterable[Mapping[Any, float]]) -> None:
 def _name_lines(axes: Axes, norms: Mapping[int, Mapping[Any, float]], clients: Sequence[Any]) -> None:
     """Names of flagged clients in the margin beside their last values, moved apart where they would overlap."""
     last: dict[Any, float] = {}
-    for one in norms.values():
-        last.update({client: one[client] for client in clients if 0 < one.get(client, 0) < math.inf})
+    for of_clients in norms.values():
+        last.update({client: of_clients[client] for client in clients if 0 < of_clients.get(client, 0) < math.inf})
     shown = sorted((value, str(client)) for client, value in last.items())[-_MOST_NAMES:]
     low, high = (math.log(limit) for limit in axes.get_ylim()) if shown else (0.0, 1.0)
     heights = [(math.log(value) - low) / (high - low) for value, _ in shown]

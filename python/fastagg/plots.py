@@ -62,11 +62,11 @@ def norms_by_round(rounds: Mapping[int, Statistics], outliers: Mapping[int, Coll
     require(rounds, "rounds")
     outliers = outliers or {}
     figure, axes = figure_with_axes(3.8)
-    wholes = {number: one.whole() for number, one in sorted(rounds.items())}
-    norms = {number: whole_norms(one) for number, one in wholes.items()}
+    wholes = {number: statistics.whole() for number, statistics in sorted(rounds.items())}
+    norms = {number: whole_norms(whole) for number, whole in wholes.items()}
     if len(norms) == 1:
-        number, one = next(iter(norms.items()))
-        norms_of_one_round(axes, one, outliers.get(number, ()))
+        number, of_clients = next(iter(norms.items()))
+        norms_of_one_round(axes, of_clients, outliers.get(number, ()))
     else:
         norms_of_rounds(axes, norms, outliers)
     axes.set_ylabel("norm of the update")
@@ -210,9 +210,9 @@ def compare_models(rows: Sequence[LayerComparison], first: str = "first", second
     right.locator_params(axis="x", nbins=5)
     for axes in (left, right):
         calm(axes, "x")
-    for place, one in enumerate(differences.tolist()):
-        if not math.isfinite(one):
-            words = "not finite" if math.isnan(one) else f"{shortened(first, 14)} is zero"
+    for place, difference in enumerate(differences.tolist()):
+        if not math.isfinite(difference):
+            words = "not finite" if math.isnan(difference) else f"{shortened(first, 14)} is zero"
             left.annotate(words, (0, place), (4, 0), textcoords="offset points", va="center", fontsize=7, color=OUTLIER)
     label_leaves(left, [row.leaf for row in rows])
     left.set_ylabel("layer", fontsize=8.5, color=INK)
