@@ -316,12 +316,7 @@ class Accumulator:
         """The update's leaves, checked against the first update's; nothing has changed if this raises."""
         structure = self._structure or Structure(update, client)
         columns = structure.leaves(update, client)
-        inputs = []
-        for index, array in enumerate(columns):
-            try:
-                inputs.append(gather([array], structure, index, None))
-            except (TypeError, ValueError) as error:
-                raise type(error)(str(error).replace("client 0", f"client {client}", 1)) from None
+        inputs = [gather([array], structure, index, None, client) for index, array in enumerate(columns)]
         device = check_devices(inputs, structure)
         check_measurable(device, self.stats)
         if self._structure is None:

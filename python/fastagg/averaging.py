@@ -201,8 +201,10 @@ class _Mean:
         return dict(sorted(found.items()))
 
 
-def gather(column: list[Any], structure: Structure, index: int, target: Code | None) -> LeafInputs:
-    """What all clients sent for one leaf.
+def gather(
+    column: list[Any], structure: Structure, index: int, target: Code | None, numbered_from: int = 0
+) -> LeafInputs:
+    """What all clients sent for one leaf; errors number them from `numbered_from` on.
 
     Raises:
         TypeError, ValueError: an array differs from the first client's; the message names its client and the leaf.
@@ -211,26 +213,36 @@ def gather(column: list[Any], structure: Structure, index: int, target: Code | N
     if kind is not None:
         addresses = kind.addresses(column)
         if len(addresses) == len(column):
-            return _uniform(column, addresses, kind, structure, index, target)
-    return _gather_one_by_one(column, structure, index, target)
+            return _uniform(column, addresses, kind, structure, index, target, numbered_from)
+    return _gather_one_by_one(column, structure, index, target, numbered_from)
 
 
 def _uniform(
-    column: list[Any], addresses: list[int], kind: Kind, structure: Structure, index: int, target: Code | None
+    column: list[Any],
+    addresses: list[int],
+    kind: Kind,
+    structure: Structure,
+    index: int,
+    target: Code | None,
+    numbered_from: int,
 ) -> LeafInputs:
     """Arrays that look just like the first one."""
     first = column[0]
     dtype = kind.dtype_of(first)
     code = code_of_dtype(dtype)
     if code is None:
-        raise TypeError(f"client 0, {structure.leaf_name(index)}: dtype {name_of(dtype)} is not supported")
+        raise TypeError(
+            f"client {numbered_from}, {structure.leaf_name(index)}: dtype {name_of(dtype)} is not supported"
+        )
     result = code
     if target is not None and target != code and code in FLOATS:
         result, dtype = target, kind.dtype_for(target)
     return LeafInputs(addresses, code, kind, dtype, result, tuple(first.shape), kind.device_of(first), column)
 
 
-def _gather_one_by_one(column: list[Any], structure: Structure, index: int, target: Code | None) -> LeafInputs:
+def _gather_one_by_one(
+    column: list[Any], structure: Structure, index: int, target: Code | None, numbered_from: int
+) -> LeafInputs:
     """Arrays of which some are `Quantized`, not contiguous, or wrong."""
     sources: list[Any] = []
     owners: list[Any] = []
@@ -238,7 +250,7 @@ def _gather_one_by_one(column: list[Any], structure: Structure, index: int, targ
     dtypes: list[Any] = []
     shape: tuple[int, ...] | None = None
     device = ""
-    for client, leaf in enumerate(column):
+    for client, leaf in enumerate(column, numbered_from):
         try:
             if isinstance(leaf, Quantized):
                 kind, dtype, leaf_shape, leaf_device = leaf._kind, leaf.dtype, leaf.shape, device_of(leaf)
@@ -266,37 +278,39 @@ def _gather_one_by_one(column: list[Any], structure: Structure, index: int, targ
     assert shape is not None
     if all(dtype is None for dtype in dtypes):
         dtypes[0] = column[0].dtype
-    dtype, result = _result_dtype(kinds[0], dtypes, structure.leaf_name(index), target)
+    dtype, result = _result_dtype(kinds[0], dtypes, structure.leaf_name(index), target, numbered_from)
     return LeafInputs(sources, None, kinds[0], dtype, result, shape, device, owners)
 
 
-def _result_dtype(kind: Kind, dtypes: list[Any], leaf_name: str, target: Code | None) -> tuple[Any, Code]:
+def _result_dtype(
+    kind: Kind, dtypes: list[Any], leaf_name: str, target: Code | None, numbered_from: int
+) -> tuple[Any, Code]:
     """The one dtype of the arrays among a leaf's inputs, unless `target` overrules it.
 
     Raises:
         TypeError: they differ, and `target` does not say what the result shall be.
     """
-    first_client = next(client for client, dtype in enumerate(dtypes) if dtype is not None)
-    first = code_of_dtype(dtypes[first_client])
+    first_client, first_dtype = next(
+        (client, dtype) for client, dtype in enumerate(dtypes, numbered_from) if dtype is not None
+    )
+    first = code_of_dtype(first_dtype)
     assert first is not None
     floats = first in FLOATS
-    for client, dtype in enumerate(dtypes):
+    for client, dtype in enumerate(dtypes, numbered_from):
         if dtype is None and not floats:
-            raise TypeError(
-                f"client {client}, {leaf_name}: a Quantized cannot join {name_of(dtypes[first_client])} arrays"
-            )
+            raise TypeError(f"client {client}, {leaf_name}: a Quantized cannot join {name_of(first_dtype)} arrays")
         if dtype is None:
             continue
         code = code_of_dtype(dtype)
         both_float = floats and code in FLOATS
-        if name_of(dtype) != name_of(dtypes[first_client]) and not (both_float and target is not None):
+        if name_of(dtype) != name_of(first_dtype) and not (both_float and target is not None):
             hint = " (dtype= says what the result shall be)" if both_float else ""
             raise TypeError(
-                f"client {client}, {leaf_name}: expected dtype {name_of(dtypes[first_client])} like client "
+                f"client {client}, {leaf_name}: expected dtype {name_of(first_dtype)} like client "
                 f"{first_client}'s, got {name_of(dtype)}{hint}"
             )
     if target is None or not floats:
-        return dtypes[first_client], first
+        return first_dtype, first
     return kind.dtype_for(target), target
 
 
