@@ -50,7 +50,7 @@ def present(settings: Settings, output: Path, console: Console) -> Results:
 def accuracy_table(results: Results) -> Table:
     """Accuracy of each wire after some of the rounds."""
     rounds = [number for number in CHECKPOINTS if number < results.settings.rounds] + [results.settings.rounds]
-    rows = [(one.wire, *(f"{one.accuracy[number - 1]:.1%}" for number in rounds)) for one in results.runs]
+    rows = [(wired.wire, *(f"{wired.accuracy[number - 1]:.1%}" for number in rounds)) for wired in results.runs]
     return _table("Test accuracy after …", ("uploads", *(f"round {number}" for number in rounds)), rows)
 
 
@@ -58,7 +58,7 @@ def cost_table(results: Results) -> Table:
     """Bytes and times of each wire."""
     headings = ("uploads", "bytes\na round", "bytes\nin total", "mean by\nfastagg", "mean by\nNumPy loop")
     title = f"Cost, with {results.settings.clients_per_round} uploads a round; times are medians"
-    return _table(title, headings, [(one.wire, *_costs(one)) for one in results.runs])
+    return _table(title, headings, [(wired.wire, *_costs(wired)) for wired in results.runs])
 
 
 def _table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
@@ -73,9 +73,9 @@ def _table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -
     return table
 
 
-def _costs(one: WireRun) -> tuple[str, ...]:
-    sizes = (statistics.mean(one.upload_bytes), sum(one.upload_bytes))
-    times = (statistics.median(one.fastagg_seconds), statistics.median(one.numpy_seconds))
+def _costs(wired: WireRun) -> tuple[str, ...]:
+    sizes = (statistics.mean(wired.upload_bytes), sum(wired.upload_bytes))
+    times = (statistics.median(wired.fastagg_seconds), statistics.median(wired.numpy_seconds))
     return *(bytes_in_words(size) for size in sizes), *(f"{seconds * 1e6:.0f} µs" for seconds in times)
 
 
@@ -121,7 +121,7 @@ def _write_titles(figure: Any, results: Results) -> None:
     figure.text(0.065, 0.95, title, fontsize=15, fontweight="bold", va="center")
     detail = (
         f"Federated averaging for {settings.rounds} rounds, {settings.clients_per_round} clients drawn in each; "
-        "final test accuracy: " + ", ".join(f"{one.wire} {one.accuracy[-1]:.1%}" for one in results.runs)
+        "final test accuracy: " + ", ".join(f"{wired.wire} {wired.accuracy[-1]:.1%}" for wired in results.runs)
     )
     figure.text(0.065, 0.912, detail, fontsize=10.5, color="#55636f", va="center")
 
@@ -135,12 +135,12 @@ def _style_axes(axes: Axes, title: str) -> None:
 
 
 def _draw_accuracy_by_round(axes: Axes, results: Results) -> None:
-    curves = np.array([one.accuracy for one in results.runs])
+    curves = np.array([wired.accuracy for wired in results.runs])
     apart = float(np.max(curves.max(axis=0) - curves.min(axis=0)))
     _style_axes(axes, f"Test accuracy by round (curves within {apart * 100:.1f} points)")
     rounds = range(1, results.settings.rounds + 1)
-    for one, (colour, width) in zip(results.runs, _WIRE_STYLES, strict=False):
-        axes.plot(rounds, one.accuracy, color=colour, linewidth=width, label=one.wire, solid_capstyle="round")
+    for wired, (colour, width) in zip(results.runs, _WIRE_STYLES, strict=False):
+        axes.plot(rounds, wired.accuracy, color=colour, linewidth=width, label=wired.wire, solid_capstyle="round")
     axes.set_xlabel("round")
     axes.set_xlim(0, results.settings.rounds * 1.03)
     axes.set_ylim(max(0, np.floor(curves.min() * 10) / 10 - 0.1), 1)
@@ -150,14 +150,14 @@ def _draw_accuracy_by_round(axes: Axes, results: Results) -> None:
 
 def _draw_accuracy_by_bytes(axes: Axes, results: Results) -> None:
     _style_axes(axes, "Test accuracy by megabytes uploaded")
-    for one, (colour, _) in zip(results.runs, _WIRE_STYLES, strict=False):
-        megabytes = [size / 1e6 for size in accumulate(one.upload_bytes)]
-        axes.plot(megabytes, one.accuracy, color=colour, linewidth=2.2, solid_capstyle="round")
-        axes.plot(megabytes[-1], one.accuracy[-1], "o", color=colour, markersize=7)
+    for wired, (colour, _) in zip(results.runs, _WIRE_STYLES, strict=False):
+        megabytes = [size / 1e6 for size in accumulate(wired.upload_bytes)]
+        axes.plot(megabytes, wired.accuracy, color=colour, linewidth=2.2, solid_capstyle="round")
+        axes.plot(megabytes[-1], wired.accuracy[-1], "o", color=colour, markersize=7)
         # A line down from the last round to the axis, where there is room for words.
-        axes.plot([megabytes[-1]] * 2, [0, one.accuracy[-1]], color=colour, linewidth=1, linestyle=(0, (2, 3)))
+        axes.plot([megabytes[-1]] * 2, [0, wired.accuracy[-1]], color=colour, linewidth=1, linestyle=(0, (2, 3)))
         axes.annotate(
-            f"{one.wire}\n{bytes_in_words(sum(one.upload_bytes))}",
+            f"{wired.wire}\n{bytes_in_words(sum(wired.upload_bytes))}",
             (megabytes[-1], axes.get_ylim()[0]),
             xytext=(-6, 7),
             textcoords="offset points",

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from fastagg import _peer_memory
-from fastagg._backend import Backend, backend_for, draw_seed
+from fastagg._backend import Backend, backend_for
 from fastagg._backend_transport import BackendTransport
 from fastagg._build import TRANSPORT_VARIABLE
 from fastagg._collectives import CollectiveTransport
@@ -25,6 +25,7 @@ from fastagg._private_group import PrivateGroup
 from fastagg._shared_memory import host_of_this_process, meet
 from fastagg._streams import DeviceLine
 from fastagg._threads import Line
+from fastagg.quantization import draw_seed
 
 _log = logging.getLogger("fastagg")
 _CPU = torch.device("cpu")

@@ -21,11 +21,16 @@ def is_leaf(update: Any) -> bool:
     return hasattr(update, "__dlpack__") or hasattr(update, "__cuda_array_interface__")
 
 
+def _who(client: int | str) -> str:
+    """A client, or what else has leaves, as error messages call it."""
+    return f"client {client}" if isinstance(client, int) else client
+
+
 class Structure:
     """The names of an update's leaves, and how to take updates apart and put results together."""
 
-    def __init__(self, update: Any, client: int = 0) -> None:
-        """The structure of a client's update.
+    def __init__(self, update: Any, client: int | str = 0) -> None:
+        """The structure of a client's update; errors name the client, or whatever it is that has a name.
 
         Raises:
             TypeError: it is neither an array nor a flat sequence or mapping.
@@ -42,12 +47,12 @@ class Structure:
         else:
             hint = ": pass its state_dict()" if hasattr(update, "state_dict") else ""
             raise TypeError(
-                f"client {client}: expected an array, a sequence of arrays or a mapping of arrays, "
+                f"{_who(client)}: expected an array, a sequence of arrays or a mapping of arrays, "
                 f"got {type(update).__name__}{hint}"
             )
         self.is_mapping = isinstance(update, Mapping)
         if self.container is not None and not self.names:
-            raise ValueError(f"client {client}: the update has no leaves")
+            raise ValueError(f"{_who(client)}: the update has no leaves")
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Structure) and self.__dict__ == other.__dict__
@@ -98,25 +103,25 @@ class Structure:
         rows = [self.leaves(update, client) for client, update in enumerate(updates)]
         return [list(column) for column in zip(*rows, strict=True)]
 
-    def leaves(self, update: Any, client: int | str) -> list[Any]:
-        """The leaves of an update of this structure, in this structure's order.
+    def leaves(self, update: Any, client: int | str, like: str = "the first client's") -> list[Any]:
+        """The leaves of an update of this structure, which errors call that of `like`, in this structure's order.
 
         Raises:
             TypeError, ValueError: the update is built otherwise; the message names the client and what differs.
         """
-        who = f"client {client}" if isinstance(client, int) else client
+        who = _who(client)
         if self.container is None:
             if not is_leaf(update):
-                raise TypeError(f"{who}: expected an array like the first client's, got {type(update).__name__}")
+                raise TypeError(f"{who}: expected an array like {like}, got {type(update).__name__}")
             return [update]
         if self.is_mapping:
             if not isinstance(update, Mapping):
-                raise TypeError(f"{who}: expected a mapping like the first client's, got {type(update).__name__}")
+                raise TypeError(f"{who}: expected a mapping like {like}, got {type(update).__name__}")
             if len(update) != len(self.names) or not all(name in update for name in self.names):
                 raise ValueError(f"{who}: {self._different_names(update)}")
             return [update[name] for name in self.names]
         if is_leaf(update) or not isinstance(update, Sequence):
-            raise TypeError(f"{who}: expected a sequence like the first client's, got {type(update).__name__}")
+            raise TypeError(f"{who}: expected a sequence like {like}, got {type(update).__name__}")
         if len(update) != len(self.names):
             raise ValueError(f"{who}: expected {len(self.names)} leaves, got {len(update)}")
         return list(update)

@@ -8,13 +8,13 @@ import threading
 import warnings
 from typing import Any, NamedTuple
 
-import numpy as np
-
+from fastagg._accumulator_state import AccumulatorState
 from fastagg._arguments import as_flag, as_integer
-from fastagg._backend import MAXIMUM, MEAN, LeafOperands, MeasurementOperands, statistics, weighted_sum
+from fastagg._backend import MAXIMUM, MEAN, LeafOperands, LeafTuple, statistics, weighted_sum
 from fastagg._codes import FLOATS, Code, name_of
 from fastagg._errors import DroppedUpdateWarning, NonFiniteUpdateError
-from fastagg._sums import ALIGNMENT, LeafSums, check_sums, lay_out
+from fastagg._measured import Measured, floating, found_of, measurements, renumbered, table_of
+from fastagg._sums import ALIGNMENT, LeafSums, lay_out
 from fastagg._tensor import Kind, kind_named
 from fastagg._updates import Structure, as_weights
 from fastagg.averaging import (
@@ -25,17 +25,12 @@ from fastagg.averaging import (
     check_policies,
     gather,
     is_finite,
-    measured_names,
     nonfinite_leaves,
     scale_weights,
 )
 from fastagg.quantization import Quantized
-from fastagg.statistics import MOMENTS, Statistics, by_client
+from fastagg.statistics import Statistics
 
-_STATE_KEYS = {
-    *("version", "structure", "leaves", "device", "sums", "folds", "added", "count", "total_weight", "dropped"),
-    *("nan_policy", "integer_policy", "batch", "low_memory"),
-}
 # Beyond these, sums of float32 values could leave the range of float64; counts of examples are far inside.
 _LARGEST_WEIGHT, _SMALLEST_WEIGHT = 2.0**300, 2.0**-300
 _REASON = "holds a NaN, an infinity, or values beyond the range of the sums"
@@ -47,14 +42,6 @@ class DroppedUpdate(NamedTuple):
     client: int
     leaf: Any
     reason: str
-
-
-class _Measured(NamedTuple):
-    """What a fold has found of one client: float64 (floating leaves, MOMENTS)."""
-
-    client: int
-    weight: float
-    moments: np.ndarray
 
 
 class Accumulator:
@@ -127,7 +114,7 @@ class Accumulator:
             self._total = 0.0
             self._folds = 0
             self.dropped: list[DroppedUpdate] = []
-            self._measured: list[_Measured] = []
+            self._measured: list[Measured] = []
 
     @property
     def count(self) -> int:
@@ -159,14 +146,7 @@ class Accumulator:
                 raise ValueError("statistics: expected an Accumulator(stats=True)")
             self._check_not_empty()
             assert self._structure is not None
-            floats = self._floats()
-            return Statistics.from_moments(
-                [measured.client for measured in self._measured],
-                measured_names(self._structure, floats),
-                [self._leaves[index].elements for index in floats],
-                [measured.weight for measured in self._measured],
-                np.stack([measured.moments for measured in self._measured]),
-            )
+            return table_of(self._measured, self._structure, self._leaves)
 
     def add(self, update: Any, weight: float = 1.0) -> None:
         """Adds one client's update.
@@ -218,11 +198,9 @@ class Accumulator:
                 self._total = math.fsum((self._total, other._total))
             self.dropped.extend(dropped._replace(client=self._added + dropped.client) for dropped in other.dropped)
             if self.stats:
-                floats = other._floats()
+                floats = floating(other._leaves)
                 rows = [floats.index(place) for place in places if place in floats]
-                self._measured.extend(
-                    one._replace(client=self._added + one.client, moments=one.moments[rows]) for one in other._measured
-                )
+                self._measured.extend(renumbered(other._measured, self._added, rows))
             self._added += other._added
 
     def result(self, *, out: Any = None) -> Any:
@@ -258,13 +236,19 @@ class Accumulator:
         """Writes the mean of all that was added and of all that waits; returns the leaves that are not finite there."""
         weights = self._weights()
         scaled, _ = scale_weights(weights)
-        total = math.fsum((self._total, *(weight for _, _, weight in self._pending))) * (scaled[0] / weights[0])
+        total = self._total_of_all() * (scaled[0] / weights[0])
         leaves: list[LeafOperands] = []
         for index, (leaf, address) in enumerate(zip(self._leaves, addresses, strict=True)):
             sources, fold = self._sources(index)
-            leaves.append((sources, None, scaled, total, leaf.elements, fold, address, 0, leaf.code, 0))
+            leaves.append(
+                LeafOperands(sources, None, scaled, total, leaf.elements, fold, address, result_code=leaf.code)
+            )
         check = bool(self._pending) and self.nan_policy != "propagate"
         return weighted_sum(leaves, self._device, self._stream(), check)
+
+    def _total_of_all(self) -> float:
+        """The weight of all that was added and of all that waits."""
+        return math.fsum((self._total, *(weight for _, _, weight in self._pending)))
 
     def _weights(self) -> list[float]:
         """Those of the sums, where there are any, and of the updates that wait."""
@@ -283,26 +267,22 @@ class Accumulator:
         """A copy of everything held, as plain values and one NumPy array of bytes, for `load_state_dict`."""
         with self._lock:
             self._fold()
-            sums = None
-            if self._sums is not None:
-                sums = self._kind().to_numpy(self._sums)
-            return {
-                "version": 1,
-                "structure": None if self._structure is None else self._structure.describe(),
-                "leaves": [leaf.describe() for leaf in self._leaves],
-                "device": self._device,
-                "sums": sums,
-                "folds": self._folds,
-                "added": self._added,
-                "count": self._count,
-                "total_weight": self._total,
-                "dropped": [tuple(dropped) for dropped in self.dropped],
-                "nan_policy": self.nan_policy,
-                "integer_policy": self.integer_policy,
-                "batch": self.batch,
-                "low_memory": self.low_memory,
-                "statistics": [tuple(measured) for measured in self._measured] if self.stats else None,
-            }
+            return AccumulatorState(
+                structure=self._structure,
+                leaves=self._leaves,
+                device=self._device,
+                sums=None if self._sums is None else self._kind().to_numpy(self._sums),
+                folds=self._folds,
+                added=self._added,
+                count=self._count,
+                total_weight=self._total,
+                dropped=[tuple(dropped) for dropped in self.dropped],
+                nan_policy=self.nan_policy,
+                integer_policy=self.integer_policy,
+                batch=self.batch,
+                low_memory=self.low_memory,
+                measured=self._measured if self.stats else None,
+            ).describe()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Becomes what `state_dict` saved, policies included.
@@ -310,29 +290,19 @@ class Accumulator:
         Raises:
             ValueError: the state is of another version of fastagg, or incomplete.
         """
-        if not isinstance(state, dict) or state.get("version") != 1 or not state.keys() >= _STATE_KEYS:
-            raise ValueError("state: expected what Accumulator.state_dict() returned, version 1")
-        try:
-            structure = None if state["structure"] is None else Structure.described(state["structure"])
-            leaves = [LeafSums.described(leaf) for leaf in state["leaves"]]
-            check_policies(state["nan_policy"], state["integer_policy"])
-            saved = None if state["sums"] is None else np.asarray(state["sums"])
-            measured = _measured_of(state.get("statistics"), leaves, state["count"])  # older states have none
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"state: damaged: {error}") from error
-        check_sums(saved, leaves, state["count"])
+        loaded = AccumulatorState.described(state)
         with self._lock:
             self.reset()
-            self._structure, self._leaves, self._device = structure, leaves, state["device"]
-            if saved is not None:
-                self._sums = self._allocate(len(saved))
-                self._sums[:] = self._kind().from_numpy(saved, self._device)
-            self._folds, self._added = state["folds"], state["added"]
-            self._count, self._total = state["count"], state["total_weight"]
-            self.dropped = [DroppedUpdate(*dropped) for dropped in state["dropped"]]
-            self.nan_policy, self.integer_policy = state["nan_policy"], state["integer_policy"]
-            self.batch, self.low_memory = state["batch"], state["low_memory"]
-            self.stats, self._measured = measured is not None, measured or []
+            self._structure, self._leaves, self._device = loaded.structure, loaded.leaves, loaded.device
+            if loaded.sums is not None:
+                self._sums = self._allocate(len(loaded.sums))
+                self._sums[:] = self._kind().from_numpy(loaded.sums, self._device)
+            self._folds, self._added = loaded.folds, loaded.added
+            self._count, self._total = loaded.count, loaded.total_weight
+            self.dropped = [DroppedUpdate(*dropped) for dropped in loaded.dropped]
+            self.nan_policy, self.integer_policy = loaded.nan_policy, loaded.integer_policy
+            self.batch, self.low_memory = loaded.batch, loaded.low_memory
+            self.stats, self._measured = loaded.measured is not None, loaded.measured or []
 
     def __getstate__(self) -> dict[str, Any]:
         return self.state_dict()
@@ -348,12 +318,7 @@ class Accumulator:
         """The update's leaves, checked against the first update's; nothing has changed if this raises."""
         structure = self._structure or Structure(update, client)
         columns = structure.leaves(update, client)
-        inputs = []
-        for index, array in enumerate(columns):
-            try:
-                inputs.append(gather([array], structure, index, None))
-            except (TypeError, ValueError) as error:
-                raise type(error)(str(error).replace("client 0", f"client {client}", 1)) from None
+        inputs = [gather([array], structure, index, None, client) for index, array in enumerate(columns)]
         device = check_devices(inputs, structure)
         check_measurable(device, self.stats)
         if self._structure is None:
@@ -378,13 +343,13 @@ class Accumulator:
         while self._pending:
             offenders = self._nonfinite_pending() if self._spoils_sums else {}
             if not offenders:
-                flagged = self._combine_pending()
+                flagged, found = self._combine_pending()
                 offenders = self._offenders(flagged) if flagged else {}
             if not offenders:
                 self._swap()
-                self._measured.extend(self._found)
+                self._measured.extend(found)
                 self._count += len(self._pending)
-                self._total = math.fsum((self._total, *(weight for _, _, weight in self._pending)))
+                self._total = self._total_of_all()
                 self._pending.clear()
                 return
             self._pending = [entry for entry in self._pending if entry[0] not in offenders]
@@ -410,35 +375,23 @@ class Accumulator:
         flagged = {client: nonfinite_leaves(inputs, 0, self._stream()) for client, inputs, _ in self._pending}
         return {client: leaves[0] for client, leaves in flagged.items() if leaves}
 
-    def _combine_pending(self) -> list[int]:
-        """Writes sums + pending updates to the next block of sums; returns the leaves that are not finite there."""
+    def _combine_pending(self) -> tuple[list[int], list[Measured]]:
+        """Writes sums + pending updates to the next block of sums.
+
+        Returns:
+            The leaves that are not finite there, and what was found of the updates, if anybody asked for it.
+        """
         weights, base = self._weights(), self._next_address()
         leaves = [
             self._leaf_operands(leaf, *self._sources(index), weights, base) for index, leaf in enumerate(self._leaves)
         ]
         check = self.nan_policy != "propagate" and not self._spoils_sums
         if not self.stats:
-            self._found: list[_Measured] = []
-            return weighted_sum(leaves, self._device, self._stream(), check)
-        flagged, moments = statistics(leaves, self._measurements())
-        of_clients = by_client(moments, self._floats(), len(self._pending))
-        self._found = [
-            _Measured(client, weight, found)
-            for (client, _, weight), found in zip(self._pending, of_clients, strict=True)
-        ]
-        return flagged if check else []
-
-    def _measurements(self) -> list[MeasurementOperands]:
-        """The updates that wait, to be compared with the sums that they join."""
-        factor = 1 / math.fsum((self._total, *(weight for _, _, weight in self._pending)))
-        return [
-            (self._sources(index)[0][bool(self._count) :] if leaf.code in FLOATS else [], None, factor)
-            for index, leaf in enumerate(self._leaves)
-        ]
-
-    def _floats(self) -> list[int]:
-        """The leaves that have statistics."""
-        return [index for index, leaf in enumerate(self._leaves) if leaf.code in FLOATS]
+            return weighted_sum(leaves, self._device, self._stream(), check), []
+        measured = measurements(self._leaves, leaves, bool(self._count), self._total_of_all())
+        flagged, moments = statistics(leaves, measured)
+        found = found_of([(client, weight) for client, _, weight in self._pending], moments, self._leaves)
+        return flagged if check else [], found
 
     def _combine(self, blocks: list[tuple[list[LeafSums], Any]]) -> None:
         """Sets the sums to the total of several blocks of sums, each with its leaves in the order of this one's."""
@@ -465,7 +418,7 @@ class Accumulator:
 
     def _leaf_operands(
         self, leaf: LeafSums, sources: list[Any], fold: int, weights: list[float], base: int
-    ) -> LeafOperands:
+    ) -> LeafTuple:
         out, companion, dither = base + leaf.offset, leaf.companion(base), bit_reversed(self._folds)
         return sources, None, weights, 1.0, leaf.elements, fold, out, companion, leaf.state, dither
 
@@ -551,21 +504,6 @@ class Accumulator:
 
     def _stream(self) -> int:
         return kind_named(self._leaves[0].kind).stream(self._device)
-
-
-def _measured_of(saved: Any, leaves: list[LeafSums], count: int) -> list[_Measured] | None:
-    """Saved statistics; None for none.
-
-    Raises:
-        ValueError: they are not those of as many updates with these leaves.
-    """
-    if saved is None:
-        return None
-    measured = [_Measured(client, weight, np.array(moments, np.float64)) for client, weight, moments in saved]
-    shape = (sum(leaf.code in FLOATS for leaf in leaves), MOMENTS)
-    if len(measured) != count or any(one.moments.shape != shape for one in measured):
-        raise ValueError(f"expected statistics of {count} updates, each of shape {shape}")
-    return measured
 
 
 def _as_weight(weight: Any, client: int) -> float:

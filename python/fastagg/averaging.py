@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastagg import _overlap
-from fastagg._backend import MAXIMUM, MEAN, LeafOperands, MeasurementOperands, statistics, weighted_sum
+from fastagg._backend import MAXIMUM, MEAN, LeafOperands, LeafTuple, MeasurementOperands, statistics, weighted_sum
 from fastagg._codes import FLOATS, Code, code_of_dtype, float_code, name_of
 from fastagg._errors import DroppedUpdateWarning, NonFiniteUpdateError
 from fastagg._tensor import Kind, View, adopt, kind_of
@@ -168,11 +168,11 @@ class _Mean:
         names, moments = measured_names(structure, floats), by_client(self.moments, floats, len(weights))
         return Statistics.from_moments(range(len(weights)), names, elements, weights, moments)
 
-    def _operands(self, weights: list[float]) -> list[LeafOperands]:
+    def _operands(self, weights: list[float]) -> list[LeafTuple]:
         contributing = None if min(weights) > 0 else [client for client, weight in enumerate(weights) if weight > 0]
         scaled, total = scale_weights(weights if contributing is None else [weights[client] for client in contributing])
         normalised: list[float] | None = None
-        leaves: list[LeafOperands] = []
+        leaves: list[LeafTuple] = []
         for leaf, out in zip(self.inputs, self.outs, strict=True):
             sources = leaf.sources if contributing is None else [leaf.sources[client] for client in contributing]
             fold, leaf_weights, divisor = MEAN, scaled, total
@@ -202,8 +202,10 @@ class _Mean:
         return dict(sorted(found.items()))
 
 
-def gather(column: list[Any], structure: Structure, index: int, target: Code | None) -> LeafInputs:
-    """What all clients sent for one leaf.
+def gather(
+    column: list[Any], structure: Structure, index: int, target: Code | None, numbered_from: int = 0
+) -> LeafInputs:
+    """What all clients sent for one leaf; errors number them from `numbered_from` on.
 
     Raises:
         TypeError, ValueError: an array differs from the first client's; the message names its client and the leaf.
@@ -212,26 +214,36 @@ def gather(column: list[Any], structure: Structure, index: int, target: Code | N
     if kind is not None:
         addresses = kind.addresses(column)
         if len(addresses) == len(column):
-            return _uniform(column, addresses, kind, structure, index, target)
-    return _gather_one_by_one(column, structure, index, target)
+            return _uniform(column, addresses, kind, structure, index, target, numbered_from)
+    return _gather_one_by_one(column, structure, index, target, numbered_from)
 
 
 def _uniform(
-    column: list[Any], addresses: list[int], kind: Kind, structure: Structure, index: int, target: Code | None
+    column: list[Any],
+    addresses: list[int],
+    kind: Kind,
+    structure: Structure,
+    index: int,
+    target: Code | None,
+    numbered_from: int,
 ) -> LeafInputs:
     """Arrays that look just like the first one."""
     first = column[0]
     dtype = kind.dtype_of(first)
     code = code_of_dtype(dtype)
     if code is None:
-        raise TypeError(f"client 0, {structure.leaf_name(index)}: dtype {name_of(dtype)} is not supported")
+        raise TypeError(
+            f"client {numbered_from}, {structure.leaf_name(index)}: dtype {name_of(dtype)} is not supported"
+        )
     result = code
     if target is not None and target != code and code in FLOATS:
         result, dtype = target, kind.dtype_for(target)
     return LeafInputs(addresses, code, kind, dtype, result, tuple(first.shape), kind.device_of(first), column)
 
 
-def _gather_one_by_one(column: list[Any], structure: Structure, index: int, target: Code | None) -> LeafInputs:
+def _gather_one_by_one(
+    column: list[Any], structure: Structure, index: int, target: Code | None, numbered_from: int
+) -> LeafInputs:
     """Arrays of which some are `Quantized`, not contiguous, or wrong."""
     sources: list[Any] = []
     owners: list[Any] = []
@@ -239,7 +251,7 @@ def _gather_one_by_one(column: list[Any], structure: Structure, index: int, targ
     dtypes: list[Any] = []
     shape: tuple[int, ...] | None = None
     device = ""
-    for client, leaf in enumerate(column):
+    for client, leaf in enumerate(column, numbered_from):
         try:
             if isinstance(leaf, Quantized):
                 kind, dtype, leaf_shape, leaf_device = leaf._kind, leaf.dtype, leaf.shape, device_of(leaf)
@@ -267,37 +279,39 @@ def _gather_one_by_one(column: list[Any], structure: Structure, index: int, targ
     assert shape is not None
     if all(dtype is None for dtype in dtypes):
         dtypes[0] = column[0].dtype
-    dtype, result = _result_dtype(kinds[0], dtypes, structure.leaf_name(index), target)
+    dtype, result = _result_dtype(kinds[0], dtypes, structure.leaf_name(index), target, numbered_from)
     return LeafInputs(sources, None, kinds[0], dtype, result, shape, device, owners)
 
 
-def _result_dtype(kind: Kind, dtypes: list[Any], leaf_name: str, target: Code | None) -> tuple[Any, Code]:
+def _result_dtype(
+    kind: Kind, dtypes: list[Any], leaf_name: str, target: Code | None, numbered_from: int
+) -> tuple[Any, Code]:
     """The one dtype of the arrays among a leaf's inputs, unless `target` overrules it.
 
     Raises:
         TypeError: they differ, and `target` does not say what the result shall be.
     """
-    first_client = next(client for client, dtype in enumerate(dtypes) if dtype is not None)
-    first = code_of_dtype(dtypes[first_client])
+    first_client, first_dtype = next(
+        (client, dtype) for client, dtype in enumerate(dtypes, numbered_from) if dtype is not None
+    )
+    first = code_of_dtype(first_dtype)
     assert first is not None
     floats = first in FLOATS
-    for client, dtype in enumerate(dtypes):
+    for client, dtype in enumerate(dtypes, numbered_from):
         if dtype is None and not floats:
-            raise TypeError(
-                f"client {client}, {leaf_name}: a Quantized cannot join {name_of(dtypes[first_client])} arrays"
-            )
+            raise TypeError(f"client {client}, {leaf_name}: a Quantized cannot join {name_of(first_dtype)} arrays")
         if dtype is None:
             continue
         code = code_of_dtype(dtype)
         both_float = floats and code in FLOATS
-        if name_of(dtype) != name_of(dtypes[first_client]) and not (both_float and target is not None):
+        if name_of(dtype) != name_of(first_dtype) and not (both_float and target is not None):
             hint = " (dtype= says what the result shall be)" if both_float else ""
             raise TypeError(
-                f"client {client}, {leaf_name}: expected dtype {name_of(dtypes[first_client])} like client "
+                f"client {client}, {leaf_name}: expected dtype {name_of(first_dtype)} like client "
                 f"{first_client}'s, got {name_of(dtype)}{hint}"
             )
     if target is None or not floats:
-        return dtypes[first_client], first
+        return first_dtype, first
     return kind.dtype_for(target), target
 
 
@@ -312,7 +326,7 @@ def nonfinite_leaves(inputs: list[LeafInputs], client: int, stream: int) -> list
     leaves: list[LeafOperands] = []
     for leaf in (inputs[index] for index in floats):
         source, code = leaf.sources[client], leaf.code
-        leaves.append(([source], code, [1.0], 1.0, math.prod(leaf.shape), MEAN, 0, 0, Code.FLOAT32, 0))
+        leaves.append(LeafOperands([source], code, [1.0], 1.0, math.prod(leaf.shape)))
     return [floats[index] for index in weighted_sum(leaves, inputs[0].device, stream, True)] if leaves else []
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import secrets
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from fastagg import _core
-from fastagg._backend import CastOperands, SourceOperands, backend_for, draw_seed
+from fastagg._backend import CastOperands, SourceOperands, backend_for
 from fastagg._codes import FLOATS, WIRES, Code, float_code, wire_name
 from fastagg._tensor import Kind, View, adopt, kind_of
 
@@ -215,6 +216,11 @@ def block_shift(block: int | None) -> int:
 
 def _overlap(one: View, other: View) -> bool:
     return one.span[0] < other.span[1] and other.span[0] < one.span[1]
+
+
+def draw_seed() -> int:
+    """A fresh seed for stochastic rounding."""
+    return secrets.randbits(63)
 
 
 def random_key(wire: str, rounding: str, seed: int | tuple[int, int, int] | None) -> tuple[int, int, int] | None:

@@ -106,7 +106,7 @@ def first_nonfinite(files: Files, leaves: dict[str, LeafDescription]) -> str | N
 
 
 def _is_finite(source: SourceOperands, piece: Piece) -> bool:
-    operands: LeafOperands = ([source], None, [1.0], 1.0, piece.end - piece.begin, MEAN, 0, 0, Code.FLOAT32, 0)
+    operands = LeafOperands([source], None, [1.0], 1.0, piece.end - piece.begin)
     return not weighted_sum([operands], "cpu", 0, True)
 
 
@@ -127,7 +127,7 @@ class Means:
         arrays = self._allocate(batch, results)
         leaves = [self._operands(piece, results[piece.name], array) for piece, array in zip(batch, arrays, strict=True)]
         for index in weighted_sum(leaves, "cpu", 0, self._check):
-            self._raise(batch[index], leaves[index][0], results[batch[index].name])
+            self._raise(batch[index], leaves[index].sources, results[batch[index].name])
         if self._check:
             self._check_narrow(batch, leaves)
         for array in arrays:
@@ -144,12 +144,13 @@ class Means:
             fold = MAXIMUM
             sources = sources[:1] if self._integer_policy == "first" else sources
         count = piece.end - piece.begin
-        return sources, None, weights, divisor, count, fold, array.ctypes.data, 0, result.code, 0
+        out = array.ctypes.data
+        return LeafOperands(sources, None, weights, divisor, count, fold, out, result_code=result.code)
 
     def _check_narrow(self, batch: list[Piece], leaves: list[LeafOperands]) -> None:
         """Raises ValueError where a sum was finite, and is too large for the 16 bits of its result."""
         for piece, operands in zip(batch, leaves, strict=True):
-            address, code = operands[6], Code(operands[8])
+            address, code = operands.out, Code(operands.result_code)
             if code in _NARROW and not _is_finite((address, 0, code, 0), piece):
                 raise _too_large(piece, code)
 

@@ -27,13 +27,17 @@ class UnusableReplyError(Exception):
 
 
 class Reply(NamedTuple):
-    """A reply that can be averaged: its node, records and weight, and a training reply's leaves in place."""
+    """A reply that can be averaged: its node, records and weight, and a training reply's leaves in place.
+
+    `divisor` is its share of the sum by which q-FedAvg divides.
+    """
 
     node: int
     content: RecordDict
     metrics: MetricRecord
     weight: float
     leaves: dict[str, Leaf]
+    divisor: float = 0.0
 
     def form(self, metric_lengths: bool) -> frozenset[Any]:
         """What all replies of a mean must share: the records' and metrics' names, and the leaves with their shapes.

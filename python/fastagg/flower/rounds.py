@@ -60,7 +60,7 @@ class Settings(NamedTuple):
         in_model_dtypes: whether replies must have the leaves and dtypes of the model that was sent; floating leaves of
             another floating dtype are then read as the model's.
         metric_lengths: whether a metric that is a list must be equally long in all replies.
-        weight_of: a reply's weight in the mean.
+        weighed: a reply with its weight in the mean.
         aggregate: writes the mean of replies of one form, by their weights, into arrays; its last argument is the
             nan_policy "drop" or "propagate".
     """
@@ -70,7 +70,7 @@ class Settings(NamedTuple):
     streaming: bool
     in_model_dtypes: bool
     metric_lengths: bool
-    weight_of: Callable[[Reply], float]
+    weighed: Callable[[Reply], Reply]
     aggregate: Callable[[list[Reply], list[float], dict[str, np.ndarray], str], Members]
 
 
@@ -157,7 +157,7 @@ class TrainingRound(Round):
     def _add(self, reply: Reply) -> None:
         if self._settings.in_model_dtypes and self._model:
             reply = self._like_the_model(reply)
-        self._models.add(reply, self._settings.weight_of(reply))
+        self._models.add(self._settings.weighed(reply))
 
     def _like_the_model(self, reply: Reply) -> Reply:
         """A reply with its floating leaves in the model's dtypes.
@@ -219,12 +219,10 @@ class _Collected:
     def __init__(self, settings: Settings, model: dict[str, Leaf], leave_out: Callable[[int, str], None]) -> None:
         self._settings, self._model, self._leave_out = settings, model, leave_out
         self._replies: list[Reply] = []
-        self._weights: dict[int, float] = {}  # by the content's identity
 
-    def add(self, reply: Reply, weight: float) -> None:
+    def add(self, reply: Reply) -> None:
         """Takes a reply."""
         self._replies.append(reply)
-        self._weights[id(reply.content)] = weight
 
     def mean(self) -> Mean | None:
         """The mean, and whose it is; None if there is nobody.
@@ -236,7 +234,7 @@ class _Collected:
         if not replies:
             return None
         arrays = FreshArrays(replies[0].leaves)
-        weights = [self._weights[id(reply.content)] for reply in replies]
+        weights = [reply.weight for reply in replies]
         nan_policy = "propagate" if self._settings.nan_policy == "propagate" else "drop"
         members = self._settings.aggregate(replies, weights, arrays.views, nan_policy)
         for reply, leaf_name in members.dropped:
@@ -266,7 +264,7 @@ class _Streamed:
         self._form: frozenset[Any] = frozenset()
         self._replies: list[Reply] = []
 
-    def add(self, reply: Reply, weight: float) -> None:
+    def add(self, reply: Reply) -> None:
         """Adds a reply to the sums.
 
         Raises:
@@ -274,7 +272,7 @@ class _Streamed:
         """
         form = self._checked_form(reply)
         try:
-            self._sums.add(reply.leaves, weight)
+            self._sums.add(reply.leaves, reply.weight)
         except NonFiniteUpdateError as error:
             if self._settings.nan_policy == "raise":
                 raise NonFiniteUpdateError(f"node {reply.node}, {_without_number(error)}") from None

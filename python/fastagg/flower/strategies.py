@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any, cast
@@ -19,6 +18,7 @@ from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 from fastagg import server
 from fastagg._errors import NonFiniteUpdateError
 from fastagg.averaging import NONFINITE, check_policies, mean_and_dropped
+from fastagg.flower.accounted_privacy import AccountedAggregateTrain
 from fastagg.flower.arrays import FreshArrays, Leaf, as_array, read_record, squared_distance
 from fastagg.flower.replies import LeftOutReply, Reply, UnusableReplyError, differences, form_of
 from fastagg.flower.rounds import LOG, EvaluationRound, Mean, Members, Round, Settings, TrainingRound
@@ -30,22 +30,6 @@ LEFT_OUT_METRIC = "replies-left-out"
 
 _SMALLEST_RATE = 1e-30  # whose inverse's square is far inside the range of floats
 _LARGEST_SHARE = 2.0**900  # so that the sum of any number of replies' shares is finite
-_WHAT_THE_MODEL_IS = ("_weight_of", "_aggregate", "_next_model")  # methods
-
-
-class _AggregateTrain:
-    """`aggregate_train`, which Flower's accounted differential privacy finds unchanged where the model is the mean.
-
-    It takes only strategies whose class has Flower's own method: what it needs is that the model is the weighted mean,
-    and that ours is. Everybody else who looks at the class gets ours.
-    """
-
-    def __get__(self, strategy: FedAvg | None, owner: type[FedAvg]) -> Any:
-        if strategy is not None:
-            return strategy._aggregate_train
-        asks = str(sys._getframe(1).f_globals.get("__name__", ""))
-        is_mean = all(getattr(owner, name) is getattr(FedAvg, name) for name in _WHAT_THE_MODEL_IS)
-        return flower.FedAvg.aggregate_train if is_mean and asks.startswith("flwr.") else FedAvg._aggregate_train
 
 
 class FedAvg(flower.FedAvg):
@@ -64,7 +48,7 @@ class FedAvg(flower.FedAvg):
         left_out: (server_round, node, reason) of every reply that was left out.
     """
 
-    aggregate_train = _AggregateTrain()
+    aggregate_train = AccountedAggregateTrain(model_made_by=("_weighed", "_aggregate", "_next_model"))
     _in_model_dtypes = False
 
     def __init__(
@@ -132,7 +116,7 @@ class FedAvg(flower.FedAvg):
             self.streaming,
             self._in_model_dtypes,
             _is_flowers_mean(self.train_metrics_aggr_fn),
-            self._weight_of,
+            self._weighed,
             self._aggregate,
         )
         return TrainingRound(server_round, self.weighted_by_key, settings, self._model)
@@ -183,9 +167,9 @@ class FedAvg(flower.FedAvg):
         self.left_out.extend(current.left_out)
         return self._metrics(self.evaluate_metrics_aggr_fn, agreeing, current)
 
-    def _weight_of(self, reply: Reply) -> float:
-        """A reply's weight in the mean."""
-        return reply.weight
+    def _weighed(self, reply: Reply) -> Reply:
+        """A reply with its weight in the mean, or UnusableReplyError."""
+        return reply
 
     def _aggregate(
         self, replies: list[Reply], weights: list[float], out: dict[str, np.ndarray], nan_policy: str
@@ -284,14 +268,17 @@ class _ServerOptimized(FedAvg):
     def _next_model(self, server_round: int, mean: Mean) -> FreshArrays:
         current = _current_model(self)
         following = FreshArrays(current)
-        rate = self._learning_rate(server_round)
+        rate = self._learning_rate(mean.replies)
         check = self.nan_policy == "propagate"  # otherwise the mean has been looked at
         self.optimizer.step(current, mean.arrays.views, out=following.views, learning_rate=rate, check_finite=check)
         self._steps += 1
         return following
 
-    def _learning_rate(self, server_round: int) -> float:
-        """The round's learning rate; also hands the optimiser the strategy's other attributes, which users may set."""
+    def _learning_rate(self, replies: list[Reply]) -> float:
+        """The learning rate of a round of these replies.
+
+        Also hands the optimiser the strategy's other attributes, which users may set.
+        """
         raise NotImplementedError
 
 
@@ -318,7 +305,7 @@ class FedAvgM(_ServerOptimized, flower.FedAvgM):
         rate, momentum = self.server_learning_rate, self.server_momentum
         return server.FedAvgM(learning_rate=rate, momentum=momentum, buffers=self.buffers)
 
-    def _learning_rate(self, server_round: int) -> float:
+    def _learning_rate(self, replies: list[Reply]) -> float:
         self.optimizer.momentum = self.server_momentum
         return self.server_learning_rate
 
@@ -341,7 +328,7 @@ class _Adaptive(_ServerOptimized, FedOpt):
     ``delta = mean - x``, ``m = beta_1 * m + (1 - beta_1) * delta``, ``x = x + eta * m / (sqrt(v) + tau)``
     """
 
-    def _learning_rate(self, server_round: int) -> float:
+    def _learning_rate(self, replies: list[Reply]) -> float:
         self.optimizer.beta_1, self.optimizer.beta_2, self.optimizer.tau = self.beta_1, self.beta_2, self.tau
         return self.eta
 
@@ -365,8 +352,8 @@ class FedAdam(_Adaptive, flower.FedAdam):
             learning_rate=self.eta, beta_1=self.beta_1, beta_2=self.beta_2, tau=self.tau, buffers=self.buffers
         )
 
-    def _learning_rate(self, server_round: int) -> float:
-        rate, power = super()._learning_rate(server_round), self._steps + 2
+    def _learning_rate(self, replies: list[Reply]) -> float:
+        rate, power = super()._learning_rate(replies), self._steps + 2
         return rate * math.sqrt(1 - self.beta_2**power) / (1 - self.beta_1**power)
 
 
@@ -387,21 +374,12 @@ class QFedAvg(_ServerOptimized, flower.QFedAvg):
     of 0 or more is left out, and one whose share of a sum leaves the range of floats.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """See `FedAvg`; `buffers` names further leaves that take the mean."""
-        super().__init__(*args, **kwargs)
-        self._fairness: dict[int, tuple[float, float]] = {}  # a reply's shares of the two sums, by its content
-
     def _new_optimizer(self) -> server.FedAvg:
         in_range(self.client_learning_rate, "client_learning_rate", least=_SMALLEST_RATE)
         in_range(self.q, "q")
         return server.FedAvg(buffers=self.buffers)
 
-    def _sampled(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
-        self._fairness.clear()
-        return super()._sampled(server_round, arrays, config, grid)
-
-    def _weight_of(self, reply: Reply) -> float:
+    def _weighed(self, reply: Reply) -> Reply:
         loss = reply.metrics.get(self.train_loss_key)
         if isinstance(loss, (list, bool)) or loss is None or not 0 <= loss < math.inf:
             raise UnusableReplyError(f"expected a finite {self.train_loss_key!r} of 0 or more, got {loss!r}")
@@ -412,8 +390,7 @@ class QFedAvg(_ServerOptimized, flower.QFedAvg):
         weight, divisor = self._shares(loss, distance)
         if not weight + divisor < _LARGEST_SHARE and all(np.isfinite(as_array(x)).all() for x in reply.leaves.values()):
             raise UnusableReplyError(f"its {self.train_loss_key!r} {loss!r}, or its model, is too large for its share")
-        self._fairness[id(reply.content)] = weight, divisor
-        return weight
+        return reply._replace(weight=weight, divisor=divisor)
 
     def _shares(self, loss: float, distance: float) -> tuple[float, float]:
         """A reply's shares of the two sums; infinite where they leave the range of floats."""
@@ -425,13 +402,8 @@ class QFedAvg(_ServerOptimized, flower.QFedAvg):
         except OverflowError:
             return math.inf, math.inf
 
-    def _next_model(self, server_round: int, mean: Mean) -> FreshArrays:
-        self._contributing = [self._fairness[id(reply.content)] for reply in mean.replies]
-        return super()._next_model(server_round, mean)
-
-    def _learning_rate(self, server_round: int) -> float:
-        weights, divisors = zip(*self._contributing, strict=True)
-        rate = math.fsum(weights) / math.fsum(divisors)
+    def _learning_rate(self, replies: list[Reply]) -> float:
+        rate = math.fsum(reply.weight for reply in replies) / math.fsum(reply.divisor for reply in replies)
         if math.isnan(rate):  # under "propagate"
             raise NonFiniteUpdateError(f"a reply {NONFINITE}, so that there is no step")
         return rate

@@ -77,8 +77,8 @@ class _Group:
         except ValueError:  # nobody is left
             self.mean = None
         return [
-            DroppedReply(self.contributions.pop(one.client).client, f"leaf {one.leaf!r} {one.reason}")
-            for one in self.accumulator.dropped
+            DroppedReply(self.contributions.pop(dropped.client).client, f"leaf {dropped.leaf!r} {dropped.reason}")
+            for dropped in self.accumulator.dropped
         ]
 
 
@@ -283,12 +283,12 @@ class FedAvgAggregator(ModelAggregator):
 
     def _result(self, form: ReplyForm, group: _Group) -> FLModel:
         contributions = list(group.contributions.values())
-        weights = [one.weight for one in contributions]
+        weights = [contribution.weight for contribution in contributions]
         report = {"total_weight": math.fsum(weights), "dropped": [list(dropped) for dropped in self.dropped]}
         return FLModel(
             params=group.mean,
             params_type=form.params_type,
-            metrics=mean_metrics([one.metrics for one in contributions], weights),
+            metrics=mean_metrics([contribution.metrics for contribution in contributions], weights),
             current_round=self._round,
             meta={"nr_aggregated": len(contributions), "current_round": self._round, "fastagg": report},
         )

@@ -14,6 +14,7 @@ import numpy as np
 
 from fastagg import plots
 from fastagg._build import __version__
+from fastagg._drawing import import_matplotlib
 from fastagg._extras import EXTRAS
 from fastagg.outliers.features import leaf_allowance
 from fastagg.report.run import Round, Run
@@ -67,7 +68,7 @@ def render(run: Run) -> str:
         from jinja2 import Environment, StrictUndefined
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"Reports need jinja2: {EXTRAS['report'].command}") from error
-    plots.import_matplotlib()
+    import_matplotlib()
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["number"] = number
     template = environment.from_string(files("fastagg.report").joinpath("page.html").read_text(encoding="utf-8"))
@@ -85,17 +86,17 @@ def number(value: float, digits: int = 3) -> str:
 
 def _context(run: Run) -> dict[str, Any]:
     outliers = outlier_rows(run)
-    last = {name: value for one in run.rounds for name, value in one.metrics.items()}
+    last = {name: value for recorded in run.rounds for name, value in recorded.metrics.items()}
     return {
         "title": run.title,
         "version": __version__,
         "rounds": len(run.rounds),
         "clients": run.clients,
-        "explored": sum(one.findings is not None for one in run.rounds),
+        "explored": sum(recorded.findings is not None for recorded in run.rounds),
         "outliers": outliers,
         "often": [row for row in outliers if row.flagged > 1],
         "metrics": dict(list(last.items())[:_MOST_METRICS]),
-        "methods": sorted({_method(one) for one in run.rounds if one.findings is not None}),
+        "methods": sorted({_method(recorded) for recorded in run.rounds if recorded.findings is not None}),
         "curves": _curves(run),
         "norms": _norms(run),
         "layers": _layers(run),
@@ -105,21 +106,26 @@ def _context(run: Run) -> dict[str, Any]:
         "models": list(run.models),
         "panels": min(_MOST_PANELS, leaves := max((len(model) for model in run.models.values()), default=0)),
         "model_leaves": leaves,
-        "comparisons": [
-            {
-                "first": one.first,
-                "second": one.second,
-                "plot": _plot(
-                    plots.compare_models(one.rows, one.first, one.second),
-                    f"Relative difference and cosine of every layer of {one.first} and {one.second}.",
-                ),
-                "rows": sorted(one.rows, key=lambda row: -_at_the_end(row.relative_difference))[:_MOST_DIFFERENT],
-                "count": len(one.rows),
-            }
-            for one in run.comparisons
-            if one.rows
-        ],
+        "comparisons": _comparisons(run),
     }
+
+
+def _comparisons(run: Run) -> list[dict[str, Any]]:
+    """What the page shows of each comparison of two models."""
+    return [
+        {
+            "first": compared.first,
+            "second": compared.second,
+            "plot": _plot(
+                plots.compare_models(compared.rows, compared.first, compared.second),
+                f"Relative difference and cosine of every layer of {compared.first} and {compared.second}.",
+            ),
+            "rows": sorted(compared.rows, key=lambda row: -_at_the_end(row.relative_difference))[:_MOST_DIFFERENT],
+            "count": len(compared.rows),
+        }
+        for compared in run.comparisons
+        if compared.rows
+    ]
 
 
 def outlier_rows(run: Run) -> list[Outlier]:
@@ -127,13 +133,13 @@ def outlier_rows(run: Run) -> list[Outlier]:
     rows = []
     for client, times in run.flagged().items():
         scores = {}
-        for one in run.rounds:
-            if one.findings is not None and client in one.findings.outliers:
-                scores[one.number] = float(one.findings.scores[one.findings.clients.index(client)])
+        for recorded in run.rounds:
+            if recorded.findings is not None and client in recorded.findings.outliers:
+                scores[recorded.number] = float(recorded.findings.scores[recorded.findings.clients.index(client)])
         worst = max(scores, key=lambda number: scores[number])
-        findings = next(one.findings for one in run.rounds if one.number == worst)
+        findings = next(recorded.findings for recorded in run.rounds if recorded.number == worst)
         assert findings is not None
-        seen = sum(one.findings is not None and client in one.findings.clients for one in run.rounds)
+        seen = sum(recorded.findings is not None and client in recorded.findings.clients for recorded in run.rounds)
         reasons = findings.outliers[client]
         score = number(scores[worst], 2 if scores[worst] < 100 else 3)
         rows.append(Outlier(client, times, seen, in_ranges(sorted(scores)), score, worst, reasons))
@@ -143,11 +149,11 @@ def outlier_rows(run: Run) -> list[Outlier]:
 def in_ranges(numbers: Sequence[int]) -> str:
     """Rising numbers in short: "1–4, 7"."""
     ranges: list[list[int]] = []
-    for one in numbers:
-        if ranges and one == ranges[-1][1] + 1:
-            ranges[-1][1] = one
+    for number in numbers:
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1][1] = number
         else:
-            ranges.append([one, one])
+            ranges.append([number, number])
     return ", ".join(str(first) if first == last else f"{first}–{last}" for first, last in ranges)
 
 
@@ -160,11 +166,11 @@ def layer_shares(run: Run) -> tuple[dict[str, float], dict[str, float]]:
     sums: dict[str, float] = {}
     sizes: dict[str, float] = {}
     counted = 0
-    for one in run.rounds:
-        statistics = one.statistics
+    for recorded in run.rounds:
+        statistics = recorded.statistics
         if statistics is None or len(statistics.leaves) < 2:
             continue
-        excluded = set() if one.findings is None else set(one.findings.outliers)
+        excluded = set() if recorded.findings is None else set(recorded.findings.outliers)
         usable = ~(statistics.nonfinite > 0).any(axis=1)
         kept = usable & np.array([client not in excluded for client in statistics.clients])
         squares = statistics.weights[kept] @ statistics.norm[kept] ** 2
@@ -180,14 +186,16 @@ def layer_shares(run: Run) -> tuple[dict[str, float], dict[str, float]]:
 
 def highest_leaf_scores(run: Run) -> tuple[np.ndarray, list[Any], list[str], float]:
     """Float64 (clients, leaves), each the highest leaf score of all rounds; its clients, leaves and threshold."""
-    found = [one.findings for one in run.rounds if one.findings is not None]
-    clients = [client for client in run.clients if any(client in one.clients for one in found)]
-    leaves = list(dict.fromkeys(leaf for one in found for leaf in one.leaves))
+    found = [recorded.findings for recorded in run.rounds if recorded.findings is not None]
+    clients = [client for client in run.clients if any(client in findings.clients for findings in found)]
+    leaves = list(dict.fromkeys(leaf for findings in found for leaf in findings.leaves))
     scores = np.full((len(clients), len(leaves)), np.nan)
-    for one in found:
-        place = np.ix_([clients.index(client) for client in one.clients], [leaves.index(leaf) for leaf in one.leaves])
-        scores[place] = np.fmax(scores[place], one.leaf_scores)
-    thresholds = [one.threshold / leaf_allowance(one.threshold, len(one.leaves)) for one in found]
+    for findings in found:
+        place = np.ix_(
+            [clients.index(client) for client in findings.clients], [leaves.index(leaf) for leaf in findings.leaves]
+        )
+        scores[place] = np.fmax(scores[place], findings.leaf_scores)
+    thresholds = [findings.threshold / leaf_allowance(findings.threshold, len(findings.leaves)) for findings in found]
     return scores, clients, leaves, max(thresholds, default=math.nan)
 
 
@@ -195,8 +203,8 @@ def _at_the_end(value: float) -> float:
     return math.inf if math.isnan(value) else value
 
 
-def _method(one: Round) -> str:
-    found = one.findings
+def _method(recorded: Round) -> str:
+    found = recorded.findings
     assert found is not None
     method, told = _METHODS_IN_WORDS[found.method], _ACTIONS_IN_WORDS[found.action]
     return f"Found by {method}, above a score of {found.threshold:g}; the aggregation was told {told}."
@@ -224,17 +232,19 @@ def _as_svg(figure: Figure, text: str) -> bytes:
 
 
 def _curves(run: Run) -> Plot | None:
-    metrics = {one.number: one.metrics for one in run.rounds}
+    metrics = {recorded.number: recorded.metrics for recorded in run.rounds}
     if not any(metrics.values()):
         return None
     return _plot(plots.metrics_by_round(metrics), "The metrics by round.")
 
 
 def _norms(run: Run) -> Plot | None:
-    statistics = {one.number: one.statistics for one in run.rounds if one.statistics is not None}
+    statistics = {recorded.number: recorded.statistics for recorded in run.rounds if recorded.statistics is not None}
     if not statistics:
         return None
-    outliers = {one.number: list(one.findings.outliers) for one in run.rounds if one.findings is not None}
+    outliers = {
+        recorded.number: list(recorded.findings.outliers) for recorded in run.rounds if recorded.findings is not None
+    }
     return _plot(plots.norms_by_round(statistics, outliers), "Norm of every client's update in every round.")
 
 
@@ -247,7 +257,7 @@ def _layers(run: Run) -> Plot | None:
 
 
 def _cosines(run: Run) -> dict[str, Any] | None:
-    known = [one for one in run.rounds if one.cosines is not None]
+    known = [recorded for recorded in run.rounds if recorded.cosines is not None]
     if not known:
         return None
     last = known[-1]

@@ -60,7 +60,7 @@ def compare_models(first: Any, second: Any) -> list[LayerComparison]:
         TypeError, ValueError: the structures or shapes differ; the message names the leaf.
     """
     rows = []
-    structure = _structure_of(first, "the first model")
+    structure = Structure(first, "the first model")
     others = _leaves_of(structure, second, "the second model")
     for index, (one, other) in enumerate(zip(_leaves_of(structure, first, "the first model"), others, strict=True)):
         if (one is None) != (other is None):
@@ -86,23 +86,13 @@ def weight_histograms(model: Any, bins: int = 50) -> list[Histogram]:
     """
     if bins < 1:
         raise ValueError(f"bins: expected 1 or more, got {bins}")
-    structure = _structure_of(model, "the model")
+    structure = Structure(model, "the model")
     leaves = enumerate(_leaves_of(structure, model, "the model"))
     return [_histogram(leaf_title(structure, index), leaf, bins) for index, leaf in leaves if leaf is not None]
 
 
-def _structure_of(model: Any, who: str) -> Structure:
-    try:
-        return Structure(model)
-    except (TypeError, ValueError) as error:
-        raise type(error)(str(error).replace("client 0", who, 1)) from None
-
-
 def _leaves_of(structure: Structure, model: Any, who: str) -> list[Leaf | None]:
-    try:
-        arrays = structure.leaves(model, who)
-    except (TypeError, ValueError) as error:
-        raise type(error)(str(error).replace("the first client's", "the first model's")) from None
+    arrays = structure.leaves(model, who, "the first model's")
     return [open_leaf(array, f"{who}, {structure.leaf_name(index)}") for index, array in enumerate(arrays)]
 
 

@@ -110,7 +110,7 @@ class Points:
                 zero: Any = 0 if leaf.code is not None else (0, 0, int(Code.FLOAT32), 0)
                 sources = [zero if place is None else leaf.sources[place] for place in self._places]
                 ones = [1.0] * len(sources)
-                leaves.append((sources, leaf.code, ones, 1.0, math.prod(leaf.shape), MEAN, 0, 0, Code.FLOAT32, 0))
+                leaves.append(LeafOperands(sources, leaf.code, ones, 1.0, math.prod(leaf.shape)))
         count = len(self._places)
         distances = np.zeros((count, count))
         finite = squared_distances(leaves, count, distances, self._device, self._stream)
@@ -156,19 +156,8 @@ class Points:
 
     def all_finite(self) -> bool:
         """Whether no update holds a NaN or an infinity."""
-        leaves: list[LeafOperands] = [
-            (
-                leaf.sources,
-                leaf.code,
-                [1.0] * len(leaf.sources),
-                1.0,
-                math.prod(leaf.shape),
-                MEAN,
-                0,
-                0,
-                Code.FLOAT32,
-                0,
-            )
+        leaves = [
+            LeafOperands(leaf.sources, leaf.code, [1.0] * len(leaf.sources), 1.0, math.prod(leaf.shape))
             for leaf in self.inputs
             if leaf.is_float
         ]
@@ -193,7 +182,8 @@ class Points:
             sources = [leaf.sources[place] for place in places]
             weights = [shares[place] for place in places]
             count = math.prod(leaf.shape)
-            leaves.append((sources, leaf.code, weights, 1.0, count, fold, out, 0, leaf.result_code, 0))
+            code = leaf.result_code
+            leaves.append(LeafOperands(sources, leaf.code, weights, 1.0, count, fold, out, result_code=code))
         weighted_sum(leaves, self._device, self._stream, False)
 
     def sorted_mean(
@@ -214,13 +204,14 @@ class Points:
         floats = []
         for index, (leaf, out) in enumerate(zip(self.inputs, outs, strict=True)):
             sources, count = [leaf.sources[client] for client in clients], math.prod(leaf.shape)
-            operands = (leaf.code, [1.0] * len(sources), float(divisor), count)
+            ones, code = [1.0] * len(sources), leaf.result_code
+            operands = LeafOperands(sources, leaf.code, ones, float(divisor), count, out=out, result_code=code)
             if leaf.result_code in FLOATS or integer_policy == "round":
-                sorted_leaves.append((sources, *operands, MEAN, out, 0, leaf.result_code, 0))
+                sorted_leaves.append(operands)
                 floats.append(index)
             else:
                 sources = sources[:1] if integer_policy == "first" else sources
-                others.append((sources, *operands, MAXIMUM, out, 0, leaf.result_code, 0))
+                others.append(operands._replace(sources=sources, fold=MAXIMUM))
         if others:
             weighted_sum(others, self._device, self._stream, False)
         return [floats[index] for index in sorted_mean(rule, sorted_leaves, self._device, self._stream)]

@@ -89,7 +89,10 @@ class Operands(NamedTuple):
         for index in indices:
             view, out = source[index].view, self.outs[index].address
             fold = MEAN if view.code in FLOATS else MAXIMUM
-            leaves.append(([view.address], view.code, [1.0], 1.0, view.elements, fold, out, 0, view.code, 0))
+            operands = LeafOperands(
+                [view.address], view.code, [1.0], 1.0, view.elements, fold, out, result_code=view.code
+            )
+            leaves.append(operands)
         if leaves:
             weighted_sum(leaves, self.device, self.stream, False)
 
@@ -151,10 +154,7 @@ def operands_of(model: Any, mean: Any, out: Any, what: str = "mean") -> Operands
         TypeError, ValueError: names, shapes, dtypes, libraries or devices differ, or `out` does not fit; the message
             names the leaf.
     """
-    try:
-        structure = Structure(model)
-    except (TypeError, ValueError) as error:
-        raise type(error)(str(error).replace("client 0", "model", 1)) from None
+    structure = Structure(model, "model")
     leaves = _leaves_of(model, structure, "model")
     for index, leaf in enumerate(leaves):
         _check_alike(leaf, leaves[0], f"model, {structure.leaf_name(index)}", device_only=True)
@@ -170,11 +170,7 @@ def operands_of(model: Any, mean: Any, out: Any, what: str = "mean") -> Operands
 
 def _leaves_of(update: Any, structure: Structure, who: str) -> list[ModelLeaf]:
     leaves = []
-    try:
-        arrays = structure.leaves(update, who)
-    except (TypeError, ValueError) as error:
-        raise type(error)(str(error).replace("the first client's", "the model's")) from None
-    for index, array in enumerate(arrays):
+    for index, array in enumerate(structure.leaves(update, who, "the model's")):
         try:
             kind, adopted = adopt(array)
             leaves.append(ModelLeaf(kind, kind.dtype_of(adopted), kind.view(adopted)))
