@@ -2,6 +2,7 @@
 // that every client is read once and few streams are open at a time. Between groups the sums stay in the first-level
 // cache as float64; the last group's loop can store the means itself.
 #pragma once
+#include "core/rows.h"
 #include "integer_weights.h"
 #include "stream.h"
 #include "unaligned.h"
@@ -337,6 +338,26 @@ void store_maximum(const Leaf& leaf, int64_t begin, int64_t end) {
   }
 }
 
+/// Whether a client's elements [begin, end) are finite: all that a leaf without a destination asks for.
+template <class Lanes>
+bool all_finite(const Source& source, int64_t begin, int64_t end) {
+  bool finite = true;
+  with_code(source.code, [&](auto constant) {
+    constexpr Code code = constant.value, work = code == Code::float64 ? code : Code::float32;
+    if constexpr (!is_integer(code) && code != Code::state48) {
+      walk<Lanes>(begin, begin, end, [&](auto lanes, int64_t i, int64_t to) {
+        using Own = decltype(lanes);
+        auto mask = not_finite(typename Numbers<Own, work>::Part{});
+        for (; i + Own::width <= to; i += Own::width)
+          for (const auto& part : decoded<Own, code, work>(source, i).values) mask |= not_finite(part);
+        finite &= !Own::any(mask);
+        return i;
+      });
+    }
+  });
+  return finite;
+}
+
 /// `weighted_sum` of the elements [begin, end) of a leaf, `begin` a multiple of kSums; true if every sum is finite.
 /// With `stream`, the result bypasses the cache.
 template <class Lanes>
@@ -347,6 +368,8 @@ bool weighted_sum(const Leaf& leaf, int64_t begin, int64_t end, bool stream) {
     });
     return true;
   }
+  if (leaf.out == nullptr && leaf.clients == 1 && leaf.sources[0].code != Code::state48)
+    return all_finite<Lanes>(leaf.sources[0], begin, end);
   bool finite = true;
   alignas(64) double sums[kSums];
   for (; begin < end; begin += kSums) {

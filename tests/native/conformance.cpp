@@ -149,6 +149,11 @@ void check_weighted_sum(const fastagg::Kernels& kernels, Code from, Code to, int
     canonicalise(out, to, count);
     return finite;
   };
+  for (const auto& source : sources) {  // a leaf without a destination: whether the client is finite
+    const fastagg::Leaf leaf{&source, weights.data(), 1, fastagg::Fold::mean, to, 1, 0, count, nullptr, nullptr};
+    if (kernels.weighted_sum(leaf, 0, count, false) != fastagg::scalar_kernels->weighted_sum(leaf, 0, count, false))
+      ++failures, std::printf("FAILED: the look for values that are not finite\n");
+  }
   const int64_t bytes = fastagg::encoded_bytes(to, count), shift = (count % 3) * fastagg::encoded_bytes(to, 1);
   for (const bool stream : {false, true}) {
     Buffer expected(bytes, shift), actual(bytes, shift), expected_low(2 * count, 0), actual_low(2 * count, 0);
