@@ -26,7 +26,7 @@ from fastagg.files.mapped_file import MappedFile
 from machine import seconds, use_all_processors
 
 MEGABYTE = 1_000_000
-FILES, MEGABYTES, ROUNDS = 8, 500, 7
+FILES, MEGABYTES, ROUNDS = 8, 500, 11
 QUICK_MEGABYTES, QUICK_ROUNDS = 8, 1
 LARGEST_ERROR = 1.2e-7  # of the mean of |x|
 CHUNK = 1 << 20

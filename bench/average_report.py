@@ -13,9 +13,10 @@ FASTAGG, LIMIT = "fastagg average", "the limit: read all once, write one, sync"
 _COLUMNS = ("who", "median seconds", "best seconds", "GB/s read, median", "time / fastagg's")
 _HOW = """\
 Eight checkpoints in the page cache, an embedding and the layers of a transformer in fp32; the contenders took turns in
-one process. `fastagg average` and the limit sync the file that they write, the others do not. The limit reads the
-mapped files on the same threads without arithmetic. The memory is the peak of the command in a process of its own:
-Python, NumPy and the files' mapped pages included. The answer was held against float64 first."""
+one process. Ratios are medians of the rounds' own. `fastagg average` and the limit sync the file that they write, which
+takes longer now and then; the others do not. The limit reads the mapped files on the same threads without arithmetic.
+The memory is the peak of the command in a process of its own: Python, NumPy and the files' mapped pages included. The
+answer was held against float64 first."""
 
 
 @dataclass
