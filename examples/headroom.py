@@ -11,6 +11,7 @@ import argparse
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # now: optimizers load it, and loaded beside a group it would keep that to the very end
 from torch import nn
 
 from fastagg.ddp import report

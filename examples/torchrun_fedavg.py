@@ -10,6 +10,7 @@ import copy
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # now: optimizers load it, and loaded beside a group it would keep that to the very end
 from sklearn.datasets import load_digits
 from torch import nn
 
