@@ -263,8 +263,8 @@ def _gather_one_by_one(
                 dtype, leaf_shape, leaf_device = kind.dtype_of(array), view.shape, view.device
                 sources.append((view.address, 0, view.code, 0))
                 owners.append(view.owner)
-        except TypeError as error:
-            raise TypeError(f"client {client}, {structure.leaf_name(index)}: {error}") from None
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"client {client}, {structure.leaf_name(index)}: {error}") from None
         if shape is None:
             shape, device = leaf_shape, leaf_device
         who = f"client {client}, {structure.leaf_name(index)}"

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from fastagg._codes import Code, code_of_dtype, name_of
+from fastagg._kind import unsupported
 from fastagg._tensor import kind_named
 from fastagg.files.checkpoints import Checkpoint, LeafDescription
 from fastagg.files.mapped_file import MappedFile, spans_of_mapping
@@ -38,7 +39,9 @@ class TorchCheckpoint(Checkpoint):
     def __getitem__(self, name: str) -> np.ndarray:
         import torch
 
-        tensor = self._tensors[name].detach().resolve_neg().contiguous()
+        from fastagg._plain_tensors import in_order
+
+        tensor = in_order(self._tensors[name])
         if code_of_dtype(tensor.dtype) == Code.BFLOAT16:
             array = tensor.view(torch.int16).numpy().view(kind_named("numpy").dtype_for(Code.BFLOAT16))
         else:
@@ -57,6 +60,8 @@ def _load(path: Path) -> Mapping[str, Any]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError:
+        if any(name.endswith(".DTensor") for name in torch.serialization.get_unsafe_globals_in_checkpoint(path)):
+            raise TypeError(f"{path}: expected plain tensors, got DTensors: save their full_tensor()") from None
         raise ValueError(
             f"{path}: not loaded, for it is damaged or holds more than tensors and plain values (expected a "
             "state_dict that torch.save wrote)"
@@ -72,15 +77,19 @@ def _load(path: Path) -> Mapping[str, Any]:
 def _describe(path: Path, name: Any, tensor: Any) -> LeafDescription:
     import torch
 
+    from fastagg._plain_tensors import check_plain
+
     if not isinstance(tensor, torch.Tensor):
         hint = f": save the state_dict under {name!r} alone" if isinstance(tensor, Mapping) else ""
         raise TypeError(f"{path}: leaf {name!r}: expected a tensor, got {type(tensor).__name__}{hint}")
     if not isinstance(name, str):
         raise TypeError(f"{path}: leaf {name!r}: expected a text as its name")
-    if code_of_dtype(tensor.dtype) is None or tensor.layout is not torch.strided:
-        raise TypeError(f"{path}: leaf {name!r}: {tensor.layout} {tensor.dtype} is not supported")
-    if tensor.is_meta:
-        raise TypeError(f"{path}: leaf {name!r}: expected a tensor with values, got one on the meta device")
+    try:
+        check_plain(tensor)
+    except TypeError as error:
+        raise TypeError(f"{path}: leaf {name!r}: {error}") from None
+    if code_of_dtype(tensor.dtype) is None:
+        raise TypeError(f"{path}: leaf {name!r}: {unsupported(tensor.dtype)}")
     if code_of_dtype(tensor.dtype) == Code.BFLOAT16:
         kind_named("numpy").dtype_for(Code.BFLOAT16)  # may be missing
     return LeafDescription(name_of(tensor.dtype), tuple(tensor.shape))
