@@ -6,7 +6,6 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ import numpy as np
 
 from fastagg._codes import float_code, wire_name
 from fastagg._errors import DroppedUpdateWarning
+from fastagg._one_thread import OneThread
 from fastagg.averaging import check_policies
 from fastagg.files.agreement import leaves_of_mean
 from fastagg.files.checkpoints import Checkpoint
@@ -155,7 +155,10 @@ def average(
         combination = combine([numbers[index] for index in used], normalize)
         files = Files([checkpoints[index] for index in used], meter.add)
         means = Means(files, combination, integer_policy, check=nan_policy != "propagate")
-        with open_output(output, checkpoints[0], leaves, wire, force) as writer, ThreadPoolExecutor(1) as background:
+        with (
+            open_output(output, checkpoints[0], leaves, wire, force) as writer,
+            OneThread("fastagg-files") as background,
+        ):
             written = background.submit(_write, writer, [], [])
             for batch in batches(leaves, len(used)):
                 arrays = means.of(batch, leaves)
