@@ -24,18 +24,20 @@ namespace {
 
 /// What one parallel_for hands to the threads.
 struct Job {
-  void (*body)(void*, int64_t);
+  void (*body)(void*, int64_t, int);
   void* context;
   int64_t tasks;
   std::atomic<int64_t> next{0};
+  std::atomic<int> workers{0};
   std::mutex failing{};
   std::exception_ptr failure{};  // the first exception of a task, for the caller
 
   /// Does tasks until none is left. An exception, such as that of a failed allocation, ends them for all threads.
   void run() noexcept {
     const FloatEnvironment environment;
+    const int worker = workers.fetch_add(1, std::memory_order_relaxed);
     try {
-      for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) body(context, task);
+      for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) body(context, task, worker);
     } catch (...) {
       next.store(tasks, std::memory_order_relaxed);
       const std::lock_guard lock(failing);
@@ -158,7 +160,7 @@ int get_num_threads() {
 
 void set_num_threads(int count) { thread_count.store(count, std::memory_order_relaxed); }
 
-void parallel_for(int64_t tasks, int threads, void (*body)(void*, int64_t), void* context) {
+void parallel_for(int64_t tasks, int threads, void (*body)(void*, int64_t, int), void* context) {
   Job job{body, context, tasks};
   threads = static_cast<int>(std::min<int64_t>(tasks, threads));
   if (threads <= 1) return job.run_alone();
