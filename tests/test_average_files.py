@@ -634,8 +634,15 @@ def test_object_arrays_and_other_contents_are_refused(tmp_path):
 
 
 def test_pt_files_without_values_and_of_other_kinds_are_named(tmp_path):
-    torch.save({"w": torch.empty(3, device="meta")}, tmp_path / "meta.pt")
-    refuses(TypeError, r"meta\.pt: leaf 'w': .*meta device", [tmp_path / "meta.pt"], tmp_path / "out.pt")
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    for name, leaf, message in (
+        ("meta", torch.empty(3, device="meta"), "got meta: it has no values"),
+        ("nested", nested, r"got a nested one: pass its to_padded_tensor\(value\)"),
+        ("sparse", torch.ones(3).to_sparse(), r"pass its to_dense\(\)"),
+    ):
+        torch.save({"w": leaf}, tmp_path / f"{name}.pt")
+        path = tmp_path / f"{name}.pt"
+        refuses(TypeError, rf"{name}\.pt: leaf 'w': .*{message}", [path], tmp_path / "out.pt")
     torch.save({"w": torch.ones(3)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     refuses(ValueError, r"old\.pt: .* since torch 1\.6", [tmp_path / "old.pt"], tmp_path / "out.pt")
 

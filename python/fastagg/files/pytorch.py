@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def _load(path: Path) -> Mapping[str, Any]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError:
-        if any(name.endswith(".DTensor") for name in torch.serialization.get_unsafe_globals_in_checkpoint(path)):
+        if _holds_dtensors(path):
             raise TypeError(f"{path}: expected plain tensors, got DTensors: save their full_tensor()") from None
         raise ValueError(
             f"{path}: not loaded, for it is damaged or holds more than tensors and plain values (expected a "
@@ -72,6 +73,16 @@ def _load(path: Path) -> Mapping[str, Any]:
     if not isinstance(loaded, Mapping):
         raise TypeError(f"{path}: expected a state_dict, got {type(loaded).__name__}")
     return loaded
+
+
+def _holds_dtensors(path: Path) -> bool:
+    """Whether a file that was not loaded names torch's DTensor, which only a process that uses them can load."""
+    import torch
+
+    names: list[str] = []
+    with suppress(Exception):  # it may be damaged as well
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    return any(name.endswith(".DTensor") for name in names)
 
 
 def _describe(path: Path, name: Any, tensor: Any) -> LeafDescription:
