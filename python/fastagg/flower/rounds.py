@@ -13,6 +13,7 @@ from flwr.app import Message
 from flwr.serverapp.exception import AggregationError
 
 from fastagg._errors import NonFiniteUpdateError
+from fastagg._sent import Sent
 from fastagg.accumulator import Accumulator
 from fastagg.averaging import NONFINITE
 from fastagg.flower.arrays import FreshArrays, Leaf, in_dtype
@@ -63,15 +64,17 @@ class Settings(NamedTuple):
         weighed: a reply with its weight in the mean.
         aggregate: writes the mean of replies of one form, by their weights, into arrays; its last argument is the
             nan_policy "drop" or "propagate".
+        sent: what the mean is to know of the model that was sent, as it is when the first reply comes.
     """
 
     nan_policy: str
-    integer_policy: str
+    integer_policy: str | None
     streaming: bool
     in_model_dtypes: bool
     metric_lengths: bool
     weighed: Callable[[Reply], Reply]
     aggregate: Callable[[list[Reply], list[float], dict[str, np.ndarray], str], Members]
+    sent: Callable[[], Sent | None]
 
 
 class Round(ABC):
@@ -258,8 +261,7 @@ class _Streamed:
 
     def __init__(self, settings: Settings, model: dict[str, Leaf], leave_out: Callable[[int, str], None]) -> None:
         self._settings, self._model = settings, model
-        nan_policy = "propagate" if settings.nan_policy == "propagate" else "raise"
-        self._sums = Accumulator(nan_policy=nan_policy, integer_policy=settings.integer_policy, low_memory=True)
+        self._sums: Accumulator | None = None
         self._leaves: dict[str, _Form] = {}
         self._form: frozenset[Any] = frozenset()
         self._replies: list[Reply] = []
@@ -271,6 +273,8 @@ class _Streamed:
             UnusableReplyError: it differs from the model or from the first reply, or holds a NaN or an infinity.
         """
         form = self._checked_form(reply)
+        if self._sums is None:
+            self._sums = self._new_sums()
         try:
             self._sums.add(reply.leaves, reply.weight)
         except NonFiniteUpdateError as error:
@@ -284,6 +288,11 @@ class _Streamed:
             self._leaves = {name: _Form(tuple(leaf.shape), leaf.dtype) for name, leaf in reply.leaves.items()}
         self._replies.append(reply._replace(leaves={}))
 
+    def _new_sums(self) -> Accumulator:
+        policy = "propagate" if self._settings.nan_policy == "propagate" else "raise"
+        integer_policy, sent = self._settings.integer_policy, self._settings.sent()
+        return Accumulator(nan_policy=policy, integer_policy=integer_policy, low_memory=True, sent=sent)
+
     def _checked_form(self, reply: Reply) -> frozenset[Any]:
         wanted, leaves = form_of(self._model), form_of(reply.leaves)
         if wanted and leaves != wanted:
@@ -295,7 +304,7 @@ class _Streamed:
 
     def mean(self) -> Mean | None:
         """The mean, and whose it is; None if there is nobody."""
-        if not self._replies:
+        if self._sums is None or not self._replies:
             return None
         arrays = FreshArrays(self._leaves)
         self._sums.result(out=arrays.views)
