@@ -18,7 +18,7 @@ import numpy as np
 from fastagg._backend import SourceOperands
 from fastagg._buffers import is_buffer
 from fastagg._codes import FLOATS, Code
-from fastagg._tensor import Kind, View, adopt, kind_of
+from fastagg._tensor import Kind, View, adopt
 from fastagg._updates import Structure
 from fastagg.quantization import Quantized, dequantize, quantize, source_operands
 
@@ -120,7 +120,7 @@ class SentLeaves:
         totals = [
             (code, math.fsum(share)) for code, share in zip(codes, shares.values(), strict=True) if not code.nonfinite
         ]
-        plain = kind_of(x).view(x)
+        plain = adopt(x)[0].view(x)
         sources = [(plain.address, 0, plain.code, 0), *(source_operands(code) for code, _ in totals)]
         weights = [math.fsum(share for _, share in totals), *(-share for _, share in totals)]
         return Correction(sources, weights, [x, *codes]) if totals else None

@@ -237,13 +237,13 @@ class _Mean:
             if leaf.code is not None or not leaf.is_float:
                 continue
             owners = leaf.owners if contributing is None else [leaf.owners[client] for client in contributing]
-            sources, code, weights, divisor, *others = operands
+            sources, code, weights, divisor = operands[:4]
             correction = sent.correction(index, owners, weights)
             if correction is not None:
                 corrections.append(correction)
                 rescaled, _ = scale_weights([*weights, *correction.weights])
                 divisor *= rescaled[0] / weights[0]
-                leaves[index] = ([*sources, *correction.sources], code, rescaled, divisor, *others)
+                leaves[index] = ([*sources, *correction.sources], code, rescaled, divisor, *operands[4:])
         return corrections
 
     def offenders(self, weights: list[float], flagged: list[int], every: bool) -> dict[int, int]:
