@@ -116,10 +116,9 @@ def float_code(dtype: Any) -> Code:
     Raises:
         TypeError: it is not one of fp64, fp32, fp16 and bf16.
     """
-    if isinstance(dtype, str):  # which may be anybody's, and is not to stay in a cache
-        code = _DTYPES.get(dtype)
-    else:
-        code = Code.FLOAT64 if dtype is float else code_of_dtype(dtype)  # Python's float, as NumPy takes it
+    if dtype is float:  # Python's, as NumPy takes it
+        dtype = "float64"
+    code = _DTYPES.get(dtype) if isinstance(dtype, str) else code_of_dtype(dtype)  # no cache keeps anybody's text
     if code not in FLOATS:
         raise TypeError(f"dtype: expected fp64, fp32, fp16 or bf16, got {quoted(dtype)}")
     return code

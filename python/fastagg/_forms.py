@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any, Generic, TypeVar
 
@@ -14,7 +15,7 @@ Group = TypeVar("Group")
 class Forms(Generic[Form, Group]):
     """At most `MOST_FORMS` groups by form; of equal rank, the one that came first is the best.
 
-    A group that has grown twice while others have not stays: so a few clients cannot push out what many agree on.
+    What has come twice stays before what has come once: so clients with a form each cannot push out what many agree on.
     """
 
     def __init__(self, rank: Callable[[Form, Group], Any]) -> None:
@@ -22,6 +23,7 @@ class Forms(Generic[Form, Group]):
         self._rank = rank
         self._groups: dict[Form, Group] = {}
         self._grown: dict[Form, int] = {}  # when each has last grown
+        self._seen: Counter[int] = Counter()  # how often each has grown, also those that had to go
         self._time = 0
 
     def __iter__(self) -> Iterator[tuple[Form, Group]]:
@@ -32,15 +34,19 @@ class Forms(Generic[Form, Group]):
         return self._groups.get(form)
 
     def has_grown(self, form: Form, group: Group) -> Group | None:
-        """Keeps a group that has grown or is new; returns one that had to go, the lowest and longest unchanged."""
+        """Keeps a group that has grown or is new; returns one that had to go: the least seen, then lowest, then oldest."""
         self._time += 1
+        self._seen[hash(form)] += 1
         self._groups[form], self._grown[form] = group, self._time
         if len(self._groups) <= MOST_FORMS:
             return None
         others = [other for other in self._groups if other != form]
-        lowest = min(others, key=lambda other: (self._rank(other, self._groups[other]), self._grown[other]))
+        lowest = min(others, key=self._worth)
         del self._grown[lowest]
         return self._groups.pop(lowest)
+
+    def _worth(self, form: Form) -> tuple[int, Any, int]:
+        return self._seen[hash(form)], self._rank(form, self._groups[form]), self._grown[form]
 
     def best(self) -> Form | None:
         """The form of the highest rank; None if there is none."""

@@ -13,7 +13,6 @@ from fastagg._codes import name_of
 from fastagg._quoting import printable, quoted
 from fastagg.flower.arrays import Leaf, read_record
 
-
 # Beyond it a sum of weights, or of weighted values, could leave the range of floats; `Accumulator` has the same.
 _LARGEST_WEIGHT = 2.0**300
 
