@@ -34,7 +34,7 @@ class Forms(Generic[Form, Group]):
         return self._groups.get(form)
 
     def has_grown(self, form: Form, group: Group) -> Group | None:
-        """Keeps a group that has grown or is new; returns one that had to go: the least seen, then lowest, then oldest."""
+        """Keeps a group that has grown or is new; returns one that had to go: the least seen, lowest, oldest."""
         self._time += 1
         self._seen[hash(form)] += 1
         self._groups[form], self._grown[form] = group, self._time

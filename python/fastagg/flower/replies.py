@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Mapping
 from functools import lru_cache
@@ -13,8 +14,8 @@ from fastagg._codes import name_of
 from fastagg._quoting import printable, quoted
 from fastagg.flower.arrays import Leaf, read_record
 
-# Beyond it a sum of weights, or of weighted values, could leave the range of floats; `Accumulator` has the same.
-_LARGEST_WEIGHT = 2.0**300
+# Those of `Accumulator`: beyond them a sum of weights, or of weighted metrics, could leave the range of floats.
+_LARGEST_WEIGHT, _SMALLEST_WEIGHT = 2.0**300, 2.0**-300
 
 _NO_LIST, _ANY_LENGTH = -1, -2  # in the place of a metric's length
 
@@ -111,8 +112,10 @@ def _read_weight(metrics: MetricRecord, key: str) -> float:
     if key not in metrics:
         raise UnusableReplyError(f"its MetricRecord has no {key!r}, by which replies are weighted")
     value = metrics[key]
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= _LARGEST_WEIGHT:
-        raise UnusableReplyError(f"expected a finite {key!r} from 0 to 2**300, got {quoted(value)}")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise UnusableReplyError(f"expected a finite {key!r} of 0 or more, got {quoted(value)}")
+    if value and not _SMALLEST_WEIGHT <= value <= _LARGEST_WEIGHT:
+        raise UnusableReplyError(f"its weight: expected 0, or 2**-300 to 2**300, got {quoted(value)}")
     return float(value)
 
 
