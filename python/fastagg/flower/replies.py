@@ -115,7 +115,7 @@ def _read_weight(metrics: MetricRecord, key: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
         raise UnusableReplyError(f"expected a finite {key!r} of 0 or more, got {quoted(value)}")
     if value and not _SMALLEST_WEIGHT <= value <= _LARGEST_WEIGHT:
-        raise UnusableReplyError(f"its weight: expected 0, or 2**-300 to 2**300, got {quoted(value)}")
+        raise UnusableReplyError(f"its weight: expected 0, or 2**-300 to 2**300, got {quoted(value)} as {key!r}")
     return float(value)
 
 

@@ -147,7 +147,7 @@ def form_of(model: FLModel, leaves: Mapping[str, Any], current_round: int | None
         try:
             array = adopt(leaf)[1]
         except TypeError as error:
-            raise TypeError(f"leaf {quoted(name)}: {error}") from None
+            raise TypeError(f"leaf {quoted(name)}: {printable(str(error), 200)}") from None
         if code_of_dtype(array.dtype) is None:
             raise TypeError(f"leaf {quoted(name)}: dtype {printable(name_of(array.dtype))} is not supported")
         described.append((name, tuple(array.shape), name_of(array.dtype)))
