@@ -31,9 +31,10 @@ MAY_INCLUDE = {
 
 # Floor 4: what each module may import of fastagg. All others are floor 5, which no module of floor 4 may import.
 MAY_IMPORT = {
-    "_codes": set(),
+    "_codes": {"_quoting"},
     "_errors": set(),
-    "_arguments": set(),
+    "_arguments": {"_quoting"},
+    "_quoting": set(),
     "_backend": {"_arguments", "_core", "_codes", "_extras"},
     "_extras": set(),
     "_build": {"_core"},
@@ -42,8 +43,8 @@ MAY_IMPORT = {
     "_torch_arrays": {"_core", "_codes", "_kind"},
     "_cupy_arrays": {"_codes", "_kind", "_numpy_arrays"},
     "_tensor": {"_cupy_arrays", "_kind", "_numpy_arrays", "_torch_arrays"},
-    "quantization": {"_core", "_backend", "_codes", "_tensor"},
-    "_updates": {"_tensor", "quantization"},
+    "quantization": {"_core", "_backend", "_codes", "_quoting", "_tensor"},
+    "_updates": {"_quoting", "_tensor", "quantization"},
     "_overlap": {"_core", "_codes"},
     "statistics": set(),
     "averaging": {"_backend", "_codes", "_errors", "_overlap", "_tensor", "_updates", "quantization", "statistics"},

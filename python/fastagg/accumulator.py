@@ -326,14 +326,13 @@ class Accumulator:
                 self._leaves, self._structure, self._device = lay_out(inputs, self.integer_policy), structure, device
             return inputs
         for index, (leaf, known) in enumerate(zip(inputs, self._leaves, strict=True)):
-            who = f"client {client}, {structure.leaf_name(index)}"
             if leaf.shape != known.shape:
-                raise ValueError(f"{who}: expected shape {known.shape} like the first client's, got {leaf.shape}")
+                expected = f"expected shape {known.shape} like the first client's, got {leaf.shape}"
+                raise ValueError(f"client {client}, {structure.leaf_name(index)}: {expected}")
             as_codes = isinstance(columns[index], Quantized) and known.code in FLOATS
             if name_of(leaf.dtype) != name_of(known.dtype) and not as_codes:
-                raise TypeError(
-                    f"{who}: expected dtype {name_of(known.dtype)} like the first client's, got {name_of(leaf.dtype)}"
-                )
+                expected = f"expected dtype {name_of(known.dtype)} like the first client's, got {name_of(leaf.dtype)}"
+                raise TypeError(f"client {client}, {structure.leaf_name(index)}: {expected}")
         if device != self._device:
             raise ValueError(f"client {client}: expected device {self._device} like the first client's, got {device}")
         return inputs

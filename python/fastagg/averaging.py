@@ -12,7 +12,8 @@ import numpy as np
 from fastagg import _overlap
 from fastagg._backend import MAXIMUM, MEAN, LeafOperands, LeafTuple, MeasurementOperands, statistics, weighted_sum
 from fastagg._codes import FLOATS, Code, code_of_dtype, float_code, name_of
-from fastagg._errors import DroppedUpdateWarning, NonFiniteUpdateError
+from fastagg._errors import NONFINITE as NONFINITE
+from fastagg._errors import DroppedUpdateWarning, NonFiniteUpdateError, NoUpdateLeftError
 from fastagg._tensor import Kind, View, adopt, kind_of
 from fastagg._updates import Structure, as_list, as_weights
 from fastagg.quantization import Quantized, device_of, source_operands
@@ -20,7 +21,6 @@ from fastagg.statistics import Statistics, by_client
 
 NAN_POLICIES = ("raise", "drop", "propagate")
 INTEGER_POLICIES = ("max", "first", "round")
-NONFINITE = "holds a NaN or an infinity"
 
 
 class LeafInputs(NamedTuple):
@@ -135,9 +135,9 @@ def _averaged(
     if offenders and nan_policy == "raise":
         client, index = next(iter(offenders.items()))
         raise NonFiniteUpdateError(f"client {client}, {structure.leaf_name(index)}: {NONFINITE}")
-    if offenders:
-        mean.run(_without(weights, offenders, structure), check=False)
     dropped = {client: structure.leaf_name(index) for client, index in offenders.items()}
+    if dropped:
+        mean.run(_without(weights, dropped), check=False)
     return _Average(results, dropped, mean.statistics(structure, weights) if stats else None)
 
 
@@ -430,14 +430,13 @@ def _checked_out_view(leaf: LeafInputs, array: Any) -> View:
     return view
 
 
-def _without(weights: list[float], offenders: dict[int, int], structure: Structure) -> list[float]:
-    """The weights with those of the offenders set to 0.
+def _without(weights: list[float], dropped: dict[int, str]) -> list[float]:
+    """The weights with those of the dropped set to 0.
 
     Raises:
-        ValueError: nobody is left.
+        NoUpdateLeftError: nobody is left.
     """
-    kept = [0.0 if client in offenders else weight for client, weight in enumerate(weights)]
+    kept = [0.0 if client in dropped else weight for client, weight in enumerate(weights)]
     if not any(kept):
-        who = "; ".join(f"client {client}, {structure.leaf_name(index)}" for client, index in offenders.items())
-        raise ValueError(f"every contributing client {NONFINITE}, so none is left to average: {who}")
+        raise NoUpdateLeftError(dropped)
     return kept

@@ -11,6 +11,7 @@ import numpy as np
 from fastagg import _core
 from fastagg._backend import CastOperands, SourceOperands, backend_for
 from fastagg._codes import FLOATS, WIRES, Code, float_code, wire_name
+from fastagg._quoting import quoted
 from fastagg._tensor import Kind, View, adopt, kind_of
 
 DEFAULT_BLOCK = 256
@@ -256,14 +257,14 @@ def check_block(wire: str, block: int | None) -> int | None:
     """
     if not _has_scales(wire):
         if block is not None:
-            raise ValueError(f"block: {wire} has no scales, so no block, got {block!r}")
+            raise ValueError(f"block: {wire} has no scales, so no block, got {quoted(block)}")
         return None
     if block is None:
         return DEFAULT_BLOCK
     low, high = _core.MINIMUM_BLOCK, _core.MAXIMUM_BLOCK
     block = int(block) if isinstance(block, np.integer) else block
     if not isinstance(block, int) or not low <= block <= high or block & (block - 1):
-        raise ValueError(f"block: expected a power of two from {low} to {high}, got {block!r}")
+        raise ValueError(f"block: expected a power of two from {low} to {high}, got {quoted(block)}")
     return block
 
 
@@ -325,7 +326,8 @@ def _check_layout(q: Quantized) -> None:
     kind, data = q._kind, q._data
     layout = codes_layout(kind, q.wire, q.shape, q.block)
     if data.shape != layout.shape:
-        raise ValueError(f"data: expected shape {layout.shape} for {q.wire} of {q.shape}, got {data.shape}")
+        expected = f"expected shape {quoted(layout.shape)} for {q.wire} of {quoted(q.shape)}"
+        raise ValueError(f"data: {expected}, got {data.shape}")
     if q.data.dtype != layout.dtype:
         raise TypeError(f"data: expected {layout.dtype} for {q.wire}, got {q.data.dtype}")
     if not _has_scales(q.wire):

@@ -18,8 +18,10 @@ import numpy as np
 from flwr.app import Array, ArrayRecord
 
 from fastagg import _core
+from fastagg._arguments import as_shape
 from fastagg._codes import FLOATS, WIRES, Code, code_of_dtype, name_of, wire_name
 from fastagg._npy import NpyHeader, npy_header, read_npy_header
+from fastagg._quoting import printable, quoted
 from fastagg._tensor import HUGE, kind_named
 from fastagg.quantization import Quantized, codes_layout, dequantize
 from fastagg.server.buffers import is_buffer
@@ -27,6 +29,7 @@ from fastagg.server.buffers import is_buffer
 Leaf = np.ndarray | Quantized
 
 _CHUNK = 1 << 16  # elements of a temporary that stays in the cache
+_LONGEST_ERROR = 150  # characters of NumPy's, which repeats the header
 _NUMPY = "numpy.ndarray"
 _OURS = "fastagg"
 
@@ -80,11 +83,12 @@ def read_leaf(array: Array) -> Leaf:
         TypeError: it is serialised in another way, or holds elements that cannot be averaged.
         ValueError: its bytes are not what its header promises.
     """
-    if array.stype == _NUMPY:
+    stype = array.stype
+    if stype == _NUMPY:
         return read_npy(array.data)
-    if array.stype.split(".")[0] == _OURS:
+    if isinstance(stype, str) and stype.split(".", 1)[0] == _OURS:
         return _read_quantized(array)
-    raise TypeError(f"expected an array serialised by numpy.ndarray or fastagg, got {array.stype!r}")
+    raise TypeError(f"expected an array serialised by numpy.ndarray or fastagg, got {quoted(stype)}")
 
 
 def read_record(record: ArrayRecord) -> dict[str, Leaf]:
@@ -93,8 +97,9 @@ def read_record(record: ArrayRecord) -> dict[str, Leaf]:
     for name, array in record.items():
         try:
             leaves[name] = read_leaf(array)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"leaf {name!r}: {error}") from None
+        except Exception as error:  # an overflow, for one: bytes can claim to be anything
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"leaf {quoted(name)}: {error}") from None
     return leaves
 
 
@@ -109,7 +114,8 @@ def read_npy(data: bytes) -> np.ndarray:
     header = _parse_header(data[:size])
     got = len(data) - size
     if got != header.nbytes:
-        raise ValueError(f"its header promises {header.nbytes} bytes of {header.dtype} {header.shape}, got {got}")
+        promised = f"{quoted(header.nbytes)} bytes of {header.dtype} {quoted(header.shape)}"
+        raise ValueError(f"its header promises {promised}, got {got}")
     flat = np.frombuffer(data, header.dtype, offset=size) if got else np.empty(0, header.dtype)
     if header.dtype == np.bool_ and flat.view(np.uint8).max(initial=0) > 1:
         raise ValueError("its bytes are not those of bools")
@@ -119,20 +125,24 @@ def read_npy(data: bytes) -> np.ndarray:
 @lru_cache(maxsize=4096)
 def _parse_header(header: bytes) -> NpyHeader:
     """A header of elements that can be averaged; all clients' arrays of a leaf begin with the same bytes."""
-    parsed = read_npy_header(io.BytesIO(header))
+    try:
+        parsed = read_npy_header(io.BytesIO(header))
+    except ValueError as error:
+        raise ValueError(printable(str(error), _LONGEST_ERROR)) from None
     if code_of_dtype(parsed.dtype) is None:
-        raise TypeError(f"dtype {parsed.dtype} is not supported (expected a real floating, integer or bool dtype)")
+        expected = "expected a real floating, integer or bool dtype"
+        raise TypeError(f"dtype {printable(str(parsed.dtype))} is not supported ({expected})")
     return parsed
 
 
 def _read_quantized(array: Array) -> Leaf:
     wire, block = _parse_stype(array.stype)
-    shape = tuple(array.shape)
+    shape = as_shape(array.shape)
     layout = codes_layout(kind_named("numpy"), wire, shape, block)
     scales_size = 4 * layout.scales
     expected = scales_size + math.prod(layout.shape) * layout.dtype.itemsize
     if len(array.data) != expected:
-        raise ValueError(f"expected {expected} bytes of {wire} codes for {shape}, got {len(array.data)}")
+        raise ValueError(f"expected {expected} bytes of {wire} codes for {quoted(shape)}, got {len(array.data)}")
     memory = np.frombuffer(array.data, np.uint8)
     scales = memory[:scales_size].view(np.float32) if block is not None else None
     codes = memory[scales_size:].view(layout.dtype).reshape(layout.shape)
@@ -144,8 +154,8 @@ def _read_quantized(array: Array) -> Leaf:
 
 def _parse_stype(stype: str) -> tuple[str, int | None]:
     _, wire, *block = stype.split(".")
-    if wire not in WIRES or len(block) > 1 or not all(part.isdecimal() for part in block):
-        raise ValueError(f"expected a stype such as fastagg.int8.256, got {stype!r}")
+    if wire not in WIRES or len(block) > 1 or not all(part.isdecimal() and len(part) < 10 for part in block):
+        raise ValueError(f"expected a stype such as fastagg.int8.256, got {quoted(stype)}")
     return wire_name(wire), int(block[0]) if block else None
 
 
