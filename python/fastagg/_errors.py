@@ -46,3 +46,7 @@ class NoUpdateLeftError(ValueError):
 
 class DroppedUpdateWarning(UserWarning):
     """A client's update was left out because of `nan_policy="drop"`; the message names it and its leaf."""
+
+
+class NotKeptWarning(UserWarning):
+    """Something that stands in a checkpoint, or beside it, is not in the file that was made of it."""
