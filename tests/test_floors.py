@@ -40,7 +40,8 @@ MAY_IMPORT = {
     "_build": {"_core"},
     "_kind": {"_codes"},
     "_numpy_arrays": {"_core", "_codes", "_kind"},
-    "_torch_arrays": {"_core", "_codes", "_kind"},
+    "_plain_tensors": set(),
+    "_torch_arrays": {"_core", "_codes", "_kind", "_plain_tensors"},
     "_cupy_arrays": {"_codes", "_kind", "_numpy_arrays"},
     "_tensor": {"_cupy_arrays", "_kind", "_numpy_arrays", "_torch_arrays"},
     "quantization": {"_core", "_backend", "_codes", "_quoting", "_tensor"},
@@ -58,7 +59,7 @@ MAY_IMPORT = {
     },
     "server/buffers": {"_codes"},
 }
-KNOW_A_LIBRARY = {"_torch_arrays", "_cupy_arrays"}
+KNOW_A_LIBRARY = {"_plain_tensors", "_torch_arrays", "_cupy_arrays"}
 ARRAY_LIBRARIES = {"torch", "cupy", "jax", "tensorflow"}
 
 

@@ -25,6 +25,7 @@ from fastagg.averaging import (
     check_policies,
     gather,
     is_finite,
+    located,
     nonfinite_leaves,
     scale_weights,
 )
@@ -222,6 +223,7 @@ class Accumulator:
             else:
                 views = check_out(inputs, structure, out)
             addresses = [view.address for view in views]
+            self._locate_pending()
             if self._write_mean(addresses):
                 self._fold()  # drops or raises
                 self._check_not_empty()
@@ -339,6 +341,7 @@ class Accumulator:
 
     def _fold(self) -> None:
         """Adds the updates that wait. A non-finite one is dropped or raised; then the others still wait."""
+        self._locate_pending()
         while self._pending:
             offenders = self._nonfinite_pending() if self._spoils_sums else {}
             if not offenders:
@@ -356,6 +359,33 @@ class Accumulator:
             if self._count == 0 and not self._pending:  # a refused first update says nothing of those to come
                 self._structure, self._spare = None, None
             self._report(offenders, structure)
+
+    def _locate_pending(self) -> None:
+        """Looks where the updates lie that have waited.
+
+        Raises:
+            TypeError, ValueError: one is no longer what was added; it waits no longer.
+        """
+        if self.batch == 1 or not self._pending:
+            return
+        try:
+            columns = [located([inputs[index] for _, inputs, _ in self._pending]) for index in range(len(self._leaves))]
+        except (TypeError, ValueError):
+            self._refuse_changed()
+            raise
+        waiting = zip(self._pending, zip(*columns, strict=True), strict=True)
+        self._pending = [(client, list(inputs), weight) for (client, _, weight), inputs in waiting]
+
+    def _refuse_changed(self) -> None:
+        """Raises for the first update that is no longer what was added, and lets go of it."""
+        assert self._structure is not None
+        for place, (client, inputs, _) in enumerate(self._pending):
+            for index, leaf in enumerate(inputs):
+                try:
+                    located([leaf])
+                except (TypeError, ValueError) as error:
+                    del self._pending[place]
+                    raise type(error)(f"client {client}, {self._structure.leaf_name(index)}: {error}") from None
 
     @property
     def _in_place(self) -> bool:

@@ -218,6 +218,38 @@ def gather(
     return _gather_one_by_one(column, structure, index, target, numbered_from)
 
 
+def located(column: list[LeafInputs]) -> list[LeafInputs]:
+    """What clients sent for one leaf a while ago, one each, where it lies now: a torch tensor's memory can be moved.
+
+    Raises:
+        ValueError: an array's memory has been taken away, or its shape or dtype changed.
+    """
+    first, owners = column[0], [leaf.owners[0] for leaf in column]
+    if not first.kind.memory_moves:
+        return column
+    addresses = [] if isinstance(owners[0], Quantized) else first.kind.addresses(owners)
+    if len(addresses) == len(column) and owners[0].shape == first.shape and owners[0].dtype == first.dtype:
+        return [_at(leaf, address) for leaf, address in zip(column, addresses, strict=True)]
+    return [_located_alone(leaf) for leaf in column]
+
+
+def _located_alone(leaf: LeafInputs) -> LeafInputs:
+    owner = leaf.owners[0]
+    if isinstance(owner, Quantized):
+        return leaf._replace(sources=[source_operands(owner)])
+    view = leaf.kind.view(owner)
+    expected = leaf.sources[0][2] if leaf.code is None else leaf.code
+    if view.owner is not owner or (view.shape, view.code) != (leaf.shape, expected):
+        raise ValueError("its shape, dtype or strides have changed since it was added")
+    return _at(leaf, view.address)
+
+
+def _at(leaf: LeafInputs, address: int) -> LeafInputs:
+    """The same at another address."""
+    source = address if leaf.code is not None else (address, *leaf.sources[0][1:])
+    return leaf if source == leaf.sources[0] else leaf._replace(sources=[source])
+
+
 def _uniform(
     column: list[Any],
     addresses: list[int],
@@ -263,8 +295,8 @@ def _gather_one_by_one(
                 dtype, leaf_shape, leaf_device = kind.dtype_of(array), view.shape, view.device
                 sources.append((view.address, 0, view.code, 0))
                 owners.append(view.owner)
-        except TypeError as error:
-            raise TypeError(f"client {client}, {structure.leaf_name(index)}: {error}") from None
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"client {client}, {structure.leaf_name(index)}: {error}") from None
         if shape is None:
             shape, device = leaf_shape, leaf_device
         who = f"client {client}, {structure.leaf_name(index)}"

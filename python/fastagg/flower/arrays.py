@@ -12,7 +12,7 @@ import io
 import math
 from collections.abc import Collection, Mapping
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord
@@ -25,6 +25,9 @@ from fastagg._quoting import printable, quoted
 from fastagg._tensor import HUGE, kind_named
 from fastagg.quantization import Quantized, codes_layout, dequantize
 from fastagg.server.buffers import is_buffer
+
+if TYPE_CHECKING:
+    import torch
 
 Leaf = np.ndarray | Quantized
 
@@ -206,10 +209,11 @@ def write_leaf(leaf: Any) -> Array:
         parts = [part for part in (leaf.scales, leaf.data) if part is not None]
         data = b"".join(_bytes_of(part) for part in parts)
         return Array(name_of(leaf.dtype), tuple(leaf.shape), stype, data)
+    leaf = leaf if isinstance(leaf, np.ndarray) else _on_host(leaf)
     if name_of(leaf.dtype) == "bfloat16":
         return Array("bfloat16", tuple(leaf.shape), f"{_OURS}.bf16", _bytes_of(leaf))
     array, view = _fresh(tuple(leaf.shape), np.dtype(name_of(leaf.dtype)))
-    view[...] = leaf if isinstance(leaf, np.ndarray) else leaf.detach().cpu().numpy()
+    view[...] = leaf if isinstance(leaf, np.ndarray) else leaf.numpy()
     return array
 
 
@@ -218,5 +222,13 @@ def _bytes_of(array: Any) -> bytes:
         return array.tobytes()
     import torch
 
-    elements: np.ndarray = array.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    elements: np.ndarray = _on_host(array).reshape(-1).view(torch.uint8).numpy()
     return elements.tobytes()
+
+
+def _on_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor's values in the host's memory; raises TypeError if they are not plain."""
+    from fastagg._plain_tensors import check_plain, in_order
+
+    check_plain(tensor)
+    return in_order(tensor).cpu()
