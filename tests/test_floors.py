@@ -48,16 +48,22 @@ MAY_IMPORT = {
     "_updates": {"_quoting", "_tensor", "quantization"},
     "_overlap": {"_core", "_codes"},
     "statistics": set(),
-    "averaging": {"_backend", "_codes", "_errors", "_overlap", "_tensor", "_updates", "quantization", "statistics"},
+    "_buffers": {"_codes"},
+    "_integer_codes": {"_codes"},
+    "_sent": {"_backend", "_buffers", "_codes", "_tensor", "_updates", "quantization"},
+    "averaging": {
+        *("_backend", "_codes", "_errors", "_integer_codes", "_overlap", "_sent", "_tensor", "_updates", "quantization"),
+        "statistics",
+    },
     "_sums": {"_codes", "_tensor", "averaging"},
     "_measured": {"_codes", "_sums", "_updates", "averaging", "statistics"},
     "_accumulator_state": {"_measured", "_sums", "_updates", "averaging"},
     "accumulator": {
-        *("_accumulator_state", "_arguments", "_backend", "_codes", "_errors", "_measured", "_sums", "_tensor"),
+        *("_accumulator_state", "_arguments", "_backend", "_codes", "_errors", "_measured", "_sent", "_sums", "_tensor"),
         "_updates",
         *("averaging", "quantization", "statistics"),
     },
-    "server/buffers": {"_codes"},
+    "server/buffers": {"_buffers"},
 }
 KNOW_A_LIBRARY = {"_plain_tensors", "_torch_arrays", "_cupy_arrays"}
 ARRAY_LIBRARIES = {"torch", "cupy", "jax", "tensorflow"}

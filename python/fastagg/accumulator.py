@@ -13,6 +13,7 @@ from fastagg._arguments import as_flag, as_integer
 from fastagg._backend import MAXIMUM, MEAN, LeafOperands, LeafTuple, statistics, weighted_sum
 from fastagg._codes import FLOATS, Code, name_of
 from fastagg._errors import DroppedUpdateWarning, NonFiniteUpdateError
+from fastagg._sent import Correction, Sent, SentLeaves, loses, note_rounded
 from fastagg._measured import Measured, floating, found_of, measurements, renumbered, table_of
 from fastagg._sums import ALIGNMENT, LeafSums, lay_out
 from fastagg._tensor import Kind, kind_named
@@ -20,6 +21,7 @@ from fastagg._updates import Structure, as_weights
 from fastagg.averaging import (
     LeafInputs,
     check_devices,
+    check_integers,
     check_measurable,
     check_out,
     check_policies,
@@ -67,23 +69,26 @@ class Accumulator:
         self,
         *,
         nan_policy: str = "raise",
-        integer_policy: str = "max",
+        integer_policy: str | None = None,
         batch: int = 1,
         low_memory: bool = False,
         stats: bool = False,
+        sent: Any = None,
     ) -> None:
         """An empty accumulator.
 
         Args:
             nan_policy: "raise", "drop" or "propagate", as in `fedavg`.
-            integer_policy: "max", "first" or "round", as in `fedavg`.
+            integer_policy: "max", "first", "round" or None, as in `fedavg`.
             batch: updates to hold by reference and fold in one pass. 1 keeps nothing of an update once `add` has
                 returned; more is faster, for callers who leave their arrays alone until they are folded.
             low_memory: keep the sums once, and look updates through before they are added to any: 6 bytes an element in
                 place of 12, for a little more time. Updates with fp64 leaves keep them twice all the same: their sums
                 can overflow.
             stats: keep `statistics`, gathered as updates are folded: 72 bytes a client and floating leaf. For updates
-                on the CPU.
+                on the CPU, and without `sent`.
+            sent: the model that the clients started from, as in `fedavg`; only referred to, so it must not change while
+                updates are added. It is in no checkpoint.
 
         Raises:
             TypeError, ValueError: an option is of another type, or none of its values.
@@ -98,15 +103,24 @@ class Accumulator:
         self._spare: Any = None
         self._device = "cpu"
         self._unused: list[tuple[str, Any]] = []
-        self.reset()
+        self.reset(sent=sent)
 
-    def reset(self) -> None:
-        """Forgets everything that was added; the memory of the sums stays for updates of the same size."""
+    def reset(self, *, sent: Any = None) -> None:
+        """Forgets everything that was added; the memory of the sums stays for updates of the same size.
+
+        Args:
+            sent: the model that the clients of the updates to come start from.
+        """
+        if self.stats and sent is not None:
+            raise ValueError("sent: an Accumulator(stats=True) cannot take it")
         with self._lock:
+            self._sent = sent if sent is None or isinstance(sent, Sent) else Sent(sent)
             blocks = [(self._device, block) for block in (self._sums, self._spare) if block is not None]
             self._unused = blocks or self._unused
             self._structure: Structure | None = None
             self._leaves: list[LeafSums] = []
+            self._sent_leaves: SentLeaves | None = None
+            self._rounded: set[int] = set()  # leaves that hold roundings nobody has taken out
             self._device = "cpu"
             self._sums = self._spare = None
             self._pending: list[tuple[int, list[LeafInputs], float]] = []
@@ -195,6 +209,7 @@ class Accumulator:
                     self._adopt(other)
                 blocks = [(self._leaves, self._sums)] if self._count else []
                 self._combine([*blocks, ([other._leaves[place] for place in places], other._sums)])
+                self._rounded |= {index for index, place in enumerate(places) if place in other._rounded}
                 self._count += other._count
                 self._total = math.fsum((self._total, other._total))
             self.dropped.extend(dropped._replace(client=self._added + dropped.client) for dropped in other.dropped)
@@ -228,7 +243,10 @@ class Accumulator:
                 self._fold()  # drops or raises
                 self._check_not_empty()
                 self._write_mean(addresses)
-            return structure.build(arrays) if out is None else out
+            result = structure.build(arrays) if out is None else out
+            for index, array in enumerate(structure.leaves(result, "out")):
+                note_rounded(array, index in self._rounded)
+            return result
 
     def _check_not_empty(self) -> None:
         if not (self._count or self._pending):
@@ -239,11 +257,17 @@ class Accumulator:
         weights = self._weights()
         scaled, _ = scale_weights(weights)
         total = self._total_of_all() * (scaled[0] / weights[0])
+        corrections = self._corrections()
         leaves: list[LeafOperands] = []
         for index, (leaf, address) in enumerate(zip(self._leaves, addresses, strict=True)):
             sources, fold = self._sources(index)
+            leaf_weights, divisor = scaled, total
+            if index in corrections:
+                sources = [*sources, *corrections[index].sources]
+                leaf_weights, _ = scale_weights([*weights, *corrections[index].weights])
+                divisor = self._total_of_all() * (leaf_weights[0] / weights[0])
             leaves.append(
-                LeafOperands(sources, None, scaled, total, leaf.elements, fold, address, result_code=leaf.code)
+                LeafOperands(sources, None, leaf_weights, divisor, leaf.elements, fold, address, result_code=leaf.code)
             )
         check = bool(self._pending) and self.nan_policy != "propagate"
         return weighted_sum(leaves, self._device, self._stream(), check)
@@ -264,6 +288,15 @@ class Accumulator:
             given = inputs[index]
             sources.append(given.sources[0] if given.code is None else (given.sources[0], 0, given.code, 0))
         return self._folded(leaf, sources)
+
+    def _corrections(self) -> dict[int, Correction]:
+        """By leaf, what takes the roundings of the updates that wait out of their sum; to be kept until it is made."""
+        if self._sent_leaves is None or not self._sent_leaves.unrounds:
+            return {}
+        weights = [weight for _, _, weight in self._pending]
+        columns = [[inputs[index].owners[0] for _, inputs, _ in self._pending] for index in range(len(self._leaves))]
+        found = {index: self._sent_leaves.correction(index, column, weights) for index, column in enumerate(columns)}
+        return {index: correction for index, correction in found.items() if correction is not None}
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of everything held, as plain values and one NumPy array of bytes, for `load_state_dict`."""
@@ -294,7 +327,7 @@ class Accumulator:
         """
         loaded = AccumulatorState.described(state)
         with self._lock:
-            self.reset()
+            self.reset(sent=self._sent)
             self._structure, self._leaves, self._device = loaded.structure, loaded.leaves, loaded.device
             if loaded.sums is not None:
                 self._sums = self._allocate(len(loaded.sums))
@@ -324,8 +357,13 @@ class Accumulator:
         device = check_devices(inputs, structure)
         check_measurable(device, self.stats)
         if self._structure is None:
+            if self.integer_policy is None:
+                check_integers(structure, inputs, [index for index, leaf in enumerate(inputs) if not leaf.is_float])
+            leaves = lay_out(inputs, self.integer_policy)
+            model = self._model(structure, leaves, device)
             if contributes:
-                self._leaves, self._structure, self._device = lay_out(inputs, self.integer_policy), structure, device
+                self._leaves, self._structure, self._device, self._sent_leaves = leaves, structure, device, model
+                self._note_roundings(columns)
             return inputs
         for index, (leaf, known) in enumerate(zip(inputs, self._leaves, strict=True)):
             if leaf.shape != known.shape:
@@ -337,7 +375,22 @@ class Accumulator:
                 raise TypeError(f"client {client}, {structure.leaf_name(index)}: {expected}")
         if device != self._device:
             raise ValueError(f"client {client}: expected device {self._device} like the first client's, got {device}")
+        if self._sent_leaves is None and self._sent is not None:  # the sums came from elsewhere
+            self._sent_leaves = self._model(structure, self._leaves, device)
+        if contributes:
+            self._note_roundings(columns)
         return inputs
+
+    def _model(self, structure: Structure, leaves: list[LeafSums], device: str) -> SentLeaves | None:
+        """The model that was sent, checked against the updates' leaves."""
+        if self._sent is None:
+            return None
+        return SentLeaves(self._sent, structure, [(kind_named(leaf.kind), leaf.shape, device) for leaf in leaves])
+
+    def _note_roundings(self, columns: list[Any]) -> None:
+        """Remembers the leaves of an update whose roundings nobody takes out of the sums."""
+        if Quantized in map(type, columns) and not (self._sent_leaves is not None and self._sent_leaves.unrounds):
+            self._rounded |= {index for index, leaf in enumerate(columns) if loses(leaf, self._leaves[index].code)}
 
     def _fold(self) -> None:
         """Adds the updates that wait. A non-finite one is dropped or raised; then the others still wait."""
@@ -357,7 +410,7 @@ class Accumulator:
             self._pending = [entry for entry in self._pending if entry[0] not in offenders]
             structure = self._structure
             if self._count == 0 and not self._pending:  # a refused first update says nothing of those to come
-                self._structure, self._spare = None, None
+                self._structure, self._spare, self._sent_leaves = None, None, None
             self._report(offenders, structure)
 
     def _locate_pending(self) -> None:
@@ -401,8 +454,16 @@ class Accumulator:
         """The waiting clients with a non-finite value, and their first such leaf."""
         if self.nan_policy == "propagate":
             return {}
-        flagged = {client: nonfinite_leaves(inputs, 0, self._stream()) for client, inputs, _ in self._pending}
-        return {client: leaves[0] for client, leaves in flagged.items() if leaves}
+        found: dict[int, int] = {}
+        for client, inputs, _ in self._pending:
+            for index in nonfinite_leaves(inputs, 0, self._stream()):
+                if client not in found and not self._is_excused(index, inputs[index]):
+                    found[client] = index
+        return found
+
+    def _is_excused(self, index: int, leaf: LeafInputs) -> bool:
+        """Whether a leaf that is not finite is infinite only where the sent model is."""
+        return self._sent_leaves is not None and self._sent_leaves.excuses(index, leaf.owners[0])
 
     def _combine_pending(self) -> tuple[list[int], list[Measured]]:
         """Writes sums + pending updates to the next block of sums.
@@ -410,10 +471,14 @@ class Accumulator:
         Returns:
             The leaves that are not finite there, and what was found of the updates, if anybody asked for it.
         """
-        weights, base = self._weights(), self._next_address()
+        weights, base, corrections = self._weights(), self._next_address(), self._corrections()
         leaves = [
             self._leaf_operands(leaf, *self._sources(index), weights, base) for index, leaf in enumerate(self._leaves)
         ]
+        for index, correction in corrections.items():
+            sources, fold = self._sources(index)
+            sources, extended = [*sources, *correction.sources], [*weights, *correction.weights]
+            leaves[index] = self._leaf_operands(self._leaves[index], sources, fold, extended, base)
         check = self.nan_policy != "propagate" and not self._spoils_sums
         if not self.stats:
             return weighted_sum(leaves, self._device, self._stream(), check), []
@@ -456,10 +521,13 @@ class Accumulator:
         found: dict[int, int] = {}
         for index in flagged:
             for client, inputs, _ in self._pending:
-                if client not in found and not is_finite(inputs[index], 0, self._stream()):
+                in_order = client in found or is_finite(inputs[index], 0, self._stream())
+                if not in_order and not self._is_excused(index, inputs[index]):
                     found[client] = index
         # Finite values can leave the sums' range together: then all that were added are at fault.
-        return dict(sorted(found.items())) or {client: flagged[0] for client, _, _ in self._pending}
+        model = self._sent_leaves
+        beyond = [index for index in flagged if model is None or not model.is_infinite(index)]
+        return dict(sorted(found.items())) or {client: beyond[0] for client, _, _ in self._pending if beyond}
 
     def _report(self, offenders: dict[int, int], structure: Structure | None) -> None:
         """Raises for, or warns of, updates that were left out."""
@@ -480,7 +548,7 @@ class Accumulator:
         Raises:
             ValueError: it cannot be merged into this one.
         """
-        if other.integer_policy != self.integer_policy:
+        if (other.integer_policy or "max") != (self.integer_policy or "max"):
             raise ValueError(f"other: expected integer_policy {self.integer_policy!r}, got {other.integer_policy!r}")
         if self.stats and other._count and not other.stats:
             raise ValueError("other: expected an Accumulator(stats=True), as this one is")

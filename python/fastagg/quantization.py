@@ -404,27 +404,14 @@ def _check_layout(
     block = check_block(wire, block)
     layout = codes_layout(kind, wire, shape, block)
     if data.shape != layout.shape:
-<<<<<<< HEAD
-        expected = f"expected shape {quoted(layout.shape)} for {q.wire} of {quoted(q.shape)}"
+        expected = f"expected shape {quoted(layout.shape)} for {wire} of {quoted(shape)}"
         raise ValueError(f"data: {expected}, got {data.shape}")
-    if q.data.dtype != layout.dtype:
-        raise TypeError(f"data: expected {layout.dtype} for {q.wire}, got {q.data.dtype}")
-    if not _has_scales(q.wire):
-        if q.scales is not None or q.block is not None:
-            raise ValueError(f"scales: {q.wire} has none")
-        return
-    block = check_block(q.wire, q.block)
-    assert block is not None
-    scales = q._scales
-=======
-        raise ValueError(f"data: expected shape {layout.shape} for {wire} of {shape}, got {data.shape}")
     if data.owner.dtype != layout.dtype:
         raise TypeError(f"data: expected {layout.dtype} for {wire}, got {data.owner.dtype}")
     if block is None:
         if scales is not None:
             raise ValueError(f"scales: {wire} has none")
         return None
->>>>>>> memory
     if scales is None or kind_of(scales.owner) is not kind:
         got = type(None if scales is None else scales.owner).__name__
         raise TypeError(f"scales: expected a {kind.name} float32 array, got {got}")
