@@ -111,7 +111,8 @@ class FusedGradients:
         while self._unsent and self._unsent[0].missing == 0:
             self._send(self._unsent.popleft().values, self._op, self._wire)
         if not self._unsent:
-            self._holders = torch.tensor([float(slot.was_held) for slot in self._slots], dtype=torch.float32)
+            held = [float(slot.was_held) for slot in self._slots]
+            self._holders = torch.tensor(held, dtype=torch.float32, device="cpu")
             self._send(self._holders, "sum", "fp32")
 
     def _send(self, values: torch.Tensor, op: str, wire: str) -> None:
@@ -169,7 +170,8 @@ class _Buffer:
 
     def __init__(self, slots: list[_Slot]) -> None:
         self.slots = slots
-        self.values = torch.zeros(sum(slot.parameter.numel() for slot in slots), dtype=slots[0].parameter.dtype)
+        first = slots[0].parameter  # all have its dtype, and are on its device
+        self.values = torch.zeros(sum(slot.parameter.numel() for slot in slots), dtype=first.dtype, device=first.device)
         begin = 0
         for slot in slots:
             shape, strides = slot.parameter.shape, dense_strides(slot.parameter)
