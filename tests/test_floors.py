@@ -31,19 +31,21 @@ MAY_INCLUDE = {
 
 # Floor 4: what each module may import of fastagg. All others are floor 5, which no module of floor 4 may import.
 MAY_IMPORT = {
-    "_codes": set(),
+    "_codes": {"_quoting"},
     "_errors": set(),
-    "_arguments": set(),
+    "_arguments": {"_quoting"},
+    "_quoting": set(),
     "_backend": {"_arguments", "_core", "_codes", "_extras"},
     "_extras": set(),
     "_build": {"_core"},
     "_kind": {"_codes"},
     "_numpy_arrays": {"_core", "_codes", "_kind"},
-    "_torch_arrays": {"_core", "_codes", "_kind"},
+    "_plain_tensors": set(),
+    "_torch_arrays": {"_core", "_codes", "_kind", "_plain_tensors"},
     "_cupy_arrays": {"_codes", "_kind", "_numpy_arrays"},
     "_tensor": {"_cupy_arrays", "_kind", "_numpy_arrays", "_torch_arrays"},
-    "quantization": {"_core", "_backend", "_codes", "_tensor"},
-    "_updates": {"_tensor", "quantization"},
+    "quantization": {"_core", "_backend", "_codes", "_quoting", "_tensor"},
+    "_updates": {"_quoting", "_tensor", "quantization"},
     "_overlap": {"_core", "_codes"},
     "statistics": set(),
     "_buffers": {"_codes"},
@@ -83,7 +85,7 @@ MAY_IMPORT = {
     },
     "server/buffers": {"_buffers"},
 }
-KNOW_A_LIBRARY = {"_torch_arrays", "_cupy_arrays"}
+KNOW_A_LIBRARY = {"_plain_tensors", "_torch_arrays", "_cupy_arrays"}
 ARRAY_LIBRARIES = {"torch", "cupy", "jax", "tensorflow"}
 
 

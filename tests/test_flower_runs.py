@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import pytest
 pytest.importorskip("flwr")
 pytest.importorskip("sklearn")
 
+import flower_deployment
 from flower_deployment import APP, Deployment, load_model, make_certificates
 
 pytestmark = pytest.mark.real_run
@@ -54,6 +56,13 @@ def assert_same_training(model: Model, other: Model) -> None:
     for name in ("weight", "bias"):
         np.testing.assert_allclose(model[name], other[name], atol=1e-5)
     assert accuracy(model) == accuracy(other) > 0.85
+
+
+def test_the_documents_name_every_option_that_is_used_here() -> None:
+    used = set(re.findall(r"--[a-z]+[a-z-]*", Path(flower_deployment.__file__).read_text())) - {"--help"}
+    documented = (APP.parents[1] / "docs" / "flower.md").read_text()
+    assert len(used) > 10
+    assert [option for option in sorted(used) if option not in documented] == []
 
 
 def test_a_deployment_ends_as_flowers_own_fedavg_does(plain: Deployment, own_model: Model) -> None:

@@ -11,6 +11,7 @@
 #include "core/sorted_mean.h"
 #include "core/sorting_network.h"
 #include "core/weighted_sum.h"
+#include "released_gil.h"
 
 namespace fastagg::bindings {
 

@@ -37,7 +37,7 @@ class SharedMemoryGroup {
     const comm::Exchange exchange{exchange_of(described, stretches), described[15].cast<std::string>()};
     const auto wait = std::chrono::nanoseconds(static_cast<int64_t>(timeout * 1e9));
     try {
-      const py::gil_scoped_release release;
+      const ReleasedGil released;
       const comm::Outcome outcome = (transport_.*phase)(exchange, wait);
       return {outcome.finite, outcome.wire_bytes, outcome.squares};
     } catch (const comm::PeerLost& lost) {

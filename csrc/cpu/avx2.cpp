@@ -11,7 +11,9 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
-#pragma GCC target("avx2,f16c,fma")
+#include "target_region.h"
+
+FASTAGG_BEGIN_TARGET("avx2,f16c,fma")
 #include "cast.h"
 #include "kernels.h"
 #include "lanes_avx2.h"
@@ -35,6 +37,7 @@ constexpr Kernels kernels{"avx2",
 }  // namespace
 const Kernels* const avx2_kernels = &kernels;
 }  // namespace fastagg
+FASTAGG_END_TARGET
 #else
 #include "kernels.h"
 

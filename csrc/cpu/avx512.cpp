@@ -10,11 +10,15 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+#if !defined(__clang__)
 // GCC 12 takes the undefined register that its own intrinsics pass on for a mistake of ours (GCC bug 105593).
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
 
-#pragma GCC target("avx2,f16c,fma,avx512f,avx512bw,avx512dq,avx512vl")
+#include "target_region.h"
+
+FASTAGG_BEGIN_TARGET("avx2,f16c,fma,avx512f,avx512bw,avx512dq,avx512vl")
 #include "cast.h"
 #include "kernels.h"
 #include "lanes_avx512.h"
@@ -38,6 +42,7 @@ constexpr Kernels kernels{"avx512",
 }  // namespace
 const Kernels* const avx512_kernels = &kernels;
 }  // namespace fastagg
+FASTAGG_END_TARGET
 #else
 #include "kernels.h"
 

@@ -20,7 +20,7 @@ class BackendTransport:
     name = "gloo backend"
 
     def __init__(self, group: PrivateGroup, reason: str) -> None:
-        self._group, self.reason = group, reason
+        self._group, self.reason, self.shares = group, reason, group.world
         self._buffers = Buffers()
         self._descriptions: _Descriptions | None = None  # kept for the same reason as the buffers
 
@@ -65,7 +65,7 @@ class _Descriptions:
     def __init__(self, group: PrivateGroup, own: str) -> None:
         self._group = group
         self._own = torch.frombuffer(bytearray(own.encode().ljust(_core.DESCRIPTION_BYTES, b"\0")), dtype=torch.uint8)
-        self._everyone = torch.empty(group.world * len(self._own), dtype=torch.uint8)
+        self._everyone = torch.empty(group.world * len(self._own), dtype=torch.uint8, device="cpu")
         self._work = group.all_gather(self._everyone, self._own)
 
     def compare(self) -> None:

@@ -27,7 +27,7 @@ class CollectiveTransport:
     def __init__(self, group: dist.ProcessGroup, name: str, meeting: Meeting, backend: Backend, reason: str) -> None:
         # Channels are kept as long as their groups, which they must not keep.
         self._group = weakref.ref(group)
-        self._meeting, self._backend, self.reason = meeting, backend, reason
+        self._meeting, self._backend, self.reason, self.shares = meeting, backend, reason, meeting.world
         self._agreement = Agreement(meeting)
         self.name = f"{name} backend"
 

@@ -16,6 +16,7 @@ __all__: list[str] = [
     "MAXIMUM_BLOCK",
     "MEANS_RANK",
     "MINIMUM_BLOCK",
+    "MappedFileGuard",
     "PASS",
     "Peers",
     "SharedMemoryGroup",
@@ -42,6 +43,21 @@ __all__: list[str] = [
     "tensor_addresses",
     "weighted_sum",
 ]
+
+class MappedFileGuard:
+    """
+    While it lives, to read where a mapped file was cut off gives NaN, and no SIGBUS.
+    """
+    def __init__(
+        self, address: typing.SupportsInt | typing.SupportsIndex, bytes: typing.SupportsInt | typing.SupportsIndex
+    ) -> None:
+        """
+        Watches over memory that is a mapped file.
+        """
+    def was_cut(self) -> bool:
+        """
+        Whether anything behind the file's end has been read.
+        """
 
 class Peers:
     """

@@ -29,6 +29,8 @@ class EncodedRows:
 
     def __init__(self, exchange: Exchange, rank: int, world: int, arithmetic: Arithmetic) -> None:
         self._exchange, self._wide = exchange, exchange.encoding.wire == Code.FLOAT64
+        if exchange.feedback is not None:
+            exchange.feedback.check(exchange.tensor)
         self.arithmetic = arithmetic
         self._share = float(world if exchange.mean else 1)
         self._factor = exchange.encoded_factor(world)
@@ -57,8 +59,7 @@ class EncodedRows:
             return
         feedback = _NO_FEEDBACK
         if exchange.feedback:
-            residual, factor, error = exchange.feedback
-            feedback = (residual[begin:].data_ptr(), factor, error[begin:].data_ptr(), 1 / self._factor, False)
+            feedback = (*exchange.feedback.addresses(begin), 1 / self._factor, False)
         source = (values.data_ptr(), 0, exchange.code, 0)
         result = self._encoded(row, begin, end, exchange.encoding.key)
         self._reduce([source], 1 / self._factor, feedback, result, begin)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from fastagg._plain_tensors import check_plain, check_writable
+
 FUSION_BYTES = 25 * 2**20
 
 
@@ -18,7 +20,7 @@ def named_tensors(
     """The pairs of name and tensor of a state_dict or an iterable; a tensor without a name is named by its place.
 
     Raises:
-        TypeError, ValueError: something else; a name that occurs twice; no dense CPU tensor.
+        TypeError, ValueError: something else; a name that occurs twice; no plain CPU tensor.
     """
     items = given.items() if isinstance(given, Mapping) else given
     named: dict[str, torch.Tensor] = {}
@@ -35,11 +37,16 @@ def named_tensors(
 
 
 def check_tensor(name: str, tensor: Any) -> None:
-    """Raises TypeError or ValueError for what is no dense CPU tensor."""
+    """Raises TypeError or ValueError for what is no plain CPU tensor that can be written."""
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
-    if tensor.layout is not torch.strided or tensor.device.type != "cpu":
-        raise ValueError(f"{name}: expected a dense CPU tensor, got {tensor.layout} on {tensor.device}")
+    try:
+        check_plain(tensor)
+        check_writable(tensor)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from None
+    if not tensor.is_cpu:
+        raise ValueError(f"{name}: expected a CPU tensor, got one on {tensor.device}")
 
 
 def description(name: str, tensor: torch.Tensor) -> str:

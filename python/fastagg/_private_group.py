@@ -50,8 +50,8 @@ class PrivateGroup:
 
     def gather(self, own: float) -> list[float]:
         """Every rank's number, on all ranks."""
-        everyone = torch.empty(self.world, dtype=torch.float64)
-        self.wait([self.all_gather(everyone, torch.tensor([own], dtype=torch.float64))])
+        everyone = torch.empty(self.world, dtype=torch.float64, device="cpu")
+        self.wait([self.all_gather(everyone, torch.tensor([own], dtype=torch.float64, device="cpu"))])
         return everyone.tolist()
 
     def wait(self, works: Sequence[Any]) -> None:

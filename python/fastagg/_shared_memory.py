@@ -21,7 +21,7 @@ class SharedMemoryTransport:
     reason = "all ranks are processes of one user on one host"
 
     def __init__(self, memory: _core.SharedMemoryGroup, world: int, timeout: float) -> None:
-        self._memory, self._world, self._timeout = memory, world, timeout
+        self._memory, self._timeout, self.shares = memory, timeout, world
 
     def all_reduce(self, exchange: Exchange) -> Outcome:
         """See `Transport`."""
@@ -40,7 +40,7 @@ class SharedMemoryTransport:
         return self._memory.tell_lost(name)
 
     def _run(self, phase: Phase, exchange: Exchange) -> Outcome:
-        return Outcome(*phase(exchange.operands(self._world), self._timeout))
+        return Outcome(*phase(exchange.operands(self.shares), self._timeout))
 
 
 def host_of_this_process() -> str:

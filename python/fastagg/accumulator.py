@@ -27,6 +27,7 @@ from fastagg.averaging import (
     check_policies,
     gather,
     is_finite,
+    located,
     nonfinite_leaves,
     scale_weights,
 )
@@ -237,6 +238,7 @@ class Accumulator:
             else:
                 views = check_out(inputs, structure, out)
             addresses = [view.address for view in views]
+            self._locate_pending()
             if self._write_mean(addresses):
                 self._fold()  # drops or raises
                 self._check_not_empty()
@@ -364,14 +366,13 @@ class Accumulator:
                 self._note_roundings(columns)
             return inputs
         for index, (leaf, known) in enumerate(zip(inputs, self._leaves, strict=True)):
-            who = f"client {client}, {structure.leaf_name(index)}"
             if leaf.shape != known.shape:
-                raise ValueError(f"{who}: expected shape {known.shape} like the first client's, got {leaf.shape}")
+                expected = f"expected shape {known.shape} like the first client's, got {leaf.shape}"
+                raise ValueError(f"client {client}, {structure.leaf_name(index)}: {expected}")
             as_codes = isinstance(columns[index], Quantized) and known.code in FLOATS
             if name_of(leaf.dtype) != name_of(known.dtype) and not as_codes:
-                raise TypeError(
-                    f"{who}: expected dtype {name_of(known.dtype)} like the first client's, got {name_of(leaf.dtype)}"
-                )
+                expected = f"expected dtype {name_of(known.dtype)} like the first client's, got {name_of(leaf.dtype)}"
+                raise TypeError(f"client {client}, {structure.leaf_name(index)}: {expected}")
         if device != self._device:
             raise ValueError(f"client {client}: expected device {self._device} like the first client's, got {device}")
         if self._sent_leaves is None and self._sent is not None:  # the sums came from elsewhere
@@ -393,6 +394,7 @@ class Accumulator:
 
     def _fold(self) -> None:
         """Adds the updates that wait. A non-finite one is dropped or raised; then the others still wait."""
+        self._locate_pending()
         while self._pending:
             offenders = self._nonfinite_pending() if self._spoils_sums else {}
             if not offenders:
@@ -410,6 +412,33 @@ class Accumulator:
             if self._count == 0 and not self._pending:  # a refused first update says nothing of those to come
                 self._structure, self._spare, self._sent_leaves = None, None, None
             self._report(offenders, structure)
+
+    def _locate_pending(self) -> None:
+        """Looks where the updates lie that have waited.
+
+        Raises:
+            TypeError, ValueError: one is no longer what was added; it waits no longer.
+        """
+        if self.batch == 1 or not self._pending:
+            return
+        try:
+            columns = [located([inputs[index] for _, inputs, _ in self._pending]) for index in range(len(self._leaves))]
+        except (TypeError, ValueError):
+            self._refuse_changed()
+            raise
+        waiting = zip(self._pending, zip(*columns, strict=True), strict=True)
+        self._pending = [(client, list(inputs), weight) for (client, _, weight), inputs in waiting]
+
+    def _refuse_changed(self) -> None:
+        """Raises for the first update that is no longer what was added, and lets go of it."""
+        assert self._structure is not None
+        for place, (client, inputs, _) in enumerate(self._pending):
+            for index, leaf in enumerate(inputs):
+                try:
+                    located([leaf])
+                except (TypeError, ValueError) as error:
+                    del self._pending[place]
+                    raise type(error)(f"client {client}, {self._structure.leaf_name(index)}: {error}") from None
 
     @property
     def _in_place(self) -> bool:

@@ -12,7 +12,8 @@ import numpy as np
 from fastagg import _overlap
 from fastagg._backend import MAXIMUM, MEAN, LeafOperands, LeafTuple, MeasurementOperands, statistics, weighted_sum
 from fastagg._codes import FLOATS, Code, code_of_dtype, float_code, name_of
-from fastagg._errors import DroppedUpdateWarning, NonFiniteUpdateError
+from fastagg._errors import NONFINITE as NONFINITE
+from fastagg._errors import DroppedUpdateWarning, NonFiniteUpdateError, NoUpdateLeftError
 from fastagg._integer_codes import IntegerLeaf, refuse_codes
 from fastagg._sent import Correction, Sent, SentLeaves, loses, note_rounded
 from fastagg._tensor import Kind, View, adopt, kind_of
@@ -22,7 +23,6 @@ from fastagg.statistics import Statistics, by_client
 
 NAN_POLICIES = ("raise", "drop", "propagate")
 INTEGER_POLICIES = ("max", "first", "round")
-NONFINITE = "holds a NaN or an infinity"
 
 
 class LeafInputs(NamedTuple):
@@ -162,11 +162,11 @@ def _averaged(
     if offenders and nan_policy == "raise":
         client, index = next(iter(offenders.items()))
         raise NonFiniteUpdateError(f"client {client}, {structure.leaf_name(index)}: {NONFINITE}")
-    if offenders:
-        mean.run(_without(weights, offenders, structure), check=False)
+    dropped = {client: structure.leaf_name(index) for client, index in offenders.items()}
+    if dropped:
+        mean.run(_without(weights, dropped), check=False)
     if out is not None or any(leaf.code is None for leaf in inputs):
         mean.note_roundings(results)
-    dropped = {client: structure.leaf_name(index) for client, index in offenders.items()}
     return _Average(results, dropped, mean.statistics(weights) if stats else None)
 
 
@@ -289,6 +289,38 @@ def gather(
     return _gather_one_by_one(column, structure, index, target, numbered_from)
 
 
+def located(column: list[LeafInputs]) -> list[LeafInputs]:
+    """What clients sent for one leaf a while ago, one each, where it lies now: a torch tensor's memory can be moved.
+
+    Raises:
+        ValueError: an array's memory has been taken away, or its shape or dtype changed.
+    """
+    first, owners = column[0], [leaf.owners[0] for leaf in column]
+    if not first.kind.memory_moves:
+        return column
+    addresses = [] if isinstance(owners[0], Quantized) else first.kind.addresses(owners)
+    if len(addresses) == len(column) and owners[0].shape == first.shape and owners[0].dtype == first.dtype:
+        return [_at(leaf, address) for leaf, address in zip(column, addresses, strict=True)]
+    return [_located_alone(leaf) for leaf in column]
+
+
+def _located_alone(leaf: LeafInputs) -> LeafInputs:
+    owner = leaf.owners[0]
+    if isinstance(owner, Quantized):
+        return leaf._replace(sources=[source_operands(owner)])
+    view = leaf.kind.view(owner)
+    expected = leaf.sources[0][2] if leaf.code is None else leaf.code
+    if view.owner is not owner or (view.shape, view.code) != (leaf.shape, expected):
+        raise ValueError("its shape, dtype or strides have changed since it was added")
+    return _at(leaf, view.address)
+
+
+def _at(leaf: LeafInputs, address: int) -> LeafInputs:
+    """The same at another address."""
+    source = address if leaf.code is not None else (address, *leaf.sources[0][1:])
+    return leaf if source == leaf.sources[0] else leaf._replace(sources=[source])
+
+
 def _uniform(
     column: list[Any],
     addresses: list[int],
@@ -334,8 +366,8 @@ def _gather_one_by_one(
                 dtype, leaf_shape, leaf_device = kind.dtype_of(array), view.shape, view.device
                 sources.append((view.address, 0, view.code, 0))
                 owners.append(view.owner)
-        except TypeError as error:
-            raise TypeError(f"client {client}, {structure.leaf_name(index)}: {error}") from None
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"client {client}, {structure.leaf_name(index)}: {error}") from None
         if shape is None:
             shape, device = leaf_shape, leaf_device
         who = f"client {client}, {structure.leaf_name(index)}"
@@ -518,14 +550,13 @@ def _checked_out_view(leaf: LeafInputs, array: Any) -> View:
     return view
 
 
-def _without(weights: list[float], offenders: dict[int, int], structure: Structure) -> list[float]:
-    """The weights with those of the offenders set to 0.
+def _without(weights: list[float], dropped: dict[int, str]) -> list[float]:
+    """The weights with those of the dropped set to 0.
 
     Raises:
-        ValueError: nobody is left.
+        NoUpdateLeftError: nobody is left.
     """
-    kept = [0.0 if client in offenders else weight for client, weight in enumerate(weights)]
+    kept = [0.0 if client in dropped else weight for client, weight in enumerate(weights)]
     if not any(kept):
-        who = "; ".join(f"client {client}, {structure.leaf_name(index)}" for client, index in offenders.items())
-        raise ValueError(f"every contributing client {NONFINITE}, so none is left to average: {who}")
+        raise NoUpdateLeftError(dropped)
     return kept

@@ -118,7 +118,7 @@ def _outline(optimizer: torch.optim.Optimizer) -> list[str]:
     """What optimizers must have in common to exchange their states.
 
     Raises:
-        ValueError: a parameter is no dense CPU tensor.
+        TypeError, ValueError: a parameter or the state is no plain CPU tensor.
     """
     lines = [type(optimizer).__name__]
     for number, group in enumerate(optimizer.param_groups):
@@ -126,7 +126,15 @@ def _outline(optimizer: torch.optim.Optimizer) -> list[str]:
             name = f"parameter {place} of group {number}"
             check_tensor(name, parameter)
             lines.append(description(name, parameter))
+    for kept in optimizer.state.values():
+        _mapped(kept, _check_state)
     return lines
+
+
+def _check_state(leaf: Any) -> None:
+    """Raises TypeError or ValueError for a tensor of an optimizer's state that cannot be broadcast."""
+    if isinstance(leaf, torch.Tensor):
+        check_tensor("the optimizer's state", leaf)
 
 
 def _mapped(value: Any, function: Callable[[Any], Any]) -> Any:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from fastagg._backend import RandomKey
 from fastagg._codes import FLOATS, WIRES, Code, code_of_dtype, wire_name
 from fastagg._exchange import NO_KEY, Encoding, Exchange, Outcome, Transport
+from fastagg._plain_tensors import check_plain, check_writable, in_order
 from fastagg._streams import DeviceWork
 from fastagg._threads import Work
 from fastagg._transports import channel_of, group_of
@@ -73,7 +74,7 @@ def all_reduce(
     key = random_key(wire, rounding, channel.next_seed() if seed is None else seed)
 
     def reduce_all() -> None:
-        for index, (tensor, code) in enumerate(tensors or [(torch.empty(0), Code.FLOAT32)]):
+        for index, (tensor, code) in enumerate(tensors or [(torch.empty(0, dtype=torch.float32, device="cpu"), Code.FLOAT32)]):
             words = (key[0], key[1], key[2] + index, dist.get_rank(group)) if key else None
             exchange = Exchange(tensor, code, encoding_of(wire, code, block, words), op == "mean")
             subject = f"tensor {index} of {len(tensors)}, shape {tuple(tensor.shape)}"
@@ -93,9 +94,9 @@ def encoding_of(wire: str, code: Code, block: int | None, key: RandomKey | None)
 
 
 def reduce_tensor(transport: Transport, exchange: Exchange) -> Outcome:
-    """Reduces a tensor in place, by way of a contiguous copy where it is not contiguous."""
+    """Reduces a tensor in place, by way of a copy where its memory does not hold its values in order."""
     tensor = exchange.tensor.detach()
-    whole = tensor.contiguous()
+    whole = in_order(tensor)
     outcome = transport.all_reduce(exchange._replace(tensor=whole.view(-1)))
     if whole.data_ptr() != tensor.data_ptr():
         tensor.copy_(whole)
@@ -106,7 +107,7 @@ def _tensors(given: Any) -> list[tuple[torch.Tensor, Code]]:
     """The tensors and their codes.
 
     Raises:
-        TypeError, ValueError: one is no dense floating tensor on a CPU or CUDA device, or they are not all on one.
+        TypeError, ValueError: one is no plain floating tensor that can be written, or they are not all on one device.
     """
     tensors = [given] if isinstance(given, torch.Tensor) else given
     if not isinstance(tensors, Sequence):
@@ -115,12 +116,14 @@ def _tensors(given: Any) -> list[tuple[torch.Tensor, Code]]:
     for index, tensor in enumerate(tensors):
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"tensor {index}: expected a torch.Tensor, got {type(tensor).__name__}")
+        try:
+            check_plain(tensor)
+            check_writable(tensor)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"tensor {index}: {error}") from None
         code = code_of_dtype(tensor.dtype)
         if code not in FLOATS:
             raise TypeError(f"tensor {index}: expected a floating dtype (fp32, fp16, bf16, fp64), got {tensor.dtype}")
-        if tensor.layout is not torch.strided or tensor.device.type not in ("cpu", "cuda"):
-            expected = "a dense tensor on a CPU or CUDA device"
-            raise ValueError(f"tensor {index}: expected {expected}, got {tensor.layout} on {tensor.device}")
         if checked and tensor.device != checked[0][0].device:
             raise ValueError(f"tensor {index}: expected {checked[0][0].device} like tensor 0, got {tensor.device}")
         checked.append((tensor, Code(code)))

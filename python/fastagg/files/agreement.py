@@ -7,6 +7,7 @@ from functools import partial
 
 from fastagg._codes import FLOATS, Code
 from fastagg._integer_codes import IntegerLeaf, refuse_codes
+from fastagg._quoting import quoted
 from fastagg.files.checkpoints import Checkpoint, LeafDescription
 
 
@@ -23,7 +24,7 @@ def leaves_of_mean(checkpoints: Sequence[Checkpoint], target: Code | None) -> di
         _check_names(checkpoint, first)
     for checkpoint in checkpoints:
         for name, expected in first.leaves.items():
-            _check_leaf(f"{checkpoint.path}: leaf {name!r}", checkpoint.leaves[name], expected, target)
+            _check_leaf(f"{checkpoint.path}: leaf {quoted(name)}", checkpoint.leaves[name], expected, target)
     return {name: _mean_of(leaf, target) for name, leaf in first.leaves.items()}
 
 
@@ -44,7 +45,9 @@ def _check_names(checkpoint: Checkpoint, first: Checkpoint) -> None:
     for what, one, other in (("missing", first, checkpoint), ("unexpected", checkpoint, first)):
         if names := [name for name in one if name not in other.leaves]:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise ValueError(f"{checkpoint.path}: {what} leaf {names[0]!r}{more} (expected those of {first.path})")
+            raise ValueError(
+                f"{checkpoint.path}: {what} leaf {quoted(names[0])}{more} (expected those of {first.path})"
+            )
 
 
 def _check_leaf(who: str, leaf: LeafDescription, expected: LeafDescription, target: Code | None) -> None:

@@ -16,7 +16,8 @@ from flwr.serverapp.strategy.fedopt import FedOpt as FlowerFedOpt
 from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 
 from fastagg import server
-from fastagg._errors import NonFiniteUpdateError
+from fastagg._errors import NonFiniteUpdateError, NoUpdateLeftError
+from fastagg._quoting import quoted
 from fastagg._sent import Sent, same_infinities
 from fastagg.averaging import NONFINITE, check_policies, mean_and_dropped
 from fastagg.flower.accounted_privacy import AccountedAggregateTrain
@@ -188,7 +189,10 @@ class FedAvg(flower.FedAvg):
     ) -> Members:
         """Writes the replies' mean."""
         updates = [reply.leaves for reply in replies]
-        _, dropped = mean_and_dropped(updates, weights, out, nan_policy, self.integer_policy, self._sent())
+        try:
+            _, dropped = mean_and_dropped(updates, weights, out, nan_policy, self.integer_policy, self._sent())
+        except NoUpdateLeftError as error:
+            dropped = error.dropped
         contributing = [reply for client, reply in enumerate(replies) if client not in dropped]
         return Members(contributing, [(replies[client], leaf_name) for client, leaf_name in dropped.items()])
 
@@ -403,7 +407,7 @@ class QFedAvg(_ServerOptimized, flower.QFedAvg):
     def _weighed(self, reply: Reply) -> Reply:
         loss = reply.metrics.get(self.train_loss_key)
         if isinstance(loss, (list, bool)) or loss is None or not 0 <= loss < math.inf:
-            raise UnusableReplyError(f"expected a finite {self.train_loss_key!r} of 0 or more, got {loss!r}")
+            raise UnusableReplyError(f"expected a finite {self.train_loss_key!r} of 0 or more, got {quoted(loss)}")
         current = _current_model(self)
         if form_of(current) != form_of(reply.leaves):
             raise UnusableReplyError(differences(form_of(reply.leaves), form_of(current)))
@@ -412,7 +416,9 @@ class QFedAvg(_ServerOptimized, flower.QFedAvg):
         if not weight + divisor < _LARGEST_SHARE and all(
             same_infinities(as_array(leaf), current[name]) for name, leaf in reply.leaves.items()
         ):
-            raise UnusableReplyError(f"its {self.train_loss_key!r} {loss!r}, or its model, is too large for its share")
+            raise UnusableReplyError(
+                f"its {self.train_loss_key!r} {quoted(loss)}, or its model, is too large for its share"
+            )
         return reply._replace(weight=weight, divisor=divisor)
 
     def _shares(self, loss: float, distance: float) -> tuple[float, float]:
