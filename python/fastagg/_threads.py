@@ -7,10 +7,12 @@ import contextlib
 import datetime
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import TypeVar
 
 import torch
+
+from fastagg._one_thread import OneThread
 
 Result = TypeVar("Result")
 
@@ -19,7 +21,7 @@ class Line:
     """A group's exchanges one after the other, in the order in which they were asked for."""
 
     def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="fastagg-all-reduce")
+        self._thread = OneThread("fastagg-all-reduce")
         self._busy, self._counting = threading.Lock(), threading.Lock()
         self._waiting = 0
         self._thread_id: int | None = None
