@@ -10,8 +10,11 @@ anything.
 # No annotations from the future: torch compares the hook's with its own class.
 from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.distributed as dist
+from fastagg._extras import needing
+
+with needing("torch", __name__):
+    import torch
+    import torch.distributed as dist
 
 from fastagg._codes import FLOATS, Code, code_of_dtype
 from fastagg._transports import channel_of, group_of

@@ -4,8 +4,11 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
-import torch.distributed as dist
+from fastagg._extras import needing
+
+with needing("torch", __name__):
+    import torch
+    import torch.distributed as dist
 
 from fastagg._codes import Code, wire_name
 from fastagg._exchange import Encoding, Exchange, Feedback, Outcome
