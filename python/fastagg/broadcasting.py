@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
-import torch.distributed as dist
+from fastagg._extras import needing
+
+with needing("torch", __name__):
+    import torch
+    import torch.distributed as dist
 
 from fastagg._named_tensors import (
     FUSION_BYTES,

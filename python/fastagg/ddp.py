@@ -12,9 +12,12 @@ import inspect
 import types
 from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.distributed as dist
-from torch.amp.grad_scaler import OptState
+from fastagg._extras import needing
+
+with needing("torch", __name__):
+    import torch
+    import torch.distributed as dist
+    from torch.amp.grad_scaler import OptState
 
 from fastagg._codes import FLOATS, code_of_dtype
 from fastagg._loss_scale import when_backward_begins

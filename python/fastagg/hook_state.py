@@ -6,8 +6,11 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
-import torch.distributed as dist
+from fastagg._extras import needing
+
+with needing("torch", __name__):
+    import torch
+    import torch.distributed as dist
 
 from fastagg._codes import Code, code_of_dtype, wire_name
 from fastagg._exchange import Encoding, Exchange, Feedback, Transport

@@ -13,9 +13,12 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
-import torch.distributed as dist
-import torch.distributed.nn  # now: optimizers load it, and loaded beside a group it would keep that to the very end
+from fastagg._extras import needing
+
+with needing("torch", __name__):
+    import torch
+    import torch.distributed as dist
+    import torch.distributed.nn  # now: optimizers load it, and loaded beside a group it would keep that to the very end
 
 from fastagg import distributed_optimizer
 from fastagg._codes import FLOATS, WIRES, code_of_dtype

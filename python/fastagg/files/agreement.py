@@ -30,7 +30,9 @@ def _check_names(checkpoint: Checkpoint, first: Checkpoint) -> None:
     for what, one, other in (("missing", first, checkpoint), ("unexpected", checkpoint, first)):
         if names := [name for name in one if name not in other.leaves]:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise ValueError(f"{checkpoint.path}: {what} leaf {quoted(names[0])}{more} (expected those of {first.path})")
+            raise ValueError(
+                f"{checkpoint.path}: {what} leaf {quoted(names[0])}{more} (expected those of {first.path})"
+            )
 
 
 def _check_leaf(who: str, leaf: LeafDescription, expected: LeafDescription, target: Code | None) -> None:
