@@ -33,7 +33,7 @@ class AccumulatorState:
     total_weight: float
     dropped: list[tuple[Any, ...]]
     nan_policy: str
-    integer_policy: str
+    integer_policy: str | None
     batch: int
     low_memory: bool
     measured: list[Measured] | None

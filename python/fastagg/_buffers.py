@@ -11,7 +11,8 @@ from fastagg._codes import FLOATS, code_of_dtype
 # What PyTorch's and Keras's normalisation layers keep beside their parameters, as the last part of a name. Keras 2
 # writes "moving_mean:0", and "moving_mean_1:0" where a name is there already.
 _BUFFER_NAME = re.compile(
-    r"(?:.*[./])?(?:running_mean|running_var|num_batches_tracked|moving_mean|moving_variance)(?:_\d+)?(?::\d+)?", re.DOTALL
+    r"(?:.*[./])?(?:running_mean|running_var|num_batches_tracked|moving_mean|moving_variance)(?:_\d+)?(?::\d+)?",
+    re.DOTALL,
 )
 
 

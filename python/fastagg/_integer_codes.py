@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from fastagg._codes import Code, code_of_dtype, name_of
@@ -25,7 +25,7 @@ _EIGHT_BITS = (Code.INT8, Code.UINT8)
 # The last part of a name, as GPTQ, AWQ, compressed-tensors, HQQ, EXL2, QuIP, AQLM, torch.ao and ONNX have them.
 _CODES = re.compile(
     r"(?:.*_)?(?:qweights?|q_?zeros|packed|packed_params|quantized|int_weight|int_data|qdata)"
-    r"|q_weight|q_scale|q_perm|w_q|qidxs|codes"
+    r"|q_weight|q_scale|q_perm|w_q|qidxs"
 )
 _ZERO_POINT = re.compile(r"(?:.*_)?(?:zero_?points?|zp)")
 
@@ -37,12 +37,12 @@ _ENDING = re.compile(r"[._/]+(?:blocks|packed|quantized|data|codes|q|int8|int4)$
 
 
 class IntegerLeaf(NamedTuple):
-    """An integer leaf of an update, with one client's values."""
+    """An integer leaf of an update; `values` gives one client's array, which is asked for where names do not tell."""
 
     name: Any
     dtype: Any
     shape: tuple[int, ...]
-    array: Any
+    values: Callable[[], Any]
 
 
 def refuse_codes(names: Sequence[Any], integers: Iterable[IntegerLeaf]) -> None:
@@ -82,7 +82,7 @@ def _reason(leaf: IntegerLeaf, plain: dict[str, str], only_integers: bool) -> st
             return "a quantiser's codes"
         if several and (scales := _scales_of({name, _ENDING.sub("", name)}, plain)):
             return f"codes whose scales are leaf {scales!r}"
-    if code_of_dtype(leaf.dtype) not in _EIGHT_BITS or not several or _is_mask(leaf.array):
+    if code_of_dtype(leaf.dtype) not in _EIGHT_BITS or not several or _is_mask(leaf.values()):
         return None
     module = None if name is None else re.sub(r"[^./]*$", "", name)
     if module is not None and (scales := _scales_of({module}, plain)):

@@ -1,8 +1,8 @@
 """The model that a server has sent, beside what its clients made of it.
 
-Who rounds an upload rounds what he has not trained, too. `Q(y) - x` of such a leaf is a rounding error, which an adaptive
-optimiser takes for a gradient; `Q(y) - Q(x)` is zero. And where the model itself is infinite, as a causal mask is, a
-client is not at fault for the same infinity.
+Who rounds an upload rounds what he has not trained, too. `Q(y) - x` of such a leaf is a rounding error, which an
+adaptive optimiser takes for a gradient; `Q(y) - Q(x)` is zero. And where the model itself is infinite, as a causal mask
+is, a client is not at fault for the same infinity.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from fastagg._backend import SourceOperands
 from fastagg._buffers import is_buffer
 from fastagg._codes import FLOATS, Code
-from fastagg._tensor import Kind, View, adopt, kind_of
+from fastagg._tensor import Kind, View, adopt
 from fastagg._updates import Structure
 from fastagg.quantization import Quantized, dequantize, quantize, source_operands
 
@@ -77,7 +77,9 @@ class SentLeaves:
                 if own is not kind:
                     raise TypeError(f"expected a {kind.name} array like the updates', got {own.name}")
                 if (view.shape, view.device) != (shape, device):
-                    raise ValueError(f"expected shape {shape} on {device} like the updates', got {view.shape} on {view.device}")
+                    raise ValueError(
+                        f"expected shape {shape} on {device} like the updates', got {view.shape} on {view.device}"
+                    )
             except (TypeError, ValueError) as error:
                 raise type(error)(f"sent, {structure.leaf_name(index)}: {error}") from None
             self._views.append(view)
@@ -118,7 +120,7 @@ class SentLeaves:
         totals = [
             (code, math.fsum(share)) for code, share in zip(codes, shares.values(), strict=True) if not code.nonfinite
         ]
-        plain = kind_of(x).view(x)
+        plain = adopt(x)[0].view(x)
         sources = [(plain.address, 0, plain.code, 0), *(source_operands(code) for code, _ in totals)]
         weights = [math.fsum(share for _, share in totals), *(-share for _, share in totals)]
         return Correction(sources, weights, [x, *codes]) if totals else None
@@ -127,7 +129,7 @@ class SentLeaves:
         """The model's leaf as a client would round it; without a seed it is kept for later updates."""
         wire, block, seed = rounding
         x = self._finite.get(index, self._views[index].owner)
-        if seed is not None:
+        if seed is not None:  # of one update alone
             return quantize(x, wire, rounding="stochastic", seed=seed, block=block)
         key = index, wire, block, index in self._finite
         if key not in self._codes:
@@ -162,6 +164,15 @@ def holds_roundings(array: Any) -> bool:
 def loses(leaf: Any, code: int) -> bool:
     """Whether a client's leaf is quantised so that not every value of a dtype stays what it is."""
     return isinstance(leaf, Quantized) and leaf.wire not in _EXACT_WIRES[Code(code)]
+
+
+def rounded_like(x: Any, leaf: Any) -> Any:
+    """An array as the wire of a client's leaf rounds it; as it is where the leaf is not quantised."""
+    if not isinstance(leaf, Quantized):
+        return x
+    rounding = "nearest" if leaf.seed is None else "stochastic"
+    codes = quantize(x, leaf.wire, rounding=rounding, seed=leaf.seed, block=leaf.block)
+    return x if codes.nonfinite else dequantize(codes)
 
 
 def is_nonfinite(array: Any) -> Any:

@@ -55,7 +55,7 @@ class LeafSums(NamedTuple):
         return base + self.offset + aligned(4 * self.elements) if self.state == Code.STATE48 else 0
 
 
-def lay_out(inputs: list[LeafInputs], integer_policy: str) -> list[LeafSums]:
+def lay_out(inputs: list[LeafInputs], integer_policy: str | None) -> list[LeafSums]:
     """The leaves' places in one block of memory, each at a cache line."""
     leaves, offset = [], 0
     for leaf in inputs:
@@ -81,7 +81,7 @@ def check_sums(sums: np.ndarray | None, leaves: list[LeafSums], count: int) -> N
         raise ValueError(f"state: damaged: expected {end} bytes of sums, got {sums.dtype} {sums.shape}")
 
 
-def _state_code(leaf: LeafInputs, integer_policy: str) -> Code:
+def _state_code(leaf: LeafInputs, integer_policy: str | None) -> Code:
     """How the leaf's sums are kept: as wide sums, or as an integer leaf's own values."""
     if leaf.is_float:
         return Code.FLOAT64 if leaf.result_code == Code.FLOAT64 else Code.STATE48

@@ -13,8 +13,8 @@ from fastagg._arguments import as_flag, as_integer
 from fastagg._backend import MAXIMUM, MEAN, LeafOperands, LeafTuple, statistics, weighted_sum
 from fastagg._codes import FLOATS, Code, name_of
 from fastagg._errors import DroppedUpdateWarning, NonFiniteUpdateError
-from fastagg._sent import Correction, Sent, SentLeaves, loses, note_rounded
 from fastagg._measured import Measured, floating, found_of, measurements, renumbered, table_of
+from fastagg._sent import Correction, Sent, SentLeaves, loses, note_rounded
 from fastagg._sums import ALIGNMENT, LeafSums, lay_out
 from fastagg._tensor import Kind, kind_named
 from fastagg._updates import Structure, as_weights

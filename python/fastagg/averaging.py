@@ -42,6 +42,10 @@ class LeafInputs(NamedTuple):
         """Whether the weighted mean applies, rather than the integer policy."""
         return self.result_code in FLOATS
 
+    def as_integers(self, name: Any) -> IntegerLeaf:
+        """An integer leaf of that name, with the first client's values."""
+        return IntegerLeaf(name, self.dtype, self.shape, lambda: self.owners[0])
+
 
 def fedavg(
     updates: Iterable[Any],
@@ -233,13 +237,13 @@ class _Mean:
             if leaf.code is not None or not leaf.is_float:
                 continue
             owners = leaf.owners if contributing is None else [leaf.owners[client] for client in contributing]
-            sources, code, weights, divisor, *others = operands
+            sources, code, weights, divisor = operands[:4]
             correction = sent.correction(index, owners, weights)
             if correction is not None:
                 corrections.append(correction)
                 rescaled, _ = scale_weights([*weights, *correction.weights])
                 divisor *= rescaled[0] / weights[0]
-                leaves[index] = ([*sources, *correction.sources], code, rescaled, divisor, *others)
+                leaves[index] = ([*sources, *correction.sources], code, rescaled, divisor, *operands[4:])
         return corrections
 
     def offenders(self, weights: list[float], flagged: list[int], every: bool) -> dict[int, int]:
@@ -414,6 +418,17 @@ def _result_dtype(
     return kind.dtype_for(target), target
 
 
+def inputs_of(update: Any) -> list[LeafInputs]:
+    """The leaves of a single update."""
+    structure = Structure(update)
+    return [gather(column, structure, index, None) for index, column in enumerate(structure.columns([update]))]
+
+
+def infinite_leaves(inputs: list[LeafInputs]) -> list[int]:
+    """The floating leaves in which a single update holds a NaN or an infinity."""
+    return nonfinite_leaves(inputs, 0, inputs[0].kind.stream(inputs[0].device))
+
+
 def is_finite(leaf: LeafInputs, client: int, stream: int) -> bool:
     """Whether a client's leaf holds no NaN and no infinity."""
     return not nonfinite_leaves([leaf], client, stream)
@@ -432,10 +447,7 @@ def nonfinite_leaves(inputs: list[LeafInputs], client: int, stream: int) -> list
 def check_integers(structure: Structure, inputs: list[LeafInputs], integers: Iterable[int]) -> None:
     """Raises ValueError where integer leaves look like another quantiser's codes, which no policy was given for."""
     names = structure.names or (None,)
-    leaves = [
-        IntegerLeaf(names[index], inputs[index].dtype, inputs[index].shape, inputs[index].owners[0]) for index in integers
-    ]
-    refuse_codes(names, leaves)
+    refuse_codes(names, [inputs[index].as_integers(names[index]) for index in integers])
 
 
 def scale_weights(weights: list[float]) -> tuple[list[float], float]:

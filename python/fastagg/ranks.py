@@ -71,7 +71,7 @@ class _Outline(NamedTuple):
     """What all ranks must have in common, and what is wrong on one."""
 
     root: int | None
-    integer_policy: str
+    integer_policy: str | None
     stats: bool
     device: str  # its kind
     leaves: list[str] | None  # None: a rank without clients

@@ -29,7 +29,7 @@ def average(
     load: Load | None = None,
     fan_in: int = 32,
     nan_policy: str = "raise",
-    integer_policy: str = "max",
+    integer_policy: str | None = None,
 ) -> Any:
     """The weighted mean of many clients, of whom only one is in memory at a time.
 
@@ -49,7 +49,7 @@ def average(
         load: turns a source into an update: an array, or a sequence or a mapping of arrays or `Quantized`.
         fan_in: sources in a chunk.
         nan_policy: for a client with a NaN or an infinity: "raise", "drop" (leave it out and warn) or "propagate".
-        integer_policy: "max", "first" or "round", as in `fedavg`.
+        integer_policy: "max", "first", "round" or None, as in `fedavg`.
 
     Returns:
         The mean, in the structure, libraries and dtypes of the first source.
@@ -84,7 +84,7 @@ class Chunk(NamedTuple):
     weights: list[float]
     load: Load | None
     nan_policy: str
-    integer_policy: str
+    integer_policy: str | None
 
     def partial_sum(self) -> PartialSum:
         """Reads the sources one after another, and adds them up."""
@@ -124,7 +124,7 @@ class Plan:
         load: Load | None,
         fan_in: int,
         nan_policy: str,
-        integer_policy: str,
+        integer_policy: str | None,
     ) -> None:
         check_policies(nan_policy, integer_policy)
         if not isinstance(fan_in, (int, np.integer)) or fan_in < 1:

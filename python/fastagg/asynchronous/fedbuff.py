@@ -12,8 +12,8 @@ from fastagg._tensor import adopt
 from fastagg._updates import Structure
 from fastagg.accumulator import Accumulator
 from fastagg.asynchronous.staleness import INVERSE_ROOT, Staleness
-from fastagg.asynchronous.versioned_server import VersionedServer, inputs_of, nonfinite_leaf, renamed
-from fastagg.averaging import NONFINITE, gather, nonfinite_leaves
+from fastagg.asynchronous.versioned_server import VersionedServer, nonfinite_leaf, renamed
+from fastagg.averaging import NONFINITE, gather, infinite_leaves, inputs_of
 from fastagg.quantization import Quantized, dequantize
 from fastagg.server.buffers import is_buffer
 from fastagg.server.optimizer import as_buffers, in_range
@@ -147,9 +147,8 @@ class FedBuff(VersionedServer):
 
     def _finite(self, update: Any) -> Any:
         """The update without the differences from infinities of the model, which are NaN."""
-        structure = Structure(self._model)
-        inputs = inputs_of(self._model)
-        infinite = nonfinite_leaves(inputs, 0, inputs[0].kind.stream(inputs[0].device))
+        structure, inputs = Structure(self._model), inputs_of(self._model)
+        infinite = infinite_leaves(inputs)
         if not infinite:
             return update
         leaves, names = structure.leaves(update, "update"), structure.names or (None,)

@@ -10,7 +10,7 @@ from fastagg._errors import DroppedUpdateWarning, NonFiniteUpdateError
 from fastagg._sent import same_infinities
 from fastagg._updates import Structure
 from fastagg.asynchronous.staleness import Staleness
-from fastagg.averaging import NONFINITE, LeafInputs, check_policies, copy_of, fedavg, gather, nonfinite_leaves
+from fastagg.averaging import NONFINITE, check_policies, copy_of, fedavg, infinite_leaves, inputs_of
 from fastagg.server.optimizer import in_range
 from fastagg.server.step import interpolate
 
@@ -130,18 +130,11 @@ def as_version(version: Any) -> int:
     return int(version.__index__())
 
 
-def inputs_of(model: Any) -> list[LeafInputs]:
-    """A model's leaves as native operands."""
-    structure = Structure(model)
-    return [gather(column, structure, index, None) for index, column in enumerate(structure.columns([model]))]
-
-
 def nonfinite_leaf(model: Any, before: Any) -> str | None:
     """The first leaf with a NaN, or an infinity that the model before does not have, as errors call it."""
-    inputs = inputs_of(model)
-    structure = Structure(model)
+    inputs, structure = inputs_of(model), Structure(model)
     known = structure.leaves(before, "the model before")
-    for index in nonfinite_leaves(inputs, 0, inputs[0].kind.stream(inputs[0].device)):
+    for index in infinite_leaves(inputs):
         if not same_infinities(inputs[index].owners[0], known[index]):
             return structure.leaf_name(index)
     return None

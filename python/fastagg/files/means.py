@@ -140,7 +140,7 @@ def _is_finite(source: SourceOperands, piece: Piece) -> bool:
 class Means:
     """The weighted sums of batches of pieces; they stay valid until the batch after the next."""
 
-    def __init__(self, files: Files, combination: Combination, integer_policy: str, check: bool) -> None:
+    def __init__(self, files: Files, combination: Combination, integer_policy: str | None, check: bool) -> None:
         self._files, self._combination = files, combination
         self._integer_policy, self._check = integer_policy, check
         self._rooms = [np.empty(0, np.uint8), np.empty(0, np.uint8)]

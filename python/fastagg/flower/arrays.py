@@ -2,7 +2,8 @@
 
 An `Array` holds the bytes of an .npy file. bf16 and quantised leaves, which .npy cannot hold, travel as
 `Array(dtype, shape, stype="fastagg.<wire>" or "fastagg.<wire>.<block>", data=scales + codes)`, dtype and shape being
-the leaf's own.
+the leaf's own. Codes that were rounded stochastically add ".seed.<seed>.<step>.<tensor>" to the stype: whoever steps
+from the model that was sent rounds that with the same numbers.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from __future__ import annotations
 import ctypes
 import io
 import math
+import re
 from collections.abc import Collection, Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,8 +22,10 @@ from flwr.app import Array, ArrayRecord
 from fastagg import _core
 from fastagg._arguments import as_shape
 from fastagg._codes import FLOATS, WIRES, Code, code_of_dtype, name_of, wire_name
+from fastagg._integer_codes import IntegerLeaf, refuse_codes
 from fastagg._npy import NpyHeader, npy_header, read_npy_header
 from fastagg._quoting import printable, quoted
+from fastagg._sent import rounded_like
 from fastagg._tensor import HUGE, kind_named
 from fastagg.quantization import Quantized, codes_layout, dequantize
 from fastagg.server.buffers import is_buffer
@@ -35,6 +39,7 @@ _CHUNK = 1 << 16  # elements of a temporary that stays in the cache
 _LONGEST_ERROR = 150  # characters of NumPy's, which repeats the header
 _NUMPY = "numpy.ndarray"
 _OURS = "fastagg"
+_STYPE = re.compile(r"fastagg\.(\w+)(?:\.([0-9]{1,9}))?(?:\.seed\.([0-9]{1,20})\.([0-9]{1,10})\.([0-9]{1,10}))?")
 
 
 class FreshArrays:
@@ -46,6 +51,13 @@ class FreshArrays:
         self.views: dict[str, np.ndarray] = {}
         for name, leaf in like.items():
             self._arrays[name], self.views[name] = _fresh(tuple(leaf.shape), np.dtype(leaf.dtype).newbyteorder("="))
+
+    def read_only(self) -> dict[str, np.ndarray]:
+        """The arrays, for whoever is to look at what is sent."""
+        arrays = {name: view[...] for name, view in self.views.items()}
+        for array in arrays.values():
+            array.flags.writeable = False
+        return arrays
 
     def record(self) -> ArrayRecord:
         """The arrays as they are now."""
@@ -139,7 +151,7 @@ def _parse_header(header: bytes) -> NpyHeader:
 
 
 def _read_quantized(array: Array) -> Leaf:
-    wire, block = _parse_stype(array.stype)
+    wire, block, seed = _parse_stype(array.stype)
     shape = as_shape(array.shape)
     layout = codes_layout(kind_named("numpy"), wire, shape, block)
     scales_size = 4 * layout.scales
@@ -152,14 +164,17 @@ def _read_quantized(array: Array) -> Leaf:
     if wire == "bf16" and array.dtype == "bfloat16":
         brain: np.ndarray = codes.view(kind_named("numpy").dtype_named("bfloat16"))
         return brain
-    return Quantized(codes, scales, wire=wire, shape=shape, dtype=array.dtype, block=block)
+    return Quantized(codes, scales, wire=wire, shape=shape, dtype=array.dtype, block=block, seed=seed)
 
 
-def _parse_stype(stype: str) -> tuple[str, int | None]:
-    _, wire, *block = stype.split(".")
-    if wire not in WIRES or len(block) > 1 or not all(part.isdecimal() and len(part) < 10 for part in block):
+def _parse_stype(stype: str) -> tuple[str, int | None, tuple[int, int, int] | None]:
+    """The wire, the block and the key of stochastic rounding."""
+    match = _STYPE.fullmatch(stype)
+    if match is None or match[1] not in WIRES:
         raise ValueError(f"expected a stype such as fastagg.int8.256, got {quoted(stype)}")
-    return wire_name(wire), int(block[0]) if block else None
+    block = None if match[2] is None else int(match[2])
+    seed = None if match[3] is None else (int(match[3]), int(match[4]), int(match[5]))
+    return wire_name(match[1]), block, seed
 
 
 def as_array(leaf: Leaf) -> np.ndarray:
@@ -177,7 +192,13 @@ def in_dtype(leaf: Leaf, dtype: Any) -> Leaf:
         return leaf
     if isinstance(leaf, Quantized):
         return Quantized(
-            leaf.data, leaf.scales, wire=leaf.wire, shape=leaf.shape, dtype=name_of(dtype), block=leaf.block
+            leaf.data,
+            leaf.scales,
+            wire=leaf.wire,
+            shape=leaf.shape,
+            dtype=name_of(dtype),
+            block=leaf.block,
+            seed=leaf.seed,
         )
     array = np.asarray(as_array(leaf), order="C")
     if own == Code.FLOAT64:
@@ -187,25 +208,40 @@ def in_dtype(leaf: Leaf, dtype: Any) -> Leaf:
 
 
 def squared_distance(one: Mapping[str, Leaf], other: Mapping[str, Leaf], buffers: Collection[str]) -> float:
-    """``sum((one - other)^2)`` over the parameters of two models of the same leaves, in float64."""
+    """``sum((one - other)^2)`` over the parameters of two models of the same leaves, in float64.
+
+    A leaf that is quantised in the other is compared with this one's as the same wire rounds it; equal infinities have
+    no distance.
+    """
     total = 0.0
     for name, leaf in one.items():
         if is_buffer(name, leaf.dtype, buffers):
             continue
-        first, second = as_array(leaf).reshape(-1), as_array(other[name]).reshape(-1)
+        first, second = rounded_like(as_array(leaf), other[name]).reshape(-1), as_array(other[name]).reshape(-1)
         for begin in range(0, first.size, _CHUNK):
             with np.errstate(over="ignore", invalid="ignore"):  # the caller looks at the sum
-                difference = np.subtract(
-                    first[begin : begin + _CHUNK], second[begin : begin + _CHUNK], dtype=np.float64
-                )
-                total += float(difference @ difference)
+                parts = first[begin : begin + _CHUNK], second[begin : begin + _CHUNK]
+                difference = np.subtract(*parts, dtype=np.float64)
+                square = float(difference @ difference)
+                if math.isnan(square):
+                    difference[parts[0] == parts[1]] = 0
+                    square = float(difference @ difference)
+                total += square
     return total
+
+
+def check_integer_leaves(model: Mapping[str, Leaf]) -> None:
+    """Raises ValueError where a model's integer leaves look like another quantiser's codes, or like bytes."""
+    integers = {name: leaf for name, leaf in model.items() if code_of_dtype(leaf.dtype) not in FLOATS}
+    described = [IntegerLeaf(name, leaf.dtype, leaf.shape, partial(as_array, leaf)) for name, leaf in integers.items()]
+    refuse_codes(list(model), described)
 
 
 def write_leaf(leaf: Any) -> Array:
     """A NumPy array, torch tensor or `Quantized` as an `Array`."""
     if isinstance(leaf, Quantized):
-        stype = ".".join([_OURS, leaf.wire, *([] if leaf.block is None else [str(leaf.block)])])
+        seed = () if leaf.seed is None else ("seed", *leaf.seed)
+        stype = ".".join(map(str, (_OURS, leaf.wire, *(() if leaf.block is None else (leaf.block,)), *seed)))
         parts = [part for part in (leaf.scales, leaf.data) if part is not None]
         data = b"".join(_bytes_of(part) for part in parts)
         return Array(name_of(leaf.dtype), tuple(leaf.shape), stype, data)

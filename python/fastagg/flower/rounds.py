@@ -15,6 +15,7 @@ from flwr.serverapp.exception import AggregationError
 from fastagg._errors import NonFiniteUpdateError
 from fastagg._forms import Forms
 from fastagg._quoting import quoted
+from fastagg._sent import Sent
 from fastagg.accumulator import Accumulator
 from fastagg.averaging import NONFINITE
 from fastagg.flower.arrays import FreshArrays, Leaf, in_dtype
@@ -65,15 +66,17 @@ class Settings(NamedTuple):
         weighed: a reply with its weight in the mean.
         aggregate: writes the mean of replies of one form, by their weights, into arrays; its last argument is the
             nan_policy "drop" or "propagate".
+        sent: what the mean is to know of the model that was sent, as it is when the first reply comes.
     """
 
     nan_policy: str
-    integer_policy: str
+    integer_policy: str | None
     streaming: bool
     in_model_dtypes: bool
     metric_lengths: bool
     weighed: Callable[[Reply], Reply]
     aggregate: Callable[[list[Reply], list[float], dict[str, np.ndarray], str], Members]
+    sent: Callable[[], Sent | None]
 
 
 class Round(ABC):
@@ -299,9 +302,10 @@ class _Streamed:
 
     def _new_sums(self, reply: Reply) -> _Sums:
         nan_policy = "propagate" if self._settings.nan_policy == "propagate" else "raise"
-        integer_policy = self._settings.integer_policy
+        integer_policy, sent = self._settings.integer_policy, self._settings.sent()
+        sums = Accumulator(nan_policy=nan_policy, integer_policy=integer_policy, low_memory=True, sent=sent)
         leaves = {name: _Leaf(tuple(leaf.shape), leaf.dtype) for name, leaf in reply.leaves.items()}
-        return _Sums(Accumulator(nan_policy=nan_policy, integer_policy=integer_policy, low_memory=True), leaves, [])
+        return _Sums(sums, leaves, [])
 
     def mean(self) -> Mean | None:
         """The mean of the replies with the metrics that most have; None if there is nobody."""

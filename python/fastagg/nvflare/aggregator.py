@@ -128,7 +128,7 @@ class FedAvgAggregator(ModelAggregator):
     def __init__(
         self,
         nan_policy: str = "drop",
-        integer_policy: str = "max",
+        integer_policy: str | None = None,
         batch: int = 4,
         aggregation_weights: dict[str, float] | None = None,
         exclude_vars: str | None = None,
@@ -138,7 +138,7 @@ class FedAvgAggregator(ModelAggregator):
         Args:
             nan_policy: for a reply with a NaN or an infinity: "drop" (leave it out), "raise" (the round is an error) or
                 "propagate".
-            integer_policy: "max", "first" or "round", as in `fastagg.fedavg`.
+            integer_policy: "max", "first", "round" or None, as in `fastagg.fedavg`.
             batch: replies that are held until they are added in one pass. Memory is `batch` models and one and a half
                 for the sums. Replies that NVFlare keeps on disk are read and added one by one.
             aggregation_weights: for some clients, by name, a factor of their weight.

@@ -23,7 +23,15 @@ from fastagg._backend import (
 )
 from fastagg._codes import FLOATS, Code, float_code
 from fastagg._updates import Structure, as_list
-from fastagg.averaging import NONFINITE, LeafInputs, check_devices, gather, nonfinite_leaves, results_for
+from fastagg.averaging import (
+    NONFINITE,
+    LeafInputs,
+    check_devices,
+    check_integers,
+    gather,
+    nonfinite_leaves,
+    results_for,
+)
 
 __all__ = ["MIDDLE", "NEAR_MEDIAN", "NEAR_TRIMMED", "TRIMMED", "Points"]
 
@@ -93,6 +101,10 @@ class Points:
             return results_for(self.inputs, self.structure, out, self._updates[0])
         except ValueError as error:
             raise ValueError(self._named(error)) from None
+
+    def check_integers(self) -> None:
+        """Raises ValueError where integer leaves look like another quantiser's codes."""
+        check_integers(self.structure, self.inputs, [i for i, leaf in enumerate(self.inputs) if not leaf.is_float])
 
     def check_floats(self) -> None:
         """Raises ValueError where no leaf has distances."""

@@ -85,7 +85,6 @@ class FedNova:
         self._average_buffers(mean, updates, counted, integer_policy)
         return interpolate(model, mean, rate, out=out, buffers=self.buffers)
 
-
     def _average_buffers(self, mean: Any, updates: list[Any], weights: list[float], integer_policy: str | None) -> None:
         """Writes the mean of the clients' buffers by their weights, whatever their steps, over that of the shares."""
         structure = Structure(mean)

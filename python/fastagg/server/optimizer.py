@@ -70,8 +70,8 @@ class ServerOptimizer:
 
         fp32, fp16 and bf16 leaves are computed in float32, fp64 leaves in float64, each operation rounded once, with
         the same bits on every instruction set, thread count and device. Buffers (integer and bool leaves, running_mean,
-        running_var, num_batches_tracked, moving_mean, moving_variance and those in `buffers`) get the mean as it is, and
-        so do elements of which the model is infinite.
+        running_var, num_batches_tracked, moving_mean, moving_variance and those in `buffers`) get the mean as it is,
+        and so do elements of which the model is infinite.
 
         Args:
             model: what the clients started from: an array, a sequence or a mapping of arrays.
@@ -210,7 +210,9 @@ def _warn_of_roundings(structure: Structure, mean: Any, stepped: list[int]) -> N
     found = next((structure.leaf_name(index) for index in stepped if holds_roundings(leaves[index])), None)
     if found is not None:
         advice = "leaves that nobody trains will move; fedavg(..., sent=model) takes the roundings out"
-        warnings.warn(f"mean, {found}: holds the roundings of quantised updates: {advice}", RuntimeWarning, stacklevel=3)
+        warnings.warn(
+            f"mean, {found}: holds the roundings of quantised updates: {advice}", RuntimeWarning, stacklevel=3
+        )
 
 
 def as_buffers(buffers: Iterable[Any]) -> tuple[Any, ...]:

@@ -79,7 +79,7 @@ class Operands(NamedTuple):
         return parts
 
     def check_finite(self) -> None:
-        """Raises NonFiniteUpdateError for the first leaf of the mean with a NaN, or an infinity that the model has not."""
+        """Raises NonFiniteUpdateError for the first leaf with a NaN, or an infinity that the model does not have."""
         for index in nonfinite_leaves([_as_inputs(leaf) for leaf in self.mean], 0, self.stream):
             if not same_infinities(self.mean[index].view.owner, self.model[index].view.owner):
                 raise NonFiniteUpdateError(f"mean, {self.structure.leaf_name(index)}: holds a NaN or an infinity")
@@ -122,7 +122,9 @@ class Operands(NamedTuple):
     def _infinite(self, indices: list[int]) -> dict[int, _Infinite]:
         """Of these leaves, those whose model is infinite somewhere."""
         flagged = nonfinite_leaves([_as_inputs(self.model[index]) for index in indices], 0, self.stream)
-        return {indices[place]: _infinite_part(self.model[indices[place]], self.mean[indices[place]]) for place in flagged}
+        return {
+            indices[place]: _infinite_part(self.model[indices[place]], self.mean[indices[place]]) for place in flagged
+        }
 
 
 class _Infinite(NamedTuple):
@@ -137,9 +139,7 @@ class _Infinite(NamedTuple):
 def _infinite_part(model: ModelLeaf, mean: ModelLeaf) -> _Infinite:
     x, y = model.view.owner, mean.view.owner
     where = is_nonfinite(x)
-    return _Infinite(
-        model.kind.view(with_zeros(x, where)), model.kind.view(with_zeros(y, where)), where, y[where]
-    )
+    return _Infinite(model.kind.view(with_zeros(x, where)), model.kind.view(with_zeros(y, where)), where, y[where])
 
 
 def add(
