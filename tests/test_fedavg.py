@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 import types
@@ -335,8 +336,13 @@ def test_drop_counts_integers_of_the_others_only() -> None:
 
 
 def test_drop_of_everyone_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"every contributing client .* client 0, the array; client 1, the array"):
+    with pytest.raises(
+        ValueError, match=r"every contributing client .* client 0, the array; client 1, the array"
+    ) as caught:
         fastagg.fedavg([np.array([np.nan])] * 2, nan_policy="drop")
+    for error in (caught.value, pickle.loads(pickle.dumps(caught.value))):
+        assert error.dropped == {0: "the array", 1: "the array"}
+        assert str(error) == str(caught.value)
 
 
 def test_propagate_keeps_nan_where_it_is() -> None:

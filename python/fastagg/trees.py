@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from fastagg._errors import DroppedUpdateWarning
+from fastagg._quoting import quoted
 from fastagg._updates import as_weights
 from fastagg.accumulator import Accumulator
 from fastagg.averaging import check_policies
@@ -140,7 +141,7 @@ class Plan:
     def result(self, total: PartialSum) -> Any:
         """The mean; warns of every source that was left out."""
         for client, leaf, reason in total.accumulator.dropped:
-            where = "the array" if leaf is None else f"leaf {leaf!r}"
+            where = "the array" if leaf is None else f"leaf {quoted(leaf)}"
             warnings.warn(f"dropped: {self.names[client]}, {where}: {reason}", DroppedUpdateWarning, stacklevel=3)
         return total.accumulator.result()
 

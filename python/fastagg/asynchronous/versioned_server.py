@@ -7,6 +7,7 @@ import warnings
 from typing import Any, NamedTuple
 
 from fastagg._errors import DroppedUpdateWarning, NonFiniteUpdateError
+from fastagg._quoting import quoted
 from fastagg._sent import same_infinities
 from fastagg._updates import Structure
 from fastagg.asynchronous.staleness import Staleness
@@ -107,7 +108,7 @@ class VersionedServer:
         """
         version = as_version(version)
         if not 0 <= version <= self._version:
-            raise ValueError(f"version: expected 0 to {self._version}, the newest, got {version}")
+            raise ValueError(f"version: expected 0 to {self._version}, the newest, got {quoted(version)}")
         staleness = self._version - version
         if self.max_staleness is not None and staleness > self.max_staleness:
             self._drop(version, f"its staleness is {staleness}, above max_staleness={self.max_staleness}", stacklevel=4)
@@ -126,7 +127,7 @@ class VersionedServer:
 def as_version(version: Any) -> int:
     """A version as an integer; raises TypeError if it is none."""
     if isinstance(version, bool) or not hasattr(version, "__index__"):
-        raise TypeError(f"version: expected an integer, got {version!r}")
+        raise TypeError(f"version: expected an integer, got {quoted(version)}")
     return int(version.__index__())
 
 
