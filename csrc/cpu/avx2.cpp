@@ -16,6 +16,7 @@
 #include "kernels.h"
 #include "lanes_avx2.h"
 #include "reduce.h"
+#include "reduce_float64.h"
 #include "server_step.h"
 #include "sorted_mean.h"
 #include "squared_distances.h"
@@ -28,6 +29,7 @@ constexpr Kernels kernels{"avx2",
                           &weighted_sum<Lanes>,
                           &cast<Lanes>,
                           &reduce<Lanes>,
+                          &reduce_float64<Lanes>,
                           &server_step<Lanes>,
                           &sorted_mean<Lanes>,
                           &squared_distances<Lanes>,

@@ -19,6 +19,7 @@
 #include "kernels.h"
 #include "lanes_avx512.h"
 #include "reduce.h"
+#include "reduce_float64.h"
 #include "server_step.h"
 #include "sorted_mean.h"
 #include "squared_distances.h"
@@ -31,6 +32,7 @@ constexpr Kernels kernels{"avx512",
                           &weighted_sum<Lanes>,
                           &cast<Lanes>,
                           &reduce<Lanes>,
+                          &reduce_float64<Lanes>,
                           &server_step<Lanes>,
                           &sorted_mean<Lanes>,
                           &squared_distances<Lanes>,
