@@ -78,7 +78,8 @@ FASTAGG_INLINE D quotient(Pair<D> sum, const Divisor& divisor) {
   const D first = if_corrected(sum.low, whole.high, sum.high);
   const D rest = if_corrected(sum.low, whole.low, D{});
   const D estimate = first * divisor.inverse;
-  const D remainder = Lanes::multiply_add(-estimate, broadcast<D>(divisor.high), first) + (rest - estimate * divisor.low);
+  const D remainder =
+      Lanes::multiply_add(-estimate, broadcast<D>(divisor.high), first) + (rest - estimate * divisor.low);
   return if_corrected(remainder, estimate + remainder * divisor.inverse, estimate);
 }
 

@@ -142,8 +142,8 @@ FASTAGG_INLINE Leaf leaf_of_windows(Leaf leaf, Code work) {
   return leaf;
 }
 
-/// sum_k shares[k] * x_k of float64 values, the shares times `raise` and the values times `lower`, divided by the sum of
-/// the shares, which is 1 but for their rounding.
+/// sum_k shares[k] * x_k of float64 values, the shares times `raise` and the values times `lower`, divided by the sum
+/// of the shares, which is 1 but for their rounding.
 template <class Lanes, class Load>
 FASTAGG_INLINE void mix_pairs(const double* shares, int32_t clients, double raise, double lower, const Load& load,
                               typename Lanes::D (&mixed)[Lanes::halves]) {

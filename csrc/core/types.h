@@ -61,8 +61,8 @@ struct Leaf {
   double divisor;
   uint16_t dither;  // of a state48 result: core/state48.h
   int64_t count;
-  void* out;        // null: only look for clients' non-finite values
-  void* companion;  // the second plane of sums
+  void* out;                // null: only look for clients' non-finite values
+  void* companion;          // the second plane of sums
   double divisor_rest = 0;  // what the divisor of a float64 result lacks
 };
 
@@ -219,9 +219,7 @@ FASTAGG_INLINE T* shifted(T* data, Code code, int64_t begin) {
 }
 
 /// Whether a float32 scale belongs to each block of the code's elements.
-constexpr FASTAGG_INLINE bool has_scales(Code code) {
-  return code >= Code::wire_fp8_e4m3 && code <= Code::wire_sign;
-}
+constexpr FASTAGG_INLINE bool has_scales(Code code) { return code >= Code::wire_fp8_e4m3 && code <= Code::wire_sign; }
 
 /// The accumulator's sums, in two planes.
 constexpr FASTAGG_INLINE bool is_state(Code code) { return code == Code::state48 || code == Code::state128; }

@@ -1,7 +1,8 @@
 // The arithmetic of `weighted_sum`: out = sum_k weight_k * x_k / divisor.
 //
 // The sum runs in float64, in client order, one rounding a product and one a sum: products of float32 values with
-// counts are exact there. That of a float64 result runs in twice float64's precision (pair.h). Two shortcuts spare the float64 unit where narrow codes would wait for it:
+// counts are exact there. That of a float64 result runs in twice float64's precision (pair.h). Two shortcuts spare the
+// float64 unit where narrow codes would wait for it:
 // - For a result of 16 bits, runs of 16-bit clients are added up in float32 before they join the sum.
 // - Scaled integers of a group of clients are added up before they join the sum: as integers where that is exact, else
 //   in float64. Both are the same number.

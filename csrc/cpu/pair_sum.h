@@ -173,14 +173,16 @@ bool pair_sum(const Leaf& leaf, int64_t begin, int64_t end, bool stream) {
   alignas(64) double high[kPairSums], low[kPairSums];
   bool finite = true;
   const bool is_state = leaf.code == Code::state128;
-  stream = stream && !(is_state && reinterpret_cast<uintptr_t>(leaf.out) % 64 !=
-                                       reinterpret_cast<uintptr_t>(leaf.companion) % 64);
+  stream = stream && !(is_state &&
+                       reinterpret_cast<uintptr_t>(leaf.out) % 64 != reinterpret_cast<uintptr_t>(leaf.companion) % 64);
   for (; begin < end; begin += kPairSums) {
     const PairChunk chunk{leaf, begin, end - begin < kPairSums ? end - begin : kPairSums, high, low, true};
     if (is_state)
-      finite &= stream ? pair_sum_of<Lanes, Code::state128, true>(chunk) : pair_sum_of<Lanes, Code::state128, false>(chunk);
+      finite &=
+          stream ? pair_sum_of<Lanes, Code::state128, true>(chunk) : pair_sum_of<Lanes, Code::state128, false>(chunk);
     else
-      finite &= stream ? pair_sum_of<Lanes, Code::float64, true>(chunk) : pair_sum_of<Lanes, Code::float64, false>(chunk);
+      finite &=
+          stream ? pair_sum_of<Lanes, Code::float64, true>(chunk) : pair_sum_of<Lanes, Code::float64, false>(chunk);
   }
   return finite;
 }

@@ -7,8 +7,8 @@
 namespace fastagg {
 namespace {  // the loops of another instruction set must never be linked in these ones' place
 
-/// out = sum_r sources[r] * factor / divisor, where `out` may be a source; true if it is finite. Adds its sum of squares
-/// to *squares, if there is one.
+/// out = sum_r sources[r] * factor / divisor, where `out` may be a source; true if it is finite. Adds its sum of
+/// squares to *squares, if there is one.
 template <class Lanes>
 bool reduce_float64(const double* const* sources, int32_t ranks, int64_t count, double divisor, double factor,
                     double* out, double* squares) {

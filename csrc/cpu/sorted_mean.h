@@ -18,7 +18,7 @@ void mix_rows(const SortedMean& op, int32_t clients, const Element<work>* values
     for (int64_t i = 0; i < count; i += Lanes::width) {
       const SortedColumn<Lanes, work> column{values + i, stride};
       D sum[Lanes::halves];
-      mix<Lanes, work>(shares, clients, [&](int32_t k, D (&x)[Lanes::halves]) { column.row(k, x); }, sum);
+      mix<Lanes, work>(shares, clients, [&](int32_t k, D(&x)[Lanes::halves]) { column.row(k, x); }, sum);
       if constexpr (work == Code::float64) Lanes::template store_float64<false>(rows, r * stride + i, sum);
       else Lanes::template store_float32<false>(rows, r * stride + i, Lanes::narrow(sum));
     }

@@ -18,7 +18,7 @@ __device__ inline void add_up_float64(const Sources& sources, double divisor, do
   const Reduction64Of<ThreadLane> op(sources.ranks(), divisor, factor);
   for (int64_t i = begin + team.thread; i < end; i += team.threads) {
     double result[1];
-    op.results([&](int rank, double(&x)[1]) { x[0] = global(static_cast<const double*>(sources[rank].data))[i]; },
+    op.results([&](int rank, double (&x)[1]) { x[0] = global(static_cast<const double*>(sources[rank].data))[i]; },
                result);
     global(out)[i] = result[0];
     if (not_finite(result[0])) found.largest = kInfinity;

@@ -42,7 +42,7 @@ FASTAGG_INLINE void mix_column(const SortedMean& op, int32_t count, const Elemen
     double sum[1];
     mix<ThreadLane, work>(
         op.mixing + int64_t{r} * count, count,
-        [&](int32_t k, double(&x)[1]) { x[0] = static_cast<double>(clients[k * stride]); }, sum);
+        [&](int32_t k, double (&x)[1]) { x[0] = static_cast<double>(clients[k * stride]); }, sum);
     column[r * stride] = static_cast<Element<work>>(sum[0]);
   }
 }

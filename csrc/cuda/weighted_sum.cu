@@ -122,8 +122,7 @@ FASTAGG_INLINE void add_pairs(Pair<double> (&sums)[n], const Group& group, doubl
     for (int c = 0; c < clients; ++c)
       for (int j = 0; j < n; ++j) {
         if constexpr (code == Code::state128)
-          add_exact<ThreadLane>(sums[j], weights[c],
-                                Pair<double>{x[c].entries.values[j], x[c].companion.values[j]});
+          add_exact<ThreadLane>(sums[j], weights[c], Pair<double>{x[c].entries.values[j], x[c].companion.values[j]});
         else add_exact<ThreadLane>(sums[j], weights[c], decoded_value<code>(x[c], scales[c], j));
       }
   }
@@ -237,8 +236,8 @@ FASTAGG_INLINE bool fold(const TableLeaf& entry, int64_t begin, int64_t end, int
   }
   if (entry.aligned) {
     // A warp's accesses touch whole lines: of 16 bytes a thread where the clients' elements have two or four.
-    const bool narrow =
-        leaf.clients > 0 && encoded_bytes(leaf.sources[0].code, 1) <= 2 && (leaf.out == nullptr || !has_pairs(leaf.code));
+    const bool narrow = leaf.clients > 0 && encoded_bytes(leaf.sources[0].code, 1) <= 2 &&
+                        (leaf.out == nullptr || !has_pairs(leaf.code));
     begin = narrow ? means<8>(leaf, begin, end, thread, finite) : means<4>(leaf, begin, end, thread, finite);
   }
   means<1>(leaf, begin, end, thread, finite);
