@@ -190,7 +190,7 @@ Outcome SharedMemory::end(const Exchange& exchange, bool finite) {
     outcome.squares = member(peers_.rank()).squares[calls_ & 1];  // of everything, and final
   } else {
     for (int rank = 0; rank < peers_.size(); ++rank) outcome.squares += member(rank).squares[calls_ & 1];
-    outcome.squares *= exchange.factor * exchange.factor;
+    if (exchange.wire != Code::float64) outcome.squares *= exchange.factor * exchange.factor;
   }
   exchanged_ += chunks_of(exchange);
   ++calls_;
@@ -238,7 +238,7 @@ void SharedMemory::publish_slice(const Exchange& exchange, int64_t chunk) {
   const Cast encoded = encoded_in(exchange, piece, 1, kMeansRank);
   if (exchange.wire == Code::float64) {
     sources_.assign(1, encoded.source);
-    add_up_float64(piece, 1, 1, static_cast<double*>(encoded.out));
+    add_up_float64(piece, 1, exchange.factor, static_cast<double*>(encoded.out));
   } else {
     kernels().reduce({&encoded.source, 1, 1, {}, encoded}, piece.begin, piece.end, squares_);
   }
@@ -250,7 +250,8 @@ void SharedMemory::reduce_to_means(const Exchange& exchange, int64_t chunk) {
   wait_for_all(&Member::gathered, chunk + 1 - kSlots);
   const Piece piece = piece_of(exchange, peers_.rank(), chunk, peers_.size());
   // The means have random numbers of their own, the same whoever rounds them.
-  add_up(exchange, chunk, peers_.rank(), encoded_in(exchange, piece, 1, kMeansRank), 1, exchange.error);
+  const double factor = exchange.wire == Code::float64 ? exchange.factor : 1;  // into the one rounding; others gather
+  add_up(exchange, chunk, peers_.rank(), encoded_in(exchange, piece, 1, kMeansRank), factor, exchange.error);
   finish(chunk, {&Member::reduced});
 }
 
@@ -303,7 +304,7 @@ bool SharedMemory::gather_piece(const Exchange& exchange, const Piece& piece) co
   if (exchange.wire == Code::float64) {
     const double* means = static_cast<const double*>(piece.codes) + piece.begin;
     double* out = static_cast<double*>(exchange.data) + piece.begin;
-    return cpu::reduce_float64(&means, 1, piece.end - piece.begin, 1, exchange.factor, out, nullptr);
+    return cpu::reduce_float64(&means, 1, piece.end - piece.begin, 1, 1, out, nullptr);
   }
   Cast cast{};
   cast.source = {piece.codes, piece.scales, exchange.wire, exchange.block_shift};

@@ -51,7 +51,7 @@ class BackendTransport:
         run(rounds)
         squares = arithmetic.squares
         if exchange.norm and not in_one_shot:
-            squares = sum(group.gather(squares)) * exchange.factor**2
+            squares = sum(group.gather(squares)) * exchange.factor_of_squares
         return Outcome(arithmetic.finite, rows.sent_bytes, squares)
 
     def _begin_to_agree(self, description: str) -> _Descriptions:

@@ -122,6 +122,11 @@ class Exchange(NamedTuple):
             *(self.norm, self.stretches, self.description),
         )
 
+    @property
+    def factor_of_squares(self) -> float:
+        """What the squares of a slice's means lack: of float64 ones, which have been multiplied, nothing."""
+        return 1.0 if self.encoding.wire == Code.FLOAT64 else self.factor**2
+
     def encoded_factor(self, world: int) -> float:
         """The power of two that keeps a mean's terms inside float16: without it one large value would be infinite."""
         return 2.0 ** -(world - 1).bit_length() if self.mean and self.encoding.wire == Code.FLOAT16 else 1.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +13,25 @@ from fastagg._tensor import kind_named
 from fastagg.averaging import LeafInputs
 
 ALIGNMENT = 64
+# Bytes of an element in the two planes of sums.
+PLANES = {Code.STATE48: (4, 2), Code.STATE128: (8, 8)}
+
+
+class Total(NamedTuple):
+    """A sum of weights in twice the precision of a float: rounded, and what that lacks."""
+
+    high: float
+    rest: float
+
+    def plus(self, weights: Iterable[float]) -> Total:
+        """The sum with more weights, or with those of another total."""
+        terms = (*self, *weights)
+        high = math.fsum(terms)
+        return Total(high, math.fsum((*terms, -high)))
+
+    def times(self, power_of_two: float) -> Total:
+        """The sum, scaled exactly."""
+        return Total(self.high * power_of_two, self.rest * power_of_two)
 
 
 class LeafSums(NamedTuple):
@@ -36,8 +56,9 @@ class LeafSums(NamedTuple):
     @property
     def end(self) -> int:
         """Where the sums end in the block, in bytes."""
-        if self.state == Code.STATE48:  # two planes, each at a cache line
-            return self.offset + aligned(4 * self.elements) + 2 * self.elements
+        if self.state in PLANES:  # each at a cache line
+            first, second = PLANES[self.state]
+            return self.offset + aligned(first * self.elements) + second * self.elements
         return self.offset + ELEMENT_BYTES[self.state] * self.elements
 
     @classmethod
@@ -51,8 +72,10 @@ class LeafSums(NamedTuple):
         return base + self.offset, self.companion(base), self.state, 0
 
     def companion(self, base: int) -> int:
-        """The lower halves of 48-bit sums."""
-        return base + self.offset + aligned(4 * self.elements) if self.state == Code.STATE48 else 0
+        """The second plane of the sums, or 0 where they have one."""
+        if self.state not in PLANES:
+            return 0
+        return base + self.offset + aligned(PLANES[self.state][0] * self.elements)
 
 
 def lay_out(inputs: list[LeafInputs], integer_policy: str | None) -> list[LeafSums]:
@@ -81,10 +104,25 @@ def check_sums(sums: np.ndarray | None, leaves: list[LeafSums], count: int) -> N
         raise ValueError(f"state: damaged: expected {end} bytes of sums, got {sums.dtype} {sums.shape}")
 
 
+def paired(sums: np.ndarray | None, leaves: list[LeafSums]) -> tuple[np.ndarray | None, list[LeafSums]]:
+    """Sums of which those of fp64 leaves were single floats, as pairs of floats."""
+    pairs, offset = [], 0
+    for leaf in leaves:
+        state = Code.STATE128 if leaf.code == Code.FLOAT64 else leaf.state
+        pairs.append(leaf._replace(state=state, offset=offset))
+        offset = aligned(pairs[-1].end)
+    if sums is None:
+        return None, pairs
+    block = np.zeros(pairs[-1].end, np.uint8)
+    for old, new in zip(leaves, pairs, strict=True):  # the first plane is what there was
+        block[new.offset : new.offset + old.end - old.offset] = sums[old.offset : old.end]
+    return block, pairs
+
+
 def _state_code(leaf: LeafInputs, integer_policy: str | None) -> Code:
     """How the leaf's sums are kept: as wide sums, or as an integer leaf's own values."""
     if leaf.is_float:
-        return Code.FLOAT64 if leaf.result_code == Code.FLOAT64 else Code.STATE48
+        return Code.STATE128 if leaf.result_code == Code.FLOAT64 else Code.STATE48
     return Code.FLOAT64 if integer_policy == "round" else leaf.result_code
 
 

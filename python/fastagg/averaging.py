@@ -7,8 +7,6 @@ import warnings
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from fastagg import _overlap
 from fastagg._backend import MAXIMUM, MEAN, LeafOperands, LeafTuple, MeasurementOperands, statistics, weighted_sum
 from fastagg._codes import FLOATS, Code, code_of_dtype, float_code, name_of
@@ -64,9 +62,9 @@ def fedavg(
 
     Accumulated in float64 in client order (16-bit clients of a 16-bit result in runs of eight in float32, int8 and int4
     in exact sums of a few clients), divided and rounded once at the end: at most 1.2e-7 of the weighted mean of |x| off
-    for float32 (McMahan et al. 2017, Algorithm 1, line "w_{t+1}"). float64 leaves give NumPy's bits: the contributing
-    clients' weights normalised first, then multiplied and added in client order. The same bits on every instruction
-    set, thread count and device.
+    for float32 (McMahan et al. 2017, Algorithm 1, line "w_{t+1}"). float64 results are added up in pairs of float64:
+    within one unit in the last place of the exact mean, and ``K**2 * 2**-104`` of the weighted mean of |x|; the mean of
+    equal models is that model. The same bits on every instruction set, thread count and device.
 
     Args:
         updates: K updates of one structure: arrays, or sequences of arrays, or mappings from names to arrays (a
@@ -210,22 +208,20 @@ class _Mean:
 
     def _operands(self, weights: list[float], contributing: list[int] | None) -> list[LeafTuple]:
         scaled, total = scale_weights(weights if contributing is None else [weights[client] for client in contributing])
-        normalised: list[float] | None = None
+        rest: float | None = None
         leaves: list[LeafTuple] = []
         integers: list[int] = []
         for index, (leaf, out) in enumerate(zip(self.inputs, self.outs, strict=True)):
             sources = leaf.sources if contributing is None else [leaf.sources[client] for client in contributing]
-            fold, leaf_weights, divisor = MEAN, scaled, total
+            fold, leaf_rest = MEAN, 0.0
             if leaf.result_code == Code.FLOAT64:
-                if normalised is None:
-                    normalised = (np.asarray(scaled) / np.asarray(scaled).sum()).tolist()
-                leaf_weights, divisor = normalised, 1.0
+                rest = leaf_rest = math.fsum((*scaled, -total)) if rest is None else rest
             elif leaf.result_code not in FLOATS and self.integer_policy != "round":
                 fold = MAXIMUM
                 sources = sources[:1] if self.integer_policy == "first" else sources
                 integers.append(index)
             count = math.prod(leaf.shape)
-            leaves.append((sources, leaf.code, leaf_weights, divisor, count, fold, out, 0, leaf.result_code, 0))
+            leaves.append((sources, leaf.code, scaled, total, count, fold, out, 0, leaf.result_code, 0, leaf_rest))
         if integers and self.integer_policy is None:
             check_integers(self.structure, self.inputs, integers)
         return leaves
@@ -242,8 +238,10 @@ class _Mean:
             if correction is not None:
                 corrections.append(correction)
                 rescaled, _ = scale_weights([*weights, *correction.weights])
-                divisor *= rescaled[0] / weights[0]
-                leaves[index] = ([*sources, *correction.sources], code, rescaled, divisor, *operands[4:])
+                factor = rescaled[0] / weights[0]  # a power of two
+                *others, rest = operands[4:]
+                corrected = ([*sources, *correction.sources], code, rescaled, divisor * factor)
+                leaves[index] = (*corrected, *others, rest * factor)
         return corrections
 
     def offenders(self, weights: list[float], flagged: list[int], every: bool) -> dict[int, int]:

@@ -39,8 +39,8 @@ def average(
     Chunk c adds up the sources ``c * fan_in`` to ``(c + 1) * fan_in - 1`` in order; chunks are merged in pairs, pairs
     in fours and so on, what is left over last. The tree follows from the number of sources and `fan_in` alone, so the
     result has the same bits as that of `fastagg.ray.average` with the same `fan_in`, on any number of workers. With
-    another `fan_in`, or in one `Accumulator`, the sums are rounded in another order: float64 results then differ in
-    their last bits, others seldom, and all are within the error that `Accumulator` states.
+    another `fan_in`, or in one `Accumulator`, the sums are rounded in another order: the results then differ
+    seldom, by the last bit, and all are within the error that `Accumulator` states.
 
     In memory are one client and at most ``log2(chunks) + 2`` accumulators.
 
