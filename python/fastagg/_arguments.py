@@ -36,3 +36,18 @@ def as_flag(value: Any, name: str) -> bool:
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name}: expected True or False, got {quoted(value)}")
     return bool(value)
+
+
+def as_shape(value: Any) -> tuple[int, ...]:
+    """A shape that came from outside, as integers.
+
+    Raises:
+        TypeError, ValueError: it is none.
+    """
+    try:
+        sizes = tuple(operator.index(size) for size in value)
+    except TypeError:
+        raise TypeError(f"shape: expected integers, got {value!r}") from None
+    if any(size < 0 for size in sizes) or math.prod(max(size, 1) for size in sizes) >= 1 << 59:
+        raise ValueError(f"shape: expected sizes of 0 or more that can be held in memory, got {value!r}")
+    return sizes

@@ -328,15 +328,20 @@ class Accumulator:
         """Becomes what `state_dict` saved, policies included.
 
         Raises:
-            ValueError: the state is of another version of fastagg, or incomplete.
+            ValueError: the state is of another version of fastagg, incomplete or damaged. Nothing has changed then.
         """
         loaded = AccumulatorState.described(state)
+        kind, sums = _kind_of_sums(loaded.device, loaded.leaves), None
+        if loaded.sums is not None:
+            try:
+                sums = _new_block(kind, loaded.device, len(loaded.sums))
+                sums[:] = kind.from_numpy(loaded.sums, loaded.device)
+            except (AssertionError, RuntimeError) as error:  # torch's and CuPy's
+                raise ValueError(f"state: its sums cannot be put on {loaded.device}: {error}") from error
         with self._lock:
             self.reset(sent=self._sent)
             self._structure, self._leaves, self._device = loaded.structure, loaded.leaves, loaded.device
-            if loaded.sums is not None:
-                self._sums = self._allocate(len(loaded.sums))
-                self._sums[:] = self._kind().from_numpy(loaded.sums, self._device)
+            self._sums = sums
             self._folds, self._added = loaded.folds, loaded.added
             self._count, self._total = loaded.count, loaded.total_weight
             self.dropped = [DroppedUpdate(*dropped) for dropped in loaded.dropped]
@@ -415,7 +420,7 @@ class Accumulator:
             self._pending = [entry for entry in self._pending if entry[0] not in offenders]
             structure = self._structure
             if self._count == 0 and not self._pending:  # a refused first update says nothing of those to come
-                self._structure, self._spare, self._sent_leaves = None, None, None
+                self._structure, self._leaves, self._spare, self._sent_leaves = None, [], None, None
             self._report(offenders, structure)
 
     def _locate_pending(self) -> None:
@@ -595,17 +600,26 @@ class Accumulator:
             device, block = self._unused.pop()
             if device == self._device and len(block) == size:
                 return block
-        kind = self._kind()
-        block = kind.empty((size + ALIGNMENT,), kind.dtype_for(Code.UINT8), self._device)
-        unaligned = -self._kind().address(block) % ALIGNMENT
-        return block[unaligned : unaligned + size]
+        return _new_block(self._kind(), self._device, size)
 
     def _kind(self) -> Kind:
-        """The library that holds the sums: NumPy on the CPU."""
-        return kind_named("numpy" if self._device == "cpu" else self._leaves[0].kind)
+        """The library that holds the sums."""
+        return _kind_of_sums(self._device, self._leaves)
 
     def _stream(self) -> int:
         return kind_named(self._leaves[0].kind).stream(self._device)
+
+
+def _kind_of_sums(device: str, leaves: list[LeafSums]) -> Kind:
+    """The library that holds the sums of these leaves: NumPy on the CPU."""
+    return kind_named("numpy" if device == "cpu" or not leaves else leaves[0].kind)
+
+
+def _new_block(kind: Kind, device: str, size: int) -> Any:
+    """Bytes at a cache line."""
+    block = kind.empty((size + ALIGNMENT,), kind.dtype_for(Code.UINT8), device)
+    unaligned = -kind.address(block) % ALIGNMENT
+    return block[unaligned : unaligned + size]
 
 
 def _as_weight(weight: Any, client: int) -> float:

@@ -540,9 +540,9 @@ def _checked_out_view(leaf: LeafInputs, array: Any) -> View:
         raise TypeError(f"expected a {leaf.kind.name} array, got {type(array).__name__}")
     if array.dtype != leaf.dtype and name_of(array.dtype) != name_of(leaf.dtype):
         raise TypeError(f"expected dtype {name_of(leaf.dtype)}, got {name_of(array.dtype)}")
-    if tuple(array.shape) != leaf.shape:
-        raise ValueError(f"expected shape {leaf.shape}, got {tuple(array.shape)}")
     view = leaf.kind.writable_view(array)
+    if view.shape != leaf.shape:
+        raise ValueError(f"expected shape {leaf.shape}, got {view.shape}")
     if view.device != leaf.device:
         raise ValueError(f"expected device {leaf.device}, got {view.device}")
     return view

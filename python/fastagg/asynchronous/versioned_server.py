@@ -96,7 +96,7 @@ class VersionedServer:
             version = as_version(state["version"])
             if version < 0:
                 raise ValueError(f"version: expected 0 or more, got {version}")
-            return model, version, [DroppedContribution(*dropped) for dropped in state["dropped"]]
+            return model, version, [_dropped(*dropped) for dropped in state["dropped"]]
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"state: damaged, or of another model: {error}") from None
 
@@ -122,6 +122,13 @@ class VersionedServer:
         """Reports an update that is left out, to whoever called `add`."""
         self.dropped.append(DroppedContribution(version, reason))
         warnings.warn(f"update of version {version} dropped: {reason}", DroppedUpdateWarning, stacklevel=stacklevel)
+
+
+def _dropped(version: Any, reason: Any) -> DroppedContribution:
+    """A saved update that was left out."""
+    if not isinstance(reason, str):
+        raise TypeError(f"dropped: expected a reason as text, got {reason!r}")
+    return DroppedContribution(as_version(version), reason)
 
 
 def as_version(version: Any) -> int:
