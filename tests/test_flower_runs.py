@@ -78,6 +78,7 @@ def test_a_deployment_ends_as_flowers_own_fedavg_does(plain: Deployment, own_mod
 
 
 # Behind the test before, since it kills a node of its deployment.
+@pytest.mark.usefixtures("own_model")
 def test_a_round_whose_node_is_killed_completes_with_the_rest(plain: Deployment) -> None:
     mark, output = plain.folder / "training", plain.folder / "model.npz"
     config = {"num_server_rounds": 1, "timeout": 20.0, "pause": 60.0, "mark": str(mark), "output": str(output)}
