@@ -705,22 +705,6 @@ def test_fp64_means_are_exact_in_any_order() -> None:
         assert_within_bound(result, columns, weights)
 
 
-def test_states_of_version_1_are_read() -> None:
-    """Their fp64 sums were single floats."""
-    updates = [{"w": np.full(3, value), "n": np.full(5, value, np.float32)} for value in (1.0, 4.0)]
-    accumulator = filled(updates, [2.0, 1.0])
-    state = accumulator.state_dict()
-    w, n = state["leaves"]
-    sums = np.zeros(64 + 64 + 10, np.uint8)
-    sums[:24], sums[64:] = state["sums"][:24], state["sums"][n[5] :]
-    old = {**state, "version": 1, "total_weight": 3.0, "sums": sums}
-    old["leaves"] = [[*w[:4], int(Code.FLOAT64), 0], [*n[:5], 64]]
-    loaded = fastagg.Accumulator()
-    loaded.load_state_dict(old)
-    loaded.merge(accumulator)
-    assert [leaf.tolist() for leaf in loaded.result().values()] == [[2.0] * 3, [2.0] * 5]
-
-
 # What a reader found
 
 

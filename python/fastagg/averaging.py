@@ -351,7 +351,7 @@ def _gather_one_by_one(
     kinds: list[Kind] = []
     dtypes: list[Any] = []
     shape: tuple[int, ...] | None = None
-    device = ""
+    device, leaf_name = "", structure.leaf_name(index)
     for client, leaf in enumerate(column, numbered_from):
         try:
             if isinstance(leaf, Quantized):
@@ -365,10 +365,10 @@ def _gather_one_by_one(
                 sources.append((view.address, 0, view.code, 0))
                 owners.append(view.owner)
         except (TypeError, ValueError) as error:
-            raise type(error)(f"client {client}, {structure.leaf_name(index)}: {error}") from None
+            raise type(error)(f"client {client}, {leaf_name}: {error}") from None
         if shape is None:
             shape, device = leaf_shape, leaf_device
-        who = f"client {client}, {structure.leaf_name(index)}"
+        who = f"client {client}, {leaf_name}"
         if leaf_shape != shape:
             raise ValueError(f"{who}: expected shape {shape} like the first client's, got {leaf_shape}")
         if leaf_device != device:
@@ -380,7 +380,7 @@ def _gather_one_by_one(
     assert shape is not None
     if all(dtype is None for dtype in dtypes):
         dtypes[0] = column[0].dtype
-    dtype, result = _result_dtype(kinds[0], dtypes, structure.leaf_name(index), target, numbered_from)
+    dtype, result = _result_dtype(kinds[0], dtypes, leaf_name, target, numbered_from)
     return LeafInputs(sources, None, kinds[0], dtype, result, shape, device, owners)
 
 
