@@ -214,9 +214,7 @@ WEIGHTS = {
 
 
 @pytest.mark.parametrize("weights", WEIGHTS.values(), ids=WEIGHTS)
-def test_equal_fp64_models_of_any_size_and_weight_are_their_own_mean(
-    backend: Backend, weights: list[float]
-) -> None:
+def test_equal_fp64_models_of_any_size_and_weight_are_their_own_mean(backend: Backend, weights: list[float]) -> None:
     x = any_finite(generator(12), 133, np.dtype(np.float64))
     largest, smallest = np.finfo(np.float64).max, np.finfo(np.float64).smallest_subnormal
     x[:11] = [largest, -largest, 1e308, smallest, -smallest, 3 * smallest, 2.0**-1022, 7.0, 0.1, -0.0, 0.0]

@@ -449,11 +449,14 @@ def check_integers(structure: Structure, inputs: list[LeafInputs], integers: Ite
 
 
 def scale_weights(weights: list[float]) -> tuple[list[float], float]:
-    """Weights divided by a power of two that leaves the largest in [1/16, 1/8), the very smallest below. And their sum.
+    """Weights divided by a power of two that leaves the largest in [1/16, 1/8). And their sum.
 
     So no sum of float32 values overflows, that of eight clients in float32 included.
     """
-    factor = math.ldexp(1.0, -3 - max(math.frexp(max(weights))[1], -1000))
+    exponent = math.frexp(max(weights))[1]
+    if exponent < -1000:  # the power of two must be in range, too
+        return scale_weights([weight * 2.0**100 for weight in weights])
+    factor = math.ldexp(1.0, -3 - exponent)
     scaled = [weight * factor for weight in weights]
     return scaled, math.fsum(scaled)
 

@@ -34,7 +34,8 @@ def merge_over_ranks(
 
     Ranks merge in pairs, pairs in fours and so on: the tree follows from the number of ranks alone. So every run gives
     the same bits, and so do the same merges in one process. Another number of ranks rounds the sums in another order:
-    the results then differ seldom, by the last bit, and all are within the error that `Accumulator` states. Clients are numbered on from rank to rank, in `dropped` too. A rank may have none.
+    the results then differ seldom, by the last bit, and all are within the error that `Accumulator` states. Clients are
+    numbered on from rank to rank, in `dropped` too. A rank may have none.
 
     The sums travel as bytes, 6 an fp32 element: up the tree, and down again. A rank needs memory for up to three more
     accumulators meanwhile. What it holds changes only once it has the total.
