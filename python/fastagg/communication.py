@@ -77,7 +77,9 @@ def all_reduce(
     key = random_key(wire, rounding, channel.next_seed() if seed is None else seed)
 
     def reduce_all() -> None:
-        for index, (tensor, code) in enumerate(tensors or [(torch.empty(0, dtype=torch.float32, device="cpu"), Code.FLOAT32)]):
+        for index, (tensor, code) in enumerate(
+            tensors or [(torch.empty(0, dtype=torch.float32, device="cpu"), Code.FLOAT32)]
+        ):
             words = (key[0], key[1], key[2] + index, dist.get_rank(group)) if key else None
             exchange = Exchange(tensor, code, encoding_of(wire, code, block, words), op == "mean")
             subject = f"tensor {index} of {len(tensors)}, shape {tuple(tensor.shape)}"

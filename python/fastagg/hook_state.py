@@ -119,7 +119,7 @@ class AllReduceState:
     def reduce_bucket(self, transport: Transport, bucket: Bucket) -> None:
         """Replaces a bucket's gradients by their means, and notes what the exchange has found."""
         step, used = self._step, bucket.parameters
-        parts = torch.split(bucket.gradients, bucket.sizes)
+        parts = list(torch.split(bucket.gradients, bucket.sizes))
         if step.asks:
             used, parts = self._ask(transport, bucket, parts)
         if len(used) == len(bucket.parameters):
@@ -186,7 +186,8 @@ class AllReduceState:
             raise TypeError(f"error_feedback: expected a bool, got {arguments['error_feedback']!r:.100}")
         transport, squares = field(state, "transport"), field(state, "_squares")
         if not isinstance(transport, str | None) or not isinstance(squares, float):
-            raise TypeError(f"expected a transport's name and a sum of squares, got {transport!r:.100}, {squares!r:.100}")
+            got = f"{transport!r:.100}, {squares!r:.100}"
+            raise TypeError(f"transport, _squares: expected a name or None, and a float, got {got}")
         restored = AllReduceState(**arguments)
         restored._residuals.names = field(state, "names")
         restored.load_state_dict(field(state, "state_dict"))
@@ -208,7 +209,7 @@ class AllReduceState:
         keeps = self._feeds_back or self.wire == "sign"  # what rounding makes of zeros is not zeros
         step = _Step(dist.get_rank(group), dist.get_world_size(group), transport.shares, self.loss_scale)
         step.is_present = is_present or not joins
-        step.asks = joins or self._model.may_leave_out and (keeps or step.is_scaled)
+        step.asks = joins or (self._model.may_leave_out and (keeps or step.is_scaled))
         self._step, self.transport = step, transport.name
         self.steps += 1
 
@@ -225,7 +226,7 @@ class AllReduceState:
         asked = torch.cat([own, has_values(parts).to(torch.float64)])
         encoding = encoding_of("fp32", Code.FLOAT64, None, None)  # which adds up exactly
         question = Exchange(asked, Code.FLOAT64, encoding, mean=False)
-        outcome = transport.all_reduce(question.described(f"bucket {bucket.index}: who has gradients"))
+        outcome = transport.all_reduce(question.described(f"bucket {bucket.number}: who has gradients"))
         step.wire_bytes += outcome.wire_bytes
         present, scales, *holders = asked.tolist()
         step.scale = scales / present
@@ -250,7 +251,7 @@ class AllReduceState:
             norm=True,
             stretches=layout.stretches if self.rounding == "stochastic" else (),
         )
-        outcome = transport.all_reduce(exchange.described(f"bucket {bucket.index}"))
+        outcome = transport.all_reduce(exchange.described(f"bucket {bucket.number}"))
         step.finite = outcome.finite & step.finite
         step.wire_bytes += outcome.wire_bytes
         step.squares = outcome.squares + step.squares
@@ -273,7 +274,7 @@ class AllReduceState:
 class Bucket(NamedTuple):
     """What DDP has told of a bucket; its own object may be gone when its turn comes."""
 
-    index: int
+    number: int
     gradients: torch.Tensor
     parameters: list[torch.Tensor]
     sizes: list[int]
