@@ -47,11 +47,13 @@ def all_reduce_hook(
         device = gradients.device
         raise TypeError(f"expected floating gradients on a CPU or CUDA device, got {gradients.dtype} on {device}")
     channel = channel_of(group, gradients.device)
-    exchange = state.begin_bucket(group, channel.transport.name, bucket, Code(code))
+    exchange = state.begin_bucket(group, channel.name, bucket, Code(code))
 
     def reduce() -> None:
         try:
-            state.end_bucket(channel.transport.all_reduce(exchange), is_last=bucket.is_last())
+            transport = channel.transport
+            state.transport = transport.name
+            state.end_bucket(transport.all_reduce(exchange), is_last=bucket.is_last())
         except Exception:
             state.gradients_are_used()  # they are lost: the next step begins anew
             raise

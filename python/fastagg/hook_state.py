@@ -83,7 +83,7 @@ class AllReduceState:
             return out.copy_(~self._finite)
         return out.fill_(float(self.found_inf))
 
-    def begin_bucket(self, group: dist.ProcessGroup, transport: str, bucket: Any, code: Code) -> Exchange:
+    def begin_bucket(self, group: dist.ProcessGroup, transport: str | None, bucket: Any, code: Code) -> Exchange:
         """The exchange of a bucket's gradients."""
         if bucket.index() == 0:
             self._begin_step(group, transport)
@@ -153,7 +153,7 @@ class AllReduceState:
         self._residuals.names = names
         self.load_state_dict(residuals)
 
-    def _begin_step(self, group: dist.ProcessGroup, transport: str) -> None:
+    def _begin_step(self, group: dist.ProcessGroup, transport: str | None) -> None:
         if self._unscaled:
             raise RuntimeError(
                 "the gradients of a step before have been unscaled and not used: call scaler.step() and "
