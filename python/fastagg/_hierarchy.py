@@ -64,9 +64,7 @@ class HierarchicalTransport:
 
     def broadcast(self, data: torch.Tensor, root: int, description: str) -> None:
         """See `HostTransport`."""
-        host, place = next(
-            (host, members.index(root)) for host, members in enumerate(self._by_host) if root in members
-        )
+        host, place = next((host, members.index(root)) for host, members in enumerate(self._by_host) if root in members)
 
         def carry() -> None:
             if self._inside.rank == place:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from fastagg._errors import PeerError
 from fastagg._watch import Watch
@@ -112,7 +112,7 @@ class Meeting:
         if self._interrupted:
             return PeerError(self.name, f"rank {self.name} was interrupted")
         name = self.known_to_be_lost()
-        return None if name is None else PeerError(name, f"rank {name} has ended, has left the group, or was interrupted")
+        return None if name is None else PeerError(name, f"rank {name} has ended or left")
 
     def _too_late(self, key: str) -> PeerError:
         place = key.rsplit("/", 1)[-1]
@@ -127,7 +127,7 @@ class Meeting:
         return PeerError(0, f"rank 0 is gone, and the store with it: {error}")
 
 
-class MeetingStore(dist.Store):
+class MeetingStore(Store):  # type: ignore[misc, unused-ignore]
     """A meeting's store for torch: whoever waits in it sees signals and ranks that die."""
 
     def __init__(self, meeting: Meeting, label: str) -> None:

@@ -11,9 +11,7 @@ from fastagg._meeting import Meeting
 _GRACE = 5.0  # seconds: all who live have failed as well by then, or are told by their connections
 
 
-def peer_error(
-    meeting: Meeting, error: Exception, waited: float = 0.0, unconnected: Sequence[int] = ()
-) -> Exception:
+def peer_error(meeting: Meeting, error: Exception, waited: float = 0.0, unconnected: Sequence[int] = ()) -> Exception:
     """PeerError for the first rank that does not answer, or that came last after others had waited for the timeout.
 
     All ranks name the same one. Another error, if all answer and none was late. `waited`: this rank's seconds in the

@@ -115,6 +115,22 @@ class Line:
             future.set_result(result)
 
 
+def in_another_thread(work: Callable[[], Result]) -> Result:
+    """Does what no signal can interrupt, so that the one who waits for it can be; then it is left to itself."""
+    if threading.current_thread() is not threading.main_thread():
+        return work()
+    future: Future[Result] = Future()
+
+    def do() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=do, name="fastagg-work", daemon=True).start()
+    return future.result()
+
+
 class Work:
     """An all-reduce that is under way."""
 

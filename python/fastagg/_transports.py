@@ -28,7 +28,7 @@ from fastagg._private_group import PrivateGroup
 from fastagg._shared_memory import host_of_this_process, meet
 from fastagg._streams import DeviceLine
 from fastagg._threads import Line
-from fastagg._watch import process_of
+from fastagg._watch import Process, process_of
 from fastagg.quantization import draw_seed
 
 _log = logging.getLogger("fastagg")
@@ -255,7 +255,7 @@ class _Facts(NamedTuple):
     """The transport that it asks for."""
     seed: int
     device: str
-    process: tuple[int, int]
+    process: Process
     problem: str
     """Why it cannot open the files that it needs."""
 
@@ -273,7 +273,9 @@ def _gather_facts(meeting: Meeting, device: torch.device) -> tuple[list[str], li
             raise ValueError(f"rank {name} has {facts.device} tensors; rank {meeting.name} has {device.type} tensors")
         if facts.asked not in ("", "backend"):
             raise ValueError(f"{TRANSPORT_VARIABLE} on rank {name}: expected backend, or nothing, got {facts.asked!r}")
-    meeting.watch.add_processes([tuple(one.process) if one.host == own.host else (0, 0) for one in found])
+    meeting.watch.add_processes(
+        [cast(Process, tuple(one.process)) if one.host == own.host else (0, 0) for one in found]
+    )
     return [one.host for one in found], [one.asked for one in found], found[0].seed
 
 
