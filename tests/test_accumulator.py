@@ -20,7 +20,6 @@ import pytest
 import fastagg
 from backends import Backend, on_scalar
 from data import counts, generator, normal
-from fastagg._codes import Code
 from reference import (
     FLOATS,
     LARGEST_ERROR,

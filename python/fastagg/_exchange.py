@@ -161,6 +161,25 @@ class Transport(Protocol):
         ...
 
 
+class HostTransport(Transport, Protocol):
+    """One that also carries bytes on the CPU."""
+
+    sees_signals: bool
+    """Whether a wait in the main thread answers Ctrl-C; else exchanges have a thread of their own."""
+
+    def agree(self, description: str) -> None:
+        """Raises ValueError on every rank if one was called with something else."""
+        ...
+
+    def broadcast(self, data: torch.Tensor, root: int, description: str) -> None:
+        """Copies a rank's bytes to all, once all have agreed on a description."""
+        ...
+
+    def interrupt(self) -> None:
+        """Ends the wait of another thread of this process: PeerError that names this rank, on all ranks."""
+        ...
+
+
 def _name_of(code: Code) -> str:
     return code.name.lower().removeprefix("wire_")
 

@@ -52,7 +52,7 @@ def all_reduce_hook(
     _check_gradients(state, gradients, bucket.parameters())
     group = group_of(state.process_group)
     channel = channel_of(group, gradients.device)
-    begun = state.begin_bucket(group, channel.transport, bucket)
+    begun = state.begin_bucket(group, bucket)
 
     def reduce() -> None:
         try:

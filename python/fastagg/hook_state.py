@@ -76,7 +76,7 @@ class AllReduceState:
         self._residuals = Residuals(named_parameters)
         self.unscaled = UnscaledGradients()
         self._model = WrappedModel()
-        self._step = _Step(0, 1, 1, None)
+        self._step = _Step(0, 1, None)
 
     @property
     def found_inf(self) -> bool:
@@ -99,7 +99,7 @@ class AllReduceState:
             return out.copy_(~self._finite)
         return out.fill_(float(self.found_inf))
 
-    def begin_bucket(self, group: dist.ProcessGroup, transport: Transport, bucket: Any) -> Bucket:
+    def begin_bucket(self, group: dist.ProcessGroup, bucket: Any) -> Bucket:
         """What is to be done about a bucket's gradients, in the order in which DDP hands them over.
 
         Raises:
@@ -108,7 +108,7 @@ class AllReduceState:
         gradients, parameters = bucket.buffer(), bucket.parameters()
         self._model.search(parameters[0], self)
         if bucket.index() == 0:
-            self._begin_step(group, transport)
+            self._begin_step(group)
         layout = self._residuals.layout_of(parameters, bucket.is_last())
         if gradients.shape != (layout.elements,):
             first = self._residuals.name_of(parameters[0])
@@ -119,6 +119,8 @@ class AllReduceState:
     def reduce_bucket(self, transport: Transport, bucket: Bucket) -> None:
         """Replaces a bucket's gradients by their means, and notes what the exchange has found."""
         step, used = self._step, bucket.parameters
+        if bucket.number == 0:
+            step.shares, self.transport = transport.shares, transport.name
         parts = list(torch.split(bucket.gradients, bucket.sizes))
         if step.asks:
             used, parts = self._ask(transport, bucket, parts)
@@ -198,7 +200,7 @@ class AllReduceState:
     def _scaled_backward_ends(self) -> None:
         self.loss_scale = None
 
-    def _begin_step(self, group: dist.ProcessGroup, transport: Transport) -> None:
+    def _begin_step(self, group: dist.ProcessGroup) -> None:
         is_present, joins = is_in_backward(), self._model.joins
         if self.unscaled and self.loss_scale is None and is_present and self.unscaled.any_left():
             raise RuntimeError(
@@ -207,10 +209,10 @@ class AllReduceState:
             )
         self.unscaled.forget()
         keeps = self._feeds_back or self.wire == "sign"  # what rounding makes of zeros is not zeros
-        step = _Step(dist.get_rank(group), dist.get_world_size(group), transport.shares, self.loss_scale)
+        step = _Step(dist.get_rank(group), dist.get_world_size(group), self.loss_scale)
         step.is_present = is_present or not joins
         step.asks = joins or (self._model.may_leave_out and (keeps or step.is_scaled))
-        self._step, self.transport = step, transport.name
+        self._step = step
         self.steps += 1
 
     def _ask(
@@ -286,10 +288,11 @@ class _Step:
 
     is_present = True  # this rank has inputs
     asks = False  # each bucket is preceded by a question to all ranks
+    shares = 1.0  # of the mean, that residuals are: known once the ranks have met
     gain = 1.0  # a mean of the ranks that have inputs, over that of all
 
-    def __init__(self, rank: int, world: int, shares: float, loss_scale: float | None) -> None:
-        self.rank, self.world, self.shares = rank, world, shares
+    def __init__(self, rank: int, world: int, loss_scale: float | None) -> None:
+        self.rank, self.world = rank, world
         self.is_scaled, self.scale = loss_scale is not None, 1.0 if loss_scale is None else loss_scale
         self.finite: bool | torch.Tensor = True
         self.squares: float | torch.Tensor = 0.0
