@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from typing import cast
+
 import torch
 import torch.distributed as dist
 
@@ -22,13 +24,13 @@ def gather(own: bytes, title: str, group: dist.ProcessGroup) -> list[bytes]:
 
     def exchange() -> list[bytes]:
         transport = channel.host_transport
-        sizes = _gathered(transport, [torch.tensor([len(own)]) for _ in range(world)], title)
-        texts = [torch.empty(int(size), dtype=torch.uint8) for size in sizes]
+        sizes = _gathered(transport, [torch.tensor([len(own)], device="cpu") for _ in range(world)], title)
+        texts = [torch.empty(int(size), dtype=torch.uint8, device="cpu") for size in sizes]
         if own:
             texts[rank] = torch.frombuffer(bytearray(own), dtype=torch.uint8)
         return [bytes(text.numpy()) for text in _gathered(transport, texts, title)]
 
-    return channel.line.run(exchange)
+    return cast("list[bytes]", channel.line.run(exchange))
 
 
 def broadcast(tensor: torch.Tensor, root: int, title: str, group: dist.ProcessGroup) -> None:

@@ -239,9 +239,8 @@ class _Mean:
                 corrections.append(correction)
                 rescaled, _ = scale_weights([*weights, *correction.weights])
                 factor = rescaled[0] / weights[0]  # a power of two
-                *others, rest = operands[4:]
-                corrected = ([*sources, *correction.sources], code, rescaled, divisor * factor)
-                leaves[index] = (*corrected, *others, rest * factor)
+                terms = [*sources, *correction.sources], code, rescaled, divisor * factor
+                leaves[index] = (*terms, *operands[4:10], operands[10] * factor)
         return corrections
 
     def offenders(self, weights: list[float], flagged: list[int], every: bool) -> dict[int, int]:
