@@ -10,6 +10,7 @@ import pytest
 import backends
 import cuda_on_cpu_module
 import fastagg
+import processes
 from fastagg import _backend, _core
 
 
@@ -24,6 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    processes.restore_signals()
     config.addinivalue_line("markers", "exhaustive: checks every value there is; run by --exhaustive")
     config.addinivalue_line("markers", "real_run: starts the servers of Flower, NVFlare or Ray")
 

@@ -1,12 +1,13 @@
 """A Flower server and its nodes as processes of this machine, started as docs/flower.md says.
 
-Older versions of Flower have another port for each of a server's interfaces, and the app names the server.
+Older versions of Flower have a port for each of a server's interfaces; in the oldest, the app names the server.
 """
 
 from __future__ import annotations
 
 import contextlib
 import datetime
+import importlib.util
 import ipaddress
 import os
 import shutil
@@ -94,9 +95,10 @@ class Deployment:
         self, folder: Path, nodes: int = 2, *, certificates: Certificates | None = None, simulation: bool = False
     ) -> None:
         self.folder, self.certificates, self.simulation = folder, certificates, simulation
-        self.is_older = "--port" not in options_of("flower-superlink")
+        self.has_one_port = "--port" in options_of("flower-superlink")
+        self.app_names_server = importlib.util.find_spec("flwr.cli.flower_config") is None
         self.port, self.fleet_port, self.app_port, *self.node_ports = _free_ports(3 + nodes)
-        self.app = self._app_that_names_the_server() if self.is_older else APP
+        self.app = self._app_that_names_the_server() if self.app_names_server else APP
         self.environment = {**os.environ, "FLWR_HOME": str(folder), "FLWR_TELEMETRY_ENABLED": "0"}
         self.environment["PATH"] = f"{_SCRIPTS}{os.pathsep}{os.environ['PATH']}"
         self.processes: list[subprocess.Popen[bytes]] = []
@@ -140,7 +142,7 @@ class Deployment:
         """Starts the app and returns at once."""
         settings = " ".join(f"{name.replace('_', '-')}={_toml(value)}" for name, value in config.items())
         command = [str(_SCRIPTS / "flwr"), "run", str(self.app), "test", "--stream", "--run-config", settings]
-        if self.simulation and not self.is_older:
+        if self.simulation and not self.app_names_server:
             command += ["--federation-config", f"num-supernodes={len(self.node_ports)}"]
         return subprocess.Popen(
             command, env=self.environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -174,14 +176,15 @@ class Deployment:
         return f'address = "127.0.0.1:{self.port}"\n{security}\n'
 
     def _link_ports(self) -> list[str]:
-        if not self.is_older:
+        if self.has_one_port:
             return ["--port", str(self.port)]
-        kind = "simulationio" if self.simulation else "serverappio"
+        has_two_kinds = "--simulationio-api-address" in options_of("flower-superlink")
+        kind = "simulationio" if self.simulation and has_two_kinds else "serverappio"
         ports = {"control": self.port, "fleet": self.fleet_port, kind: self.app_port}
         return [part for name, port in ports.items() for part in (f"--{name}-api-address", f"127.0.0.1:{port}")]
 
     def _node_ports(self, port: int) -> list[str]:
-        if not self.is_older:
+        if self.has_one_port:
             return ["--superlink", f"127.0.0.1:{self.port}", "--port", str(port)]
         return ["--superlink", f"127.0.0.1:{self.fleet_port}", "--clientappio-api-address", f"127.0.0.1:{port}"]
 
@@ -195,7 +198,7 @@ class Deployment:
         if self.certificates is None:
             return ["--insecure"]
         root = ["--root-certificates", str(self.certificates.authority)]
-        return root if self.is_older else [*root, *self._link_security()]
+        return [*root, *self._link_security()] if self.has_one_port else root
 
     def _start(self, name: str, command: list[str]) -> None:
         with open(self.folder / f"{name}.log", "wb") as log:

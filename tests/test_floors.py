@@ -44,7 +44,7 @@ MAY_IMPORT = {
     "_torch_arrays": {"_core", "_codes", "_kind", "_plain_tensors"},
     "_cupy_arrays": {"_codes", "_kind", "_numpy_arrays"},
     "_tensor": {"_cupy_arrays", "_kind", "_numpy_arrays", "_torch_arrays"},
-    "quantization": {"_core", "_backend", "_codes", "_quoting", "_tensor"},
+    "quantization": {"_core", "_arguments", "_backend", "_codes", "_quoting", "_tensor"},
     "_updates": {"_quoting", "_tensor", "quantization"},
     "_overlap": {"_core", "_codes"},
     "statistics": set(),
@@ -65,9 +65,9 @@ MAY_IMPORT = {
         ),
         "statistics",
     },
-    "_sums": {"_codes", "_tensor", "averaging"},
-    "_measured": {"_codes", "_sums", "_updates", "averaging", "statistics"},
-    "_accumulator_state": {"_measured", "_sums", "_updates", "averaging"},
+    "_sums": {"_arguments", "_codes", "_tensor", "averaging"},
+    "_measured": {"_arguments", "_codes", "_sums", "_updates", "averaging", "statistics"},
+    "_accumulator_state": {"_arguments", "_measured", "_sums", "_updates", "averaging"},
     "accumulator": {
         *(
             "_accumulator_state",

@@ -247,6 +247,20 @@ def assert_reported(left_out: list[LeftOutReply], node: int) -> None:
     assert max(map(one.reason.count, "9n")) <= 120  # of what is long here, at most 100 characters were sent
 
 
+@by_strategy
+def test_where_all_replies_are_nan_every_node_is_named(strategy: str, streaming: bool) -> None:
+    options: dict[str, Any] = {"min_train_nodes": 3, "min_available_nodes": 3, "min_evaluate_nodes": 3}
+    options |= {"streaming": streaming} if strategy in SUMMED else {}
+    options |= {"client_learning_rate": 0.1, "train_loss_key": "loss"} if strategy == "QFedAvg" else {}
+    server = getattr(fastagg.flower, strategy)(**options)
+    requests = server.configure_train(1, messages.record_of(MODEL), ConfigRecord(), LocalGrid(3, lambda x: x))
+    broken = {"a": np.float32([1, np.nan, 2]), "b": np.int64(1)}
+    with pytest.raises(fastagg.flower.NoReplyLeftError) as caught:
+        server.aggregate_train(1, [reply_to(request, broken, loss=1.0) for request in requests])
+    assert all(f"node {node}: leaf 'a'" in str(caught.value) for node in (1, 2, 3))
+    assert sorted(one.node for one in server.left_out) == [1, 2, 3]
+
+
 EVALUATED = {name: change for name, change in ODD.items() if name.split(":")[0] in ("weight", "metric", "group")}
 
 

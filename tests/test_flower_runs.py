@@ -59,7 +59,10 @@ def assert_same_training(model: Model, other: Model) -> None:
 
 
 def test_the_documents_name_every_option_that_is_used_here() -> None:
-    used = set(re.findall(r"--[a-z]+[a-z-]*", Path(flower_deployment.__file__).read_text())) - {"--help"}
+    used = set(re.findall(r"--[a-z]+[a-z-]*", Path(flower_deployment.__file__).read_text())) - {
+        "--help",
+        "--simulationio-api-address",
+    }
     documented = (APP.parents[1] / "docs" / "flower.md").read_text()
     assert len(used) > 10
     assert [option for option in sorted(used) if option not in documented] == []
@@ -75,6 +78,7 @@ def test_a_deployment_ends_as_flowers_own_fedavg_does(plain: Deployment, own_mod
 
 
 # Behind the test before, since it kills a node of its deployment.
+@pytest.mark.usefixtures("own_model")
 def test_a_round_whose_node_is_killed_completes_with_the_rest(plain: Deployment) -> None:
     mark, output = plain.folder / "training", plain.folder / "model.npz"
     config = {"num_server_rounds": 1, "timeout": 20.0, "pause": 60.0, "mark": str(mark), "output": str(output)}

@@ -11,6 +11,7 @@ import numpy as np
 from fastagg._quoting import quoted
 
 _MOST_DIMENSIONS = 64  # NumPy's and torch's
+_MOST_ELEMENTS = 1 << 59
 
 
 def as_integer(value: Any, name: str) -> int:
@@ -23,12 +24,19 @@ def as_integer(value: Any, name: str) -> int:
         raise TypeError(f"{name}: expected an integer, got {quoted(value)}") from None
 
 
-def as_shape(sizes: Any) -> tuple[int, ...]:
-    """A shape that somebody sent; raises TypeError or ValueError unless an array can have it."""
-    shape = tuple(operator.index(size) for size in sizes)
-    if len(shape) > _MOST_DIMENSIONS or min(shape, default=0) < 0 or math.prod(filter(None, shape)) >= 1 << 63:
-        raise ValueError(f"expected the shape of an array, got {quoted(shape)}")
-    return shape
+def as_shape(value: Any) -> tuple[int, ...]:
+    """A shape that came from outside, as integers.
+
+    Raises:
+        TypeError, ValueError: it is none, or no array can have it.
+    """
+    try:
+        sizes = tuple(operator.index(size) for size in value)
+    except TypeError:
+        raise TypeError(f"shape: expected integers, got {quoted(value)}") from None
+    if min(sizes, default=0) < 0 or len(sizes) > _MOST_DIMENSIONS or math.prod(filter(None, sizes)) >= _MOST_ELEMENTS:
+        raise ValueError(f"shape: expected sizes of 0 or more that can be held in memory, got {quoted(value)}")
+    return sizes
 
 
 def as_flag(value: Any, name: str) -> bool:

@@ -30,6 +30,7 @@ class Code(IntEnum):
     WIRE_INT8 = 15
     WIRE_INT4 = 16
     WIRE_SIGN = 17
+    STATE128 = 18
 
 
 FLOATS = frozenset({Code.FLOAT64, Code.FLOAT32, Code.FLOAT16, Code.BFLOAT16})

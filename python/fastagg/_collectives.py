@@ -67,7 +67,7 @@ class CollectiveTransport:
         self._call(dist.all_gather_into_tensor, means, own)
         for row, elements in zip(means, slices, strict=True):
             rows.decode(row, *elements)
-        return means[:, size:].contiguous().view(torch.float64)[:, 0].sum() * exchange.factor**2
+        return means[:, size:].contiguous().view(torch.float64)[:, 0].sum() * exchange.factor_of_squares
 
     def _call(self, collective: Callable[..., Any], received: torch.Tensor, sent: torch.Tensor) -> None:
         group = self._group()

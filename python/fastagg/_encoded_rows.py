@@ -68,7 +68,8 @@ class EncodedRows:
         """The mean (or sum) of what all ranks have encoded, for all of them."""
         exchange = self._exchange
         if self._wide:
-            self._reduce_float64(rows, self._share, 1.0, row[: 8 * (end - begin)], norm=exchange.norm)
+            out = row[: 8 * (end - begin)]  # the factor goes into the one rounding
+            self._reduce_float64(rows, self._share, exchange.factor, out, norm=exchange.norm)
             return
         error = exchange.feedback.error[begin:].data_ptr() if exchange.feedback else 0
         key = (*exchange.encoding.key[:3], _core.MEANS_RANK)
@@ -97,7 +98,7 @@ class EncodedRows:
         exchange = self._exchange
         out = exchange.tensor[begin:end]
         if self._wide:
-            self._reduce_float64([row], 1.0, exchange.factor, out, check=True)
+            self._reduce_float64([row], 1.0, 1.0, out, check=True)
             return
         source = exchange.encoding.source(row, end - begin)
         count = end - begin

@@ -122,6 +122,11 @@ class Exchange(NamedTuple):
             *(self.norm, self.stretches, self.description),
         )
 
+    @property
+    def factor_of_squares(self) -> float:
+        """What the squares of a slice's means lack: of float64 ones, which have been multiplied, nothing."""
+        return 1.0 if self.encoding.wire == Code.FLOAT64 else self.factor**2
+
     def encoded_factor(self, world: int) -> float:
         """The power of two that keeps a mean's terms inside float16: without it one large value would be infinite."""
         return 2.0 ** -(world - 1).bit_length() if self.mean and self.encoding.wire == Code.FLOAT16 else 1.0
@@ -153,6 +158,25 @@ class Transport(Protocol):
 
     def all_reduce(self, exchange: Exchange) -> Outcome:
         """Reduces one tensor in place."""
+        ...
+
+
+class HostTransport(Transport, Protocol):
+    """One that also carries bytes on the CPU."""
+
+    sees_signals: bool
+    """Whether a wait in the main thread answers Ctrl-C; else exchanges have a thread of their own."""
+
+    def agree(self, description: str) -> None:
+        """Raises ValueError on every rank if one was called with something else."""
+        ...
+
+    def broadcast(self, data: torch.Tensor, root: int, description: str) -> None:
+        """Copies a rank's bytes to all, once all have agreed on a description."""
+        ...
+
+    def interrupt(self) -> None:
+        """Ends the wait of another thread of this process: PeerError that names this rank, on all ranks."""
         ...
 
 

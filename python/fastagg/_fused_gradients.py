@@ -13,7 +13,6 @@ import torch.distributed as dist
 from fastagg._named_tensors import batches, dense_strides
 from fastagg._plain_tensors import check_plain
 from fastagg._threads import Work
-from fastagg._transports import channel_of
 from fastagg.communication import all_reduce
 
 
@@ -40,7 +39,6 @@ class FusedGradients:
         fusion_bytes: int,
         group: dist.ProcessGroup,
     ) -> None:
-        channel_of(group)  # opened while all ranks are here, not in the middle of the first backward
         self.begun = self.synchronized = False
         self._wire, self._op, self._group, self._backward_passes = wire, op, group, backward_passes
         self._slots = [_Slot(name, parameter) for name, parameter in reversed(parameters)]

@@ -8,7 +8,8 @@ are of, for slices have other owners when buckets or hosts have changed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 
@@ -22,17 +23,21 @@ from fastagg._meeting import Meeting
 from fastagg._private_group import PrivateGroup
 from fastagg._shared_memory import SharedMemoryTransport, meet
 
+Result = TypeVar("Result")
+
 _LOSSLESS = Encoding(Code.FLOAT32, 8, False, NO_KEY)
-_NOTHING = torch.empty(0, dtype=torch.float32, device="cpu")
 
 
 class HierarchicalTransport:
     """Shared memory inside each host, the backend between hosts: a link carries each value once, encoded."""
 
     name = f"shared memory, and the {BackendTransport.name} between hosts"
+    sees_signals = BackendTransport.sees_signals
 
-    def __init__(self, inner: SharedMemoryTransport, inside: Meeting, outside: Meeting) -> None:
-        self._inner, self._inside = inner, inside
+    def __init__(
+        self, inner: SharedMemoryTransport, inside: Meeting, outside: Meeting, by_host: list[list[int]]
+    ) -> None:
+        self._inner, self._inside, self._by_host = inner, inside, by_host
         self._outer = BackendTransport(PrivateGroup(outside), "one rank of each host")
         self.reason, self.shares = f"{outside.world} hosts have {inside.world} ranks each", outside.world
 
@@ -50,13 +55,37 @@ class HierarchicalTransport:
         problems = [one.decode() for one in meeting.gather(inner.encode() if isinstance(inner, str) else b"") if one]
         if problems or isinstance(inner, str):
             return problems[0]
-        return cls(inner, inside, outside)
+        return cls(inner, inside, outside, by_host)
 
     def all_reduce(self, exchange: Exchange) -> Outcome:
         """See `Transport`."""
+        return self._telling_who_is_lost(exchange.description, lambda: self._reduce(exchange))
+
+    def agree(self, description: str) -> None:
+        """See `HostTransport`."""
+        self._telling_who_is_lost(description, lambda: None)
+
+    def broadcast(self, data: torch.Tensor, root: int, description: str) -> None:
+        """See `HostTransport`."""
+        host, place = next((host, members.index(root)) for host, members in enumerate(self._by_host) if root in members)
+
+        def carry() -> None:
+            if self._inside.rank == place:
+                self._outer.broadcast(data, host, description, agreed=True)
+            self._inner.broadcast(data, place, description)
+
+        self._telling_who_is_lost(description, carry)
+
+    def interrupt(self) -> None:
+        """See `HostTransport`."""
+        self._inner.interrupt()
+        self._outer.interrupt()
+
+    def _telling_who_is_lost(self, description: str, exchange: Callable[[], Result]) -> Result:
+        """Makes an exchange once all ranks have agreed on it."""
         try:
-            self._agree(exchange)
-            return self._reduce(exchange)
+            self._agree(description)
+            return exchange()
         except PeerError as error:
             first = self._tell_lost(error.rank)  # later ones are those who gave up because of it
             if first != error.rank:
@@ -66,15 +95,14 @@ class HierarchicalTransport:
             self._tell_lost(self._inside.names[self._inside.rank])
             raise
 
-    def _agree(self, exchange: Exchange) -> None:
+    def _agree(self, description: str) -> None:
         """Raises ValueError on every rank of every host if one was called with something else."""
-        nothing = Exchange(_NOTHING, Code.FLOAT32, _LOSSLESS, mean=True, description=exchange.description)
         try:
-            self._inner.all_gather(nothing)
+            self._inner.agree(description)
         except ValueError:
             self._outer.refuse()  # the other hosts' ranks must not go on either
             raise
-        self._outer.agree(exchange.description)
+        self._outer.agree(description)
 
     def _reduce(self, exchange: Exchange) -> Outcome:
         whole, lossless = _widened(exchange)

@@ -13,7 +13,7 @@ class UnscaledGradients:
 
     def __init__(self) -> None:
         self._parameters: dict[int, torch.Tensor] = {}
-        self._scale = 1.0
+        self._scale, self._noted = 1.0, 0
 
     def __bool__(self) -> bool:
         return bool(self._parameters)
@@ -22,17 +22,22 @@ class UnscaledGradients:
         """These parameters' gradients have been divided."""
         self._scale = scale
         self._parameters.update((id(parameter), parameter) for parameter in parameters)
+        self._noted = len(self._parameters)
 
     def forget(self) -> None:
         """They are lost."""
         self._parameters.clear()
 
-    def take(self, parameters: Iterable[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Of these parameters those whose gradients have been divided, from now on the scaler's, and the others."""
+    def take(self, parameters: Iterable[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor], bool]:
+        """Of these parameters those whose gradients have been divided, from now on the scaler's, and the others.
+
+        And whether the former are all of the step's.
+        """
         divided, others = list[torch.Tensor](), list[torch.Tensor]()
         for parameter in parameters:
             (divided if self._parameters.pop(id(parameter), None) is not None else others).append(parameter)
-        return [parameter for parameter in divided if parameter.grad is not None], others
+        are_all = len(divided) == self._noted
+        return [parameter for parameter in divided if parameter.grad is not None], others, are_all
 
     def any_left(self) -> bool:
         """Whether there are such gradients still."""

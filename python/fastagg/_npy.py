@@ -15,7 +15,7 @@ from fastagg._quoting import printable
 # All that NumPy's parser has been seen to raise for wrong bytes, beside its own ValueError.
 _PARSER_ERRORS = (KeyError, TypeError, ValueError, SyntaxError, tokenize.TokenError, MemoryError, RecursionError)
 _LENGTH_BYTES = {(1, 0): 2, (2, 0): 4, (3, 0): 4}
-_LARGEST_HEADER = 10_000  # characters, as np.load has it; a compressed file of a megabyte can hold a header of a gigabyte
+_LARGEST_HEADER = 10_000  # characters, as for np.load: deflated, a gigabyte of them is a megabyte
 
 
 class NpyHeader(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import weakref
@@ -67,7 +68,9 @@ class PeerMemoryTransport:
         except OSError:
             return  # no descriptors of processes here: there is the timeout
         memory = weakref.ref(self._memory)
-        threading.Thread(target=_look, args=(watched, memory), name="fastagg-peers", daemon=True).start()
+        watch = threading.Thread(target=_look, args=(watched, memory), name="fastagg-peers", daemon=True)
+        with contextlib.suppress(RuntimeError):  # no thread can be started: there is the timeout
+            watch.start()
 
 
 def _look(watched: _core.Peers, memory: weakref.ref[Any]) -> None:

@@ -252,14 +252,16 @@ def _checked_name(name: Any) -> str:
 def _checked_residual(name: str, residual: Any) -> torch.Tensor:
     """A copy, flat and float32."""
     if type(residual) not in (torch.Tensor, torch.nn.Parameter):
-        raise TypeError(f"the residual of parameter {name:.100}: expected a torch.Tensor, got {type(residual).__name__}")
+        raise TypeError(
+            f"the residual of parameter {name:.100}: expected a torch.Tensor, got {type(residual).__name__}"
+        )
     plain = residual.layout is torch.strided and residual.device.type in ("cpu", "cuda")
     if not plain or not residual.is_floating_point() or residual.is_quantized:
         got = f"{residual.dtype}, {residual.layout} on {residual.device}"
         raise TypeError(f"the residual of parameter {name:.100}: expected a dense floating tensor, got {got}")
     if residual.numel() * residual.element_size() > residual.untyped_storage().nbytes():
         raise ValueError(f"the residual of parameter {name:.100}: expected a tensor with memory of its own")
-    flat = residual.detach().resolve_neg().reshape(-1).to(torch.float32, copy=True)
+    flat: torch.Tensor = residual.detach().resolve_neg().reshape(-1).to(torch.float32, copy=True)
     if not flat.isfinite().all():
         raise ValueError(f"the residual of parameter {name:.100}: expected finite values, got infinity or NaN")
     return flat

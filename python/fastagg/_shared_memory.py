@@ -7,6 +7,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from fastagg import _core
 from fastagg._exchange import Exchange, Outcome
 from fastagg._meeting import Meeting
@@ -19,6 +21,7 @@ class SharedMemoryTransport:
 
     name = "shared memory"
     reason = "all ranks are processes of one user on one host"
+    sees_signals = True
 
     def __init__(self, memory: _core.SharedMemoryGroup, world: int, timeout: float) -> None:
         self._memory, self._timeout, self.shares = memory, timeout, world
@@ -34,6 +37,18 @@ class SharedMemoryTransport:
     def all_gather(self, exchange: Exchange) -> Outcome:
         """Copies each rank's slice to all ranks."""
         return self._run(self._memory.all_gather, exchange)
+
+    def agree(self, description: str) -> None:
+        """See `HostTransport`."""
+        self._memory.broadcast(0, 0, 0, description, self._timeout)
+
+    def broadcast(self, data: torch.Tensor, root: int, description: str) -> None:
+        """See `HostTransport`."""
+        self._memory.broadcast(data.data_ptr(), data.nbytes, root, description, self._timeout)
+
+    def interrupt(self) -> None:
+        """See `HostTransport`."""
+        self._memory.interrupt()
 
     def tell_lost(self, name: int) -> int:
         """Lets all ranks of this host raise PeerError for a rank, or for the returned one, which was told before."""

@@ -78,11 +78,23 @@ class Structure:
 
     @classmethod
     def described(cls, plain: dict[str, Any]) -> Structure:
-        """The structure that `describe` described."""
+        """The structure that `describe` described.
+
+        Raises:
+            KeyError, TypeError, ValueError: no structure is described so.
+        """
         structure = cls.__new__(cls)
-        structure.names, structure.is_mapping = tuple(plain["names"]), plain["mapping"]
+        names, is_mapping, container = tuple(plain["names"]), plain["mapping"], plain["container"]
+        if not isinstance(is_mapping, bool) or not isinstance(container, (str, type(None))):
+            raise TypeError(f"a container is described by its name and a bool, got {container!r} and {is_mapping!r}")
+        fitting = not names and not is_mapping if container is None else bool(names)
+        if not fitting or len(set(names)) < len(names) or not (is_mapping or names == tuple(range(len(names)))):
+            raise ValueError(f"leaves of a {container} cannot have these {len(names)} names")
         known = {None: None, "dict": dict, "OrderedDict": OrderedDict, "list": list, "tuple": tuple}
-        structure.container = known.get(plain["container"], dict if structure.is_mapping else list)
+        structure.names, structure.is_mapping = names, is_mapping
+        structure.container = known.get(container, dict if is_mapping else list)
+        if container is not None and is_mapping != issubclass(structure.container or dict, Mapping):
+            raise ValueError(f"a {container} is {'no' if is_mapping else 'a'} mapping")
         return structure
 
     def leaf_name(self, index: int) -> str:

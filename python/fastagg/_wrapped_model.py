@@ -54,7 +54,7 @@ class WrappedModel:
 
 def is_in_backward() -> bool:
     """Whether autograd calls: the hook of a rank that has run out of inputs is called by `join`, with zeros."""
-    return torch._C._current_graph_task_id() >= 0  # type: ignore[attr-defined]
+    return torch._C._current_graph_task_id() >= 0
 
 
 def _kinds_of(kind: type) -> set[type]:

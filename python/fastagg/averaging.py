@@ -7,8 +7,6 @@ import warnings
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from fastagg import _overlap
 from fastagg._backend import MAXIMUM, MEAN, LeafOperands, LeafTuple, MeasurementOperands, statistics, weighted_sum
 from fastagg._codes import FLOATS, Code, code_of_dtype, float_code, name_of
@@ -64,9 +62,9 @@ def fedavg(
 
     Accumulated in float64 in client order (16-bit clients of a 16-bit result in runs of eight in float32, int8 and int4
     in exact sums of a few clients), divided and rounded once at the end: at most 1.2e-7 of the weighted mean of |x| off
-    for float32 (McMahan et al. 2017, Algorithm 1, line "w_{t+1}"). float64 leaves give NumPy's bits: the contributing
-    clients' weights normalised first, then multiplied and added in client order. The same bits on every instruction
-    set, thread count and device.
+    for float32 (McMahan et al. 2017, Algorithm 1, line "w_{t+1}"). float64 results are added up in pairs of float64:
+    within one unit in the last place of the exact mean, and ``K**2 * 2**-104`` of the weighted mean of |x|; the mean of
+    equal models is that model. The same bits on every instruction set, thread count and device.
 
     Args:
         updates: K updates of one structure: arrays, or sequences of arrays, or mappings from names to arrays (a
@@ -210,22 +208,20 @@ class _Mean:
 
     def _operands(self, weights: list[float], contributing: list[int] | None) -> list[LeafTuple]:
         scaled, total = scale_weights(weights if contributing is None else [weights[client] for client in contributing])
-        normalised: list[float] | None = None
+        rest: float | None = None
         leaves: list[LeafTuple] = []
         integers: list[int] = []
         for index, (leaf, out) in enumerate(zip(self.inputs, self.outs, strict=True)):
             sources = leaf.sources if contributing is None else [leaf.sources[client] for client in contributing]
-            fold, leaf_weights, divisor = MEAN, scaled, total
+            fold, leaf_rest = MEAN, 0.0
             if leaf.result_code == Code.FLOAT64:
-                if normalised is None:
-                    normalised = (np.asarray(scaled) / np.asarray(scaled).sum()).tolist()
-                leaf_weights, divisor = normalised, 1.0
+                rest = leaf_rest = math.fsum((*scaled, -total)) if rest is None else rest
             elif leaf.result_code not in FLOATS and self.integer_policy != "round":
                 fold = MAXIMUM
                 sources = sources[:1] if self.integer_policy == "first" else sources
                 integers.append(index)
             count = math.prod(leaf.shape)
-            leaves.append((sources, leaf.code, leaf_weights, divisor, count, fold, out, 0, leaf.result_code, 0))
+            leaves.append((sources, leaf.code, scaled, total, count, fold, out, 0, leaf.result_code, 0, leaf_rest))
         if integers and self.integer_policy is None:
             check_integers(self.structure, self.inputs, integers)
         return leaves
@@ -242,8 +238,9 @@ class _Mean:
             if correction is not None:
                 corrections.append(correction)
                 rescaled, _ = scale_weights([*weights, *correction.weights])
-                divisor *= rescaled[0] / weights[0]
-                leaves[index] = ([*sources, *correction.sources], code, rescaled, divisor, *operands[4:])
+                factor = rescaled[0] / weights[0]  # a power of two
+                terms = [*sources, *correction.sources], code, rescaled, divisor * factor
+                leaves[index] = (*terms, *operands[4:10], operands[10] * factor)
         return corrections
 
     def offenders(self, weights: list[float], flagged: list[int], every: bool) -> dict[int, int]:
@@ -353,7 +350,7 @@ def _gather_one_by_one(
     kinds: list[Kind] = []
     dtypes: list[Any] = []
     shape: tuple[int, ...] | None = None
-    device = ""
+    device, leaf_name = "", structure.leaf_name(index)
     for client, leaf in enumerate(column, numbered_from):
         try:
             if isinstance(leaf, Quantized):
@@ -367,10 +364,10 @@ def _gather_one_by_one(
                 sources.append((view.address, 0, view.code, 0))
                 owners.append(view.owner)
         except (TypeError, ValueError) as error:
-            raise type(error)(f"client {client}, {structure.leaf_name(index)}: {error}") from None
+            raise type(error)(f"client {client}, {leaf_name}: {error}") from None
         if shape is None:
             shape, device = leaf_shape, leaf_device
-        who = f"client {client}, {structure.leaf_name(index)}"
+        who = f"client {client}, {leaf_name}"
         if leaf_shape != shape:
             raise ValueError(f"{who}: expected shape {shape} like the first client's, got {leaf_shape}")
         if leaf_device != device:
@@ -382,7 +379,7 @@ def _gather_one_by_one(
     assert shape is not None
     if all(dtype is None for dtype in dtypes):
         dtypes[0] = column[0].dtype
-    dtype, result = _result_dtype(kinds[0], dtypes, structure.leaf_name(index), target, numbered_from)
+    dtype, result = _result_dtype(kinds[0], dtypes, leaf_name, target, numbered_from)
     return LeafInputs(sources, None, kinds[0], dtype, result, shape, device, owners)
 
 
@@ -451,11 +448,14 @@ def check_integers(structure: Structure, inputs: list[LeafInputs], integers: Ite
 
 
 def scale_weights(weights: list[float]) -> tuple[list[float], float]:
-    """Weights divided by a power of two that leaves the largest in [1/16, 1/8), the very smallest below. And their sum.
+    """Weights divided by a power of two that leaves the largest in [1/16, 1/8). And their sum.
 
     So no sum of float32 values overflows, that of eight clients in float32 included.
     """
-    factor = math.ldexp(1.0, -3 - max(math.frexp(max(weights))[1], -1000))
+    exponent = math.frexp(max(weights))[1]
+    if exponent < -1000:  # the power of two must be in range, too
+        return scale_weights([weight * 2.0**100 for weight in weights])
+    factor = math.ldexp(1.0, -3 - exponent)
     scaled = [weight * factor for weight in weights]
     return scaled, math.fsum(scaled)
 
@@ -542,9 +542,9 @@ def _checked_out_view(leaf: LeafInputs, array: Any) -> View:
         raise TypeError(f"expected a {leaf.kind.name} array, got {type(array).__name__}")
     if array.dtype != leaf.dtype and name_of(array.dtype) != name_of(leaf.dtype):
         raise TypeError(f"expected dtype {name_of(leaf.dtype)}, got {name_of(array.dtype)}")
-    if tuple(array.shape) != leaf.shape:
-        raise ValueError(f"expected shape {leaf.shape}, got {tuple(array.shape)}")
     view = leaf.kind.writable_view(array)
+    if view.shape != leaf.shape:
+        raise ValueError(f"expected shape {leaf.shape}, got {view.shape}")
     if view.device != leaf.device:
         raise ValueError(f"expected device {leaf.device}, got {view.device}")
     return view

@@ -12,9 +12,12 @@ import inspect
 import types
 from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.distributed as dist
-from torch.amp.grad_scaler import OptState
+from fastagg._extras import needing
+
+with needing("torch", __name__):
+    import torch
+    import torch.distributed as dist
+    from torch.amp.grad_scaler import OptState
 
 from fastagg._codes import FLOATS, code_of_dtype
 from fastagg._loss_scale import when_backward_begins
@@ -38,7 +41,8 @@ def all_reduce_hook(
     As in `all_reduce`, the mean of two ranks, and of few elements, is not encoded.
 
     Raises:
-        TypeError: the gradients are sparse, or of a dtype without a wire; or torch.compile with optimize_ddp="python_reducer" hands over none.
+        TypeError: the gradients are sparse, or of a dtype without a wire; or torch.compile with
+            optimize_ddp="python_reducer" hands over none.
         ValueError: the state belongs to another model.
         PeerError: in backward, if a rank has died or hung.
     """
@@ -48,7 +52,7 @@ def all_reduce_hook(
     _check_gradients(state, gradients, bucket.parameters())
     group = group_of(state.process_group)
     channel = channel_of(group, gradients.device)
-    begun = state.begin_bucket(group, channel.transport, bucket)
+    begun = state.begin_bucket(group, bucket)
 
     def reduce() -> None:
         try:
@@ -126,17 +130,18 @@ class GradScaler(torch.amp.GradScaler):
 
         What the hook has found is told where this optimizer has all of them: another one's may be the infinite ones.
         """
-        unscaled = self._state.unscaled
-        divided, others = unscaled.take(one for group in optimizer.param_groups for one in group["params"])
+        parameters = (one for group in optimizer.param_groups for one in group["params"])
+        divided, others, are_all = self._state.unscaled.take(parameters)
         found = super()._unscale_grads_(_holding(others), inv_scale, found_inf, allow_fp16)
         if not divided:
             return found
-        if unscaled.any_left() and self._state.may_have_found_inf:
-            checked = super()._unscale_grads_(_holding(divided), torch.ones_like(inv_scale), found_inf, True)
-        else:
+        if are_all or not self._state.may_have_found_inf:
             checked = {found_inf.device: self._state.tell_found_inf(found_inf.clone())}
+        else:
+            checked = super()._unscale_grads_(_holding(divided), torch.ones_like(inv_scale), found_inf, True)
         for device, one in checked.items():
-            found[device] = found[device] + one if device in found else one
+            # Fused optimizers skip at exactly 1.
+            found[device] = torch.maximum(found[device], one) if device in found else one
         return found
 
 

@@ -6,8 +6,11 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
-import torch.distributed as dist
+from fastagg._extras import needing
+
+with needing("torch", __name__):
+    import torch
+    import torch.distributed as dist
 
 from fastagg._codes import Code, code_of_dtype, wire_name
 from fastagg._exchange import Encoding, Exchange, Feedback, Transport
@@ -73,7 +76,7 @@ class AllReduceState:
         self._residuals = Residuals(named_parameters)
         self.unscaled = UnscaledGradients()
         self._model = WrappedModel()
-        self._step = _Step(0, 1, 1, None)
+        self._step = _Step(0, 1, None)
 
     @property
     def found_inf(self) -> bool:
@@ -96,7 +99,7 @@ class AllReduceState:
             return out.copy_(~self._finite)
         return out.fill_(float(self.found_inf))
 
-    def begin_bucket(self, group: dist.ProcessGroup, transport: Transport, bucket: Any) -> Bucket:
+    def begin_bucket(self, group: dist.ProcessGroup, bucket: Any) -> Bucket:
         """What is to be done about a bucket's gradients, in the order in which DDP hands them over.
 
         Raises:
@@ -105,7 +108,7 @@ class AllReduceState:
         gradients, parameters = bucket.buffer(), bucket.parameters()
         self._model.search(parameters[0], self)
         if bucket.index() == 0:
-            self._begin_step(group, transport)
+            self._begin_step(group)
         layout = self._residuals.layout_of(parameters, bucket.is_last())
         if gradients.shape != (layout.elements,):
             first = self._residuals.name_of(parameters[0])
@@ -116,7 +119,9 @@ class AllReduceState:
     def reduce_bucket(self, transport: Transport, bucket: Bucket) -> None:
         """Replaces a bucket's gradients by their means, and notes what the exchange has found."""
         step, used = self._step, bucket.parameters
-        parts = torch.split(bucket.gradients, bucket.sizes)
+        if bucket.number == 0:
+            step.shares, self.transport = transport.shares, transport.name
+        parts = list(torch.split(bucket.gradients, bucket.sizes))
         if step.asks:
             used, parts = self._ask(transport, bucket, parts)
         if len(used) == len(bucket.parameters):
@@ -183,7 +188,8 @@ class AllReduceState:
             raise TypeError(f"error_feedback: expected a bool, got {arguments['error_feedback']!r:.100}")
         transport, squares = field(state, "transport"), field(state, "_squares")
         if not isinstance(transport, str | None) or not isinstance(squares, float):
-            raise TypeError(f"expected a transport's name and a sum of squares, got {transport!r:.100}, {squares!r:.100}")
+            got = f"{transport!r:.100}, {squares!r:.100}"
+            raise TypeError(f"transport, _squares: expected a name or None, and a float, got {got}")
         restored = AllReduceState(**arguments)
         restored._residuals.names = field(state, "names")
         restored.load_state_dict(field(state, "state_dict"))
@@ -194,7 +200,7 @@ class AllReduceState:
     def _scaled_backward_ends(self) -> None:
         self.loss_scale = None
 
-    def _begin_step(self, group: dist.ProcessGroup, transport: Transport) -> None:
+    def _begin_step(self, group: dist.ProcessGroup) -> None:
         is_present, joins = is_in_backward(), self._model.joins
         if self.unscaled and self.loss_scale is None and is_present and self.unscaled.any_left():
             raise RuntimeError(
@@ -203,10 +209,10 @@ class AllReduceState:
             )
         self.unscaled.forget()
         keeps = self._feeds_back or self.wire == "sign"  # what rounding makes of zeros is not zeros
-        step = _Step(dist.get_rank(group), dist.get_world_size(group), transport.shares, self.loss_scale)
+        step = _Step(dist.get_rank(group), dist.get_world_size(group), self.loss_scale)
         step.is_present = is_present or not joins
-        step.asks = joins or self._model.may_leave_out and (keeps or step.is_scaled)
-        self._step, self.transport = step, transport.name
+        step.asks = joins or (self._model.may_leave_out and (keeps or step.is_scaled))
+        self._step = step
         self.steps += 1
 
     def _ask(
@@ -222,7 +228,7 @@ class AllReduceState:
         asked = torch.cat([own, has_values(parts).to(torch.float64)])
         encoding = encoding_of("fp32", Code.FLOAT64, None, None)  # which adds up exactly
         question = Exchange(asked, Code.FLOAT64, encoding, mean=False)
-        outcome = transport.all_reduce(question.described(f"bucket {bucket.index}: who has gradients"))
+        outcome = transport.all_reduce(question.described(f"bucket {bucket.number}: who has gradients"))
         step.wire_bytes += outcome.wire_bytes
         present, scales, *holders = asked.tolist()
         step.scale = scales / present
@@ -247,7 +253,7 @@ class AllReduceState:
             norm=True,
             stretches=layout.stretches if self.rounding == "stochastic" else (),
         )
-        outcome = transport.all_reduce(exchange.described(f"bucket {bucket.index}"))
+        outcome = transport.all_reduce(exchange.described(f"bucket {bucket.number}"))
         step.finite = outcome.finite & step.finite
         step.wire_bytes += outcome.wire_bytes
         step.squares = outcome.squares + step.squares
@@ -270,7 +276,7 @@ class AllReduceState:
 class Bucket(NamedTuple):
     """What DDP has told of a bucket; its own object may be gone when its turn comes."""
 
-    index: int
+    number: int
     gradients: torch.Tensor
     parameters: list[torch.Tensor]
     sizes: list[int]
@@ -282,10 +288,11 @@ class _Step:
 
     is_present = True  # this rank has inputs
     asks = False  # each bucket is preceded by a question to all ranks
+    shares = 1.0  # of the mean, that residuals are: known once the ranks have met
     gain = 1.0  # a mean of the ranks that have inputs, over that of all
 
-    def __init__(self, rank: int, world: int, shares: float, loss_scale: float | None) -> None:
-        self.rank, self.world, self.shares = rank, world, shares
+    def __init__(self, rank: int, world: int, loss_scale: float | None) -> None:
+        self.rank, self.world = rank, world
         self.is_scaled, self.scale = loss_scale is not None, 1.0 if loss_scale is None else loss_scale
         self.finite: bool | torch.Tensor = True
         self.squares: float | torch.Tensor = 0.0

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import operator
 import secrets
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from fastagg import _core
+from fastagg._arguments import as_shape
 from fastagg._backend import CastOperands, SourceOperands, backend_for
 from fastagg._codes import FLOATS, WIRES, Code, float_code, wire_name
 from fastagg._quoting import quoted
@@ -65,7 +65,7 @@ class Quantized:
         kind = kind_of(data)
         if kind is None:
             raise TypeError(f"data: expected an array, got {type(data).__name__}")
-        self._kind, self._wire, self._shape = kind, wire_name(wire), _checked_shape(shape)
+        self._kind, self._wire, self._shape = kind, wire_name(wire), as_shape(shape)
         self._dtype = kind.dtype_for(float_code(dtype))
         if not isinstance(nonfinite, (bool, np.bool_)):
             raise TypeError(f"nonfinite: expected a bool, got {nonfinite!r}")
@@ -308,21 +308,6 @@ def random_key(wire: str, rounding: str, seed: int | tuple[int, int, int] | None
     if not all(0 <= part < 1 << bits for part, bits in zip(key, (64, 32, 32), strict=True)):
         raise ValueError(f"seed: expected 0 <= seed < 2**64 and 0 <= step, tensor < 2**32, got {seed!r}")
     return key[0], key[1], key[2]
-
-
-def _checked_shape(shape: Any) -> tuple[int, ...]:
-    """A shape as integers.
-
-    Raises:
-        TypeError, ValueError: it is none.
-    """
-    try:
-        sizes = tuple(operator.index(size) for size in shape)
-    except TypeError:
-        raise TypeError(f"shape: expected integers, got {shape!r}") from None
-    if any(size < 0 for size in sizes):
-        raise ValueError(f"shape: expected sizes of 0 or more, got {shape!r}")
-    return sizes
 
 
 def _has_scales(wire: str) -> bool:

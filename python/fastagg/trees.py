@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from fastagg._errors import DroppedUpdateWarning
+from fastagg._quoting import quoted
 from fastagg._updates import as_weights
 from fastagg.accumulator import Accumulator
 from fastagg.averaging import check_policies
@@ -38,8 +39,8 @@ def average(
     Chunk c adds up the sources ``c * fan_in`` to ``(c + 1) * fan_in - 1`` in order; chunks are merged in pairs, pairs
     in fours and so on, what is left over last. The tree follows from the number of sources and `fan_in` alone, so the
     result has the same bits as that of `fastagg.ray.average` with the same `fan_in`, on any number of workers. With
-    another `fan_in`, or in one `Accumulator`, the sums are rounded in another order: float64 results then differ in
-    their last bits, others seldom, and all are within the error that `Accumulator` states.
+    another `fan_in`, or in one `Accumulator`, the sums are rounded in another order: the results then differ
+    seldom, by the last bit, and all are within the error that `Accumulator` states.
 
     In memory are one client and at most ``log2(chunks) + 2`` accumulators.
 
@@ -140,7 +141,7 @@ class Plan:
     def result(self, total: PartialSum) -> Any:
         """The mean; warns of every source that was left out."""
         for client, leaf, reason in total.accumulator.dropped:
-            where = "the array" if leaf is None else f"leaf {leaf!r}"
+            where = "the array" if leaf is None else f"leaf {quoted(leaf)}"
             warnings.warn(f"dropped: {self.names[client]}, {where}: {reason}", DroppedUpdateWarning, stacklevel=3)
         return total.accumulator.result()
 

@@ -167,13 +167,14 @@ class FedBuff(VersionedServer):
         saved = state.get("buffer")
         if not isinstance(saved, dict):
             raise ValueError("state: expected a buffer, as FedBuff.state_dict() saves it")
-        buffer = self._new_buffer()
-        if saved.get("count") == 0:
-            return buffer
-        own = ("nan_policy", "integer_policy", "batch", "low_memory")
-        buffer.load_state_dict({**saved, **{name: getattr(buffer, name) for name in own}})
-        if saved["structure"] is None or _leaves_of_buffer(saved) != self._leaves_for_buffer():
+        own, buffer = self._new_buffer(), Accumulator()
+        buffer.load_state_dict(saved)
+        if buffer.count == 0:
+            return own
+        if _leaves_of_buffer(saved) != self._leaves_for_buffer():
             raise ValueError("state: its buffer is of another model, or has summed integers under another policy")
+        for name in ("nan_policy", "integer_policy", "batch", "low_memory"):
+            setattr(buffer, name, getattr(own, name))
         return buffer
 
     def _leaves_for_buffer(self) -> dict[Any, tuple[Any, ...]]:

@@ -7,6 +7,7 @@ import warnings
 from typing import Any, NamedTuple
 
 from fastagg._errors import DroppedUpdateWarning, NonFiniteUpdateError
+from fastagg._quoting import quoted
 from fastagg._sent import same_infinities
 from fastagg._updates import Structure
 from fastagg.asynchronous.staleness import Staleness
@@ -95,7 +96,7 @@ class VersionedServer:
             version = as_version(state["version"])
             if version < 0:
                 raise ValueError(f"version: expected 0 or more, got {version}")
-            return model, version, [DroppedContribution(*dropped) for dropped in state["dropped"]]
+            return model, version, [_dropped(*dropped) for dropped in state["dropped"]]
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"state: damaged, or of another model: {error}") from None
 
@@ -107,7 +108,7 @@ class VersionedServer:
         """
         version = as_version(version)
         if not 0 <= version <= self._version:
-            raise ValueError(f"version: expected 0 to {self._version}, the newest, got {version}")
+            raise ValueError(f"version: expected 0 to {self._version}, the newest, got {quoted(version)}")
         staleness = self._version - version
         if self.max_staleness is not None and staleness > self.max_staleness:
             self._drop(version, f"its staleness is {staleness}, above max_staleness={self.max_staleness}", stacklevel=4)
@@ -123,10 +124,17 @@ class VersionedServer:
         warnings.warn(f"update of version {version} dropped: {reason}", DroppedUpdateWarning, stacklevel=stacklevel)
 
 
+def _dropped(version: Any, reason: Any) -> DroppedContribution:
+    """A saved update that was left out."""
+    if not isinstance(reason, str):
+        raise TypeError(f"dropped: expected a reason as text, got {reason!r}")
+    return DroppedContribution(as_version(version), reason)
+
+
 def as_version(version: Any) -> int:
     """A version as an integer; raises TypeError if it is none."""
     if isinstance(version, bool) or not hasattr(version, "__index__"):
-        raise TypeError(f"version: expected an integer, got {version!r}")
+        raise TypeError(f"version: expected an integer, got {quoted(version)}")
     return int(version.__index__())
 
 

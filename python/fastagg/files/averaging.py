@@ -7,7 +7,6 @@ import re
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ import numpy as np
 
 from fastagg._codes import float_code, wire_name
 from fastagg._errors import DroppedUpdateWarning, NotKeptWarning
+from fastagg._one_thread import OneThread
 from fastagg._quoting import quoted, quoted_list
 from fastagg.averaging import check_policies
 from fastagg.files.agreement import check_integers, leaves_of_mean
@@ -190,7 +190,10 @@ def average(
         lost = not_kept(output, checkpoints[0])
         for sentence in lost:
             warnings.warn(sentence, NotKeptWarning, stacklevel=2)
-        with open_output(output, checkpoints[0], leaves, wire, force) as writer, ThreadPoolExecutor(1) as background:
+        with (
+            open_output(output, checkpoints[0], leaves, wire, force) as writer,
+            OneThread("fastagg-files") as background,
+        ):
             written = background.submit(_write, writer, [], [])
             for batch in batches(leaves, len(used)):
                 arrays = means.of(batch, leaves)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fastagg._codes import Code, code_of_dtype, name_of
-from fastagg._extras import EXTRAS
+from fastagg._extras import needing
 from fastagg._kind import unsupported
 from fastagg._quoting import printable, quoted
 from fastagg._tensor import kind_named
@@ -67,10 +67,8 @@ def _load(path: Path, file: MappedFile) -> Mapping[str, Any]:
     if file.bytes[: len(_MAGIC)].tobytes() != _MAGIC:
         raise ValueError(f"{path}: no valid .pt file: expected an archive as torch.save has written since torch 1.6")
     is_stored = _check_archive(path, len(file))
-    try:
+    with needing("torch", f"{path}: fastagg for .pt files"):
         import torch
-    except ImportError:
-        raise ModuleNotFoundError(f"{path}: .pt files need PyTorch: {EXTRAS['torch'].command}") from None
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_stored)
     except pickle.UnpicklingError:
@@ -105,7 +103,9 @@ def _check_archive(path: Path, file_bytes: int) -> bool:
         return True
     total = sum(record.file_size for record in records)
     if total > max(_LARGEST_INFLATION * file_bytes, _SMALL):
-        raise ValueError(f"{path}: {file_bytes} bytes that would be inflated to {total}: expected what torch.save wrote")
+        raise ValueError(
+            f"{path}: {file_bytes} bytes that would be inflated to {total}: expected what torch.save wrote"
+        )
     return False
 
 

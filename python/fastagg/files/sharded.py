@@ -62,7 +62,9 @@ class ShardedCheckpoint(Checkpoint):
     def _common_metadata(self) -> dict[str, str]:
         """What the metadata of all shards say."""
         first, *others = (shard.metadata.items() for shard in self.shards.values())
-        return {name: text for name, text in first if name != METADATA_KEY and all((name, text) in one for one in others)}
+        return {
+            name: text for name, text in first if name != METADATA_KEY and all((name, text) in one for one in others)
+        }
 
 
 def _read_index(path: Path) -> tuple[dict[str, Any], dict[str, str]]:

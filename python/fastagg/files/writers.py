@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from fastagg._codes import FLOATS, WIRES
+from fastagg._extras import needing
 from fastagg._npy import npy_header
 from fastagg._overlap import encoded_bytes
 from fastagg._quoting import quoted
@@ -219,7 +220,8 @@ class TorchWriter:
         self, descriptor: int, folder: Path, leaves: dict[str, LeafDescription], module_versions: Any = None
     ) -> None:
         """Makes room for the tensors."""
-        import torch
+        with needing("torch", "To write .pt files fastagg"):
+            import torch
 
         self._torch, self._descriptor, self._leaves = torch, descriptor, leaves
         self._module_versions = module_versions

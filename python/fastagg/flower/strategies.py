@@ -274,8 +274,10 @@ class _ServerOptimized(FedAvg):
         Raises:
             ValueError: the state is of another strategy or model, or damaged. Nothing has changed then.
         """
-        if not isinstance(state, dict) or state.keys() != {"optimizer", "steps"} or not isinstance(state["steps"], int):
+        if not isinstance(state, dict) or state.keys() != {"optimizer", "steps"}:
             raise ValueError(f"state: expected what {type(self).__name__}.state_dict() returned")
+        if not isinstance(state["steps"], int) or state["steps"] < 0:
+            raise ValueError(f"state: expected a number of steps, got {state['steps']!r}")
         self.optimizer.load_state_dict(state["optimizer"])
         self._steps, self.buffers = state["steps"], self.optimizer.buffers
 

@@ -22,6 +22,7 @@ from fastagg._backend import (
     weighted_sum,
 )
 from fastagg._codes import FLOATS, Code, float_code
+from fastagg._sums import Total
 from fastagg._updates import Structure, as_list
 from fastagg.averaging import (
     NONFINITE,
@@ -184,6 +185,7 @@ class Points:
             if place is not None and share != 0:
                 shares[place] = share
         shares = shares or {len(self._names) - 1: 0.0}  # nothing but zero
+        total = Total(0.0, 0.0).plus([*clients.tolist(), *beside.tolist()])  # 1 but for rounding
         leaves: list[LeafOperands] = []
         for leaf, out in zip(self.inputs, outs, strict=True):
             fold, places = MEAN, list(shares)
@@ -195,7 +197,11 @@ class Points:
             weights = [shares[place] for place in places]
             count = math.prod(leaf.shape)
             code = leaf.result_code
-            leaves.append(LeafOperands(sources, leaf.code, weights, 1.0, count, fold, out, result_code=code))
+            leaves.append(
+                LeafOperands(
+                    *(sources, leaf.code, weights, total.high, count, fold, out), result_code=code, rest=total.rest
+                )
+            )
         weighted_sum(leaves, self._device, self._stream, False)
 
     def sorted_mean(

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple, TypedDict
 
 import numpy as np
 
-from fastagg._errors import DroppedUpdateWarning, NonFiniteUpdateError
+from fastagg._errors import DroppedUpdateWarning, NonFiniteUpdateError, NoUpdateLeftError
 from fastagg._updates import as_weights
 from fastagg.averaging import NONFINITE, check_policies
 from fastagg.robust.mixing import MixedUpdates
@@ -77,7 +77,7 @@ class Call(NamedTuple):
 
         Raises:
             NonFiniteUpdateError: the policy is "raise".
-            ValueError: nobody is left.
+            NoUpdateLeftError: nobody is left.
         """
         if self.nan_policy == "raise":
             client, leaf_name = next(iter(found.items()))
@@ -85,7 +85,7 @@ class Call(NamedTuple):
         self.dropped.update(found)
         kept = [member for member in self.members if member not in found]
         if not kept:
-            raise ValueError(f"every contributing client {NONFINITE}, so none is left")
+            raise NoUpdateLeftError(self.dropped)
         return kept
 
 

@@ -135,6 +135,8 @@ class ServerOptimizer:
         try:
             loaded = type(self)(**state["hyperparameters"], buffers=state["buffers"])
             kept = {leaf[0]: loaded._restored(*leaf) for leaf in state["leaves"]} or None
+            if len(kept or {}) != len(state["leaves"]):
+                raise ValueError("a leaf occurs twice")
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise ValueError(f"state: damaged: {error}") from error
         if self._kept is not None and kept is not None:
@@ -201,7 +203,10 @@ class ServerOptimizer:
         arrays = [np.asarray(moment) for moment in moments]
         if len(arrays) != count or any((array.dtype, array.shape) != (expected, tuple(shape)) for array in arrays):
             raise ValueError(f"leaf {name!r}: expected {count} moments of {expected} {tuple(shape)}")
-        return _Kept(library, dtype, tuple(shape), device, [kind.from_numpy(array, device) for array in arrays])
+        try:
+            return _Kept(library, dtype, tuple(shape), device, [kind.from_numpy(array, device) for array in arrays])
+        except (AssertionError, RuntimeError) as error:  # torch's and CuPy's
+            raise ValueError(f"leaf {name!r}: its moments cannot be put on {device}: {error}") from error
 
 
 def _warn_of_roundings(structure: Structure, mean: Any, stepped: list[int]) -> None:
