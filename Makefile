@@ -15,7 +15,7 @@ MACHINE_PATH := $(PATH)
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-exhaustive lint bench gpu-check sanitize format stubs lock clean
+.PHONY: help demo test test-all lint bench gpu-check sanitize format stubs lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,8 +26,8 @@ demo: $(VENV)/.stamp-demo $(VENV)/.stamp-package ## train digits on 20 clients, 
 test: $(VENV)/.stamp-test $(VENV)/.stamp-package ## run the tests, the CUDA kernels on the CPU included
 	python -m pytest $(ARGUMENTS)
 
-test-exhaustive: $(VENV)/.stamp-test $(VENV)/.stamp-package ## also the tests of every value there is (minutes)
-	python -m pytest --exhaustive $(ARGUMENTS)
+test-all: $(VENV)/.stamp-test $(VENV)/.stamp-package ## also the tests of every value there is, and fuzzers (minutes)
+	python -m pytest --all $(ARGUMENTS)
 
 lint: $(VENV)/.stamp-lint ## check style, types, stubs and compiler warnings
 	ruff check
