@@ -228,7 +228,7 @@ def test_files_that_are_no_runs_are_named(tmp_path: Path, content: bytes, messag
         (("rounds", 1, "number"), 1, "round 1 has been recorded already"),
         (("rounds", 0, "metrics"), [1], "metrics: expected a mapping from names to numbers, got list"),
         (("rounds", 0, "cosines"), [[1.0]], r"cosines: expected shape \(8, 8\)"),
-        (("rounds", 0, "statistics", "elements", 0), math.inf, "elements: expected integers, got NaN or infinity"),
+        (("rounds", 0, "statistics", "elements", 0), math.inf, "elements: expected integers, got NaN, infinity"),
         (("rounds", 0, "findings", "clients", 2), "stranger", "outliers: {'site 2'} are not among the clients"),
         (("rounds", 0, "findings", "scores"), [1.0], "cannot reshape array"),
         (("rounds", 0, "findings", "method"), "guess", "method: expected one of zscore"),
