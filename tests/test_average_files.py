@@ -240,8 +240,8 @@ def test_any_structure_gives_the_bits_of_fedavg(tmp_path, shapes, dtype, clients
         models.append({f"leaf.{index}": make(generator, tuple(shape), dtype) for index, shape in enumerate(shapes)})
         models[-1] = {name: np.asarray(array, dtype) for name, array in models[-1].items()}
         paths.append(write(tmp_path / f"{client}{suffix}", models[-1]))
-    done = average(paths, tmp_path / f"out{output}", weights, force=True)
-    assert_same(contents(done.output), fastagg.fedavg(models, weights))
+    done = average(paths, tmp_path / f"out{output}", weights, integer_policy="max", force=True)
+    assert_same(contents(done.output), fastagg.fedavg(models, weights, integer_policy="max"))
 
 
 # Weights.

@@ -157,12 +157,16 @@ def test_what_cannot_be_broadcast_is_named() -> None:
     x = torch.ones(1)
     for given, message in (
         ([("x", x), ("x", x)], "'x' occurs twice"),
-        ({"far": torch.empty(1, device="meta")}, "'far': expected a dense CPU tensor, got torch.strided on meta"),
-        ({"thin": x.to_sparse()}, "'thin': expected a dense CPU tensor"),
+        ({"wide": x.expand(3)}, "'wide': expected an element at each place"),
         ({"x": x}, "torch.distributed is not initialised"),
     ):
         with pytest.raises(ValueError, match=message):
             fastagg.broadcast_parameters(given)
-    for given, message in (({"text": "1"}, "'text': expected a torch.Tensor, got str"), ([1], "pairs .* got int")):
+    for given, message in (
+        ({"text": "1"}, "'text': expected a torch.Tensor, got str"),
+        ([1], "pairs .* got int"),
+        ({"far": torch.empty(1, device="meta")}, "'far': expected a tensor on a CPU or CUDA device, got meta"),
+        ({"thin": x.to_sparse()}, r"'thin': expected a dense tensor, .*: pass its to_dense\(\)"),
+    ):
         with pytest.raises(TypeError, match=message):
             fastagg.broadcast_parameters(given)

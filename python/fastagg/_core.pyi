@@ -110,6 +110,17 @@ class SharedMemoryGroup:
         """
         Sums or averages in place; returns whether the result is finite, the bytes handed to others, and the sum of its squares.
         """
+    def broadcast(
+        self,
+        data: typing.SupportsInt | typing.SupportsIndex,
+        bytes: typing.SupportsInt | typing.SupportsIndex,
+        root: typing.SupportsInt | typing.SupportsIndex,
+        description: str,
+        timeout: typing.SupportsFloat | typing.SupportsIndex,
+    ) -> None:
+        """
+        Copies a rank's bytes, at an address, to all ranks.
+        """
     def close_descriptor(self) -> None:
         """
         For when all have attached.
@@ -117,6 +128,10 @@ class SharedMemoryGroup:
     def descriptor(self) -> int:
         """
         The segment's descriptor, or -1.
+        """
+    def interrupt(self) -> None:
+        """
+        Ends the wait of another thread, and every later one.
         """
     def reduce_scatter(
         self, operands: tuple[typing.Any, ...], timeout: typing.SupportsFloat | typing.SupportsIndex

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+NONFINITE = "holds a NaN or an infinity"
+
 
 class CudaError(RuntimeError):
     """The CUDA driver or runtime refused; the message is its own."""
@@ -24,6 +26,22 @@ class PeerError(RuntimeError):
 
 class NonFiniteUpdateError(ValueError):
     """An update holds a NaN or an infinity, and `nan_policy` is "raise"."""
+
+
+class NoUpdateLeftError(ValueError):
+    """`nan_policy="drop"` has dropped every client that contributes.
+
+    Attributes:
+        dropped: by client, the name of its first leaf with a NaN or an infinity.
+    """
+
+    def __init__(self, dropped: dict[int, str]) -> None:
+        who = "; ".join(f"client {client}, {leaf_name}" for client, leaf_name in dropped.items())
+        super().__init__(f"every contributing client {NONFINITE}, so none is left to average: {who}")
+        self.dropped = dropped
+
+    def __reduce__(self) -> tuple[type[NoUpdateLeftError], tuple[dict[int, str]]]:
+        return NoUpdateLeftError, (self.dropped,)
 
 
 class DroppedUpdateWarning(UserWarning):

@@ -14,6 +14,10 @@ _SHORTENING.maxother = _SHORTENING.maxstring = LONGEST
 
 def quoted(value: Any, longest: int = LONGEST) -> str:
     """A value as Python writes it: a text in quotes, a number as it is; at most `longest` printable characters."""
+    if type(value) is str and len(value) < longest:  # names, which loops over leaves ask for
+        written = repr(value)
+        if len(written) <= longest:
+            return written
     return printable(_written(value, longest), longest)
 
 

@@ -9,6 +9,8 @@ def main() -> None:
     """Runs the command line of `fastagg`."""
     try:
         from fastagg._commands import application
+    except KeyboardInterrupt:  # later on, typer ends in this way
+        sys.exit(130)
     except ModuleNotFoundError as error:
         if error.name not in ("rich", "typer"):
             raise

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from fastagg._codes import FLOATS, Code
+from fastagg._integer_codes import IntegerLeaf, refuse_codes
 from fastagg._quoting import quoted
 from fastagg.files.checkpoints import Checkpoint, LeafDescription
 
@@ -24,6 +26,19 @@ def leaves_of_mean(checkpoints: Sequence[Checkpoint], target: Code | None) -> di
         for name, expected in first.leaves.items():
             _check_leaf(f"{checkpoint.path}: leaf {quoted(name)}", checkpoint.leaves[name], expected, target)
     return {name: _mean_of(leaf, target) for name, leaf in first.leaves.items()}
+
+
+def check_integers(checkpoint: Checkpoint) -> None:
+    """Raises ValueError where integer leaves look like another quantiser's codes, or like bytes."""
+    integers = {name: leaf for name, leaf in checkpoint.leaves.items() if leaf.code not in FLOATS}
+    described = [
+        IntegerLeaf(name, leaf.dtype, leaf.shape, partial(checkpoint.__getitem__, name))
+        for name, leaf in integers.items()
+    ]
+    try:
+        refuse_codes(list(checkpoint), described)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.path}: {error}") from None
 
 
 def _check_names(checkpoint: Checkpoint, first: Checkpoint) -> None:

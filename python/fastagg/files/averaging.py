@@ -7,7 +7,6 @@ import re
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,9 +15,10 @@ import numpy as np
 
 from fastagg._codes import float_code, wire_name
 from fastagg._errors import DroppedUpdateWarning, NotKeptWarning
+from fastagg._one_thread import OneThread
 from fastagg._quoting import quoted, quoted_list
 from fastagg.averaging import check_policies
-from fastagg.files.agreement import leaves_of_mean
+from fastagg.files.agreement import check_integers, leaves_of_mean
 from fastagg.files.checkpoints import Checkpoint
 from fastagg.files.means import Files, Means, Piece, batches, first_nonfinite
 from fastagg.files.npz import NpzCheckpoint
@@ -124,7 +124,7 @@ def average(
     *,
     wire: Any = None,
     nan_policy: str = "raise",
-    integer_policy: str = "max",
+    integer_policy: str | None = None,
     dtype: Any = None,
     normalize: bool = True,
     allow_negative: bool = False,
@@ -150,7 +150,7 @@ def average(
         wire: encodes floating leaves, as `quantize` does, in .safetensors files; `open_checkpoint` gives `Quantized`.
         nan_policy: for a file with a NaN or an infinity: "raise", "drop" (leave the whole file out, weight and all, and
             warn; all files are read once more to find them first) or "propagate" (not with a wire).
-        integer_policy: for integer and bool leaves, as in `fedavg`: "max", "first" or "round".
+        integer_policy: for integer and bool leaves, as in `fedavg`: "max", "first", "round" or None.
         dtype: floating dtype of the result's floating leaves; None keeps the first file's.
         normalize: whether to divide by the sum of the weights. Without, the result is the plain weighted sum.
         allow_negative: permits negative weights (task arithmetic).
@@ -179,6 +179,8 @@ def average(
     with ExitStack() as opened:
         checkpoints = [opened.enter_context(open_checkpoint(path)) for path in inputs]
         leaves = leaves_of_mean(checkpoints, target)
+        if integer_policy is None:
+            check_integers(checkpoints[0])
         used = [index for index, weight in enumerate(numbers) if weight]
         meter = _Meter(checkpoints, used, progress, passes=2 if nan_policy == "drop" else 1)
         dropped = _drop(checkpoints, used, meter) if nan_policy == "drop" else {}
@@ -188,7 +190,10 @@ def average(
         lost = not_kept(output, checkpoints[0])
         for sentence in lost:
             warnings.warn(sentence, NotKeptWarning, stacklevel=2)
-        with open_output(output, checkpoints[0], leaves, wire, force) as writer, ThreadPoolExecutor(1) as background:
+        with (
+            open_output(output, checkpoints[0], leaves, wire, force) as writer,
+            OneThread("fastagg-files") as background,
+        ):
             written = background.submit(_write, writer, [], [])
             for batch in batches(leaves, len(used)):
                 arrays = means.of(batch, leaves)

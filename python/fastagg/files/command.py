@@ -70,11 +70,13 @@ def average_command(
         ),
     ] = "raise",
     integer_policy: Annotated[
-        str,
+        str | None,
         typer.Option(
-            callback=_one_of(INTEGER_POLICIES), help=f"For integer and bool leaves: {_listed(INTEGER_POLICIES)}."
+            callback=_one_of(INTEGER_POLICIES),
+            help=f"For integer and bool leaves: {_listed(INTEGER_POLICIES)}; without, max, but for other quantisers' "
+            "codes, which are refused.",
         ),
-    ] = "max",
+    ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(

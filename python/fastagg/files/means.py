@@ -140,7 +140,7 @@ def _is_finite(source: SourceOperands, piece: Piece) -> bool:
 class Means:
     """The weighted sums of batches of pieces; they stay valid until the batch after the next."""
 
-    def __init__(self, files: Files, combination: Combination, integer_policy: str, check: bool) -> None:
+    def __init__(self, files: Files, combination: Combination, integer_policy: str | None, check: bool) -> None:
         self._files, self._combination = files, combination
         self._integer_policy, self._check = integer_policy, check
         self._rooms = [np.empty(0, np.uint8), np.empty(0, np.uint8)]
@@ -167,14 +167,14 @@ class Means:
 
     def _operands(self, piece: Piece, result: LeafDescription, array: np.ndarray) -> LeafOperands:
         sources: list[Any] = self._files.sources(piece)
-        weights, divisor = self._combination.for_result(result.code)
+        weights, divisor, rest = self._combination
         fold = MEAN
         if result.code not in FLOATS and self._integer_policy != "round":
             fold = MAXIMUM
             sources = sources[:1] if self._integer_policy == "first" else sources
         count = piece.end - piece.begin
         out = array.ctypes.data
-        return LeafOperands(sources, None, weights, divisor, count, fold, out, result_code=result.code)
+        return LeafOperands(sources, None, weights, divisor, count, fold, out, result_code=result.code, rest=rest)
 
     def _check_narrow(self, batch: list[Piece], leaves: list[LeafOperands]) -> None:
         """Raises ValueError where a sum was finite, and is too large for the 16 bits of its result."""

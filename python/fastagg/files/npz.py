@@ -1,4 +1,4 @@
-"""Reading .npz files: members that are stored uncompressed are views of the mapped file, others inflated in pieces."""
+"""Reading .npz files: members stored uncompressed are views of the mapped file, others are inflated in pieces."""
 
 from __future__ import annotations
 

@@ -53,8 +53,8 @@ def not_kept(output: Path, first: Checkpoint) -> list[str]:
         others = sorted(entry.name for entry in first.folder.iterdir() if not _is_part(entry.name))
         if others:
             sentences.append(
-                f"{first.folder}: what lies beside the shards is not copied: {quoted_list(others)}; copy what the "
-                "result needs"
+                f"{first.folder}: what lies beside the shards is not copied: {quoted_list(others)}; copy what belongs "
+                "to the result"
             )
     texts = sorted(first.metadata.keys() - {METADATA_KEY, "format"})
     if texts and output.suffix in FILE_SUFFIXES[1:]:

@@ -12,6 +12,7 @@ import numpy as np
 
 from fastagg._codes import Code, code_of_dtype, name_of
 from fastagg._extras import needing
+from fastagg._kind import unsupported
 from fastagg._quoting import printable, quoted
 from fastagg._tensor import kind_named
 from fastagg.files.checkpoints import Checkpoint, LeafDescription
@@ -71,6 +72,8 @@ def _load(path: Path, file: MappedFile) -> Mapping[str, Any]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_stored)
     except pickle.UnpicklingError:
+        if any(name.endswith(".DTensor") for name in torch.serialization.get_unsafe_globals_in_checkpoint(path)):
+            raise TypeError(f"{path}: expected plain tensors, got DTensors: save their full_tensor()") from None
         raise ValueError(
             f"{path}: not loaded, for it is damaged or holds more than tensors and plain values (expected a "
             "state_dict that torch.save wrote)"
@@ -107,16 +110,20 @@ def _check_archive(path: Path, file_bytes: int) -> bool:
 def _describe(path: Path, name: Any, tensor: Any, file_bytes: int) -> LeafDescription:
     import torch
 
+    from fastagg._plain_tensors import check_plain
+
     who = f"{path}: leaf {quoted(name)}"
     if not isinstance(tensor, torch.Tensor):
         hint = f": save the state_dict under {quoted(name)} alone" if isinstance(tensor, Mapping) else ""
         raise TypeError(f"{who}: expected a tensor, got {type(tensor).__name__}{hint}")
     if not isinstance(name, str):
         raise TypeError(f"{who}: expected a text as its name")
-    if code_of_dtype(tensor.dtype) is None or tensor.layout is not torch.strided:
-        raise TypeError(f"{who}: {tensor.layout} {tensor.dtype} is not supported")
-    if tensor.is_meta:
-        raise TypeError(f"{who}: expected a tensor with values, got one on the meta device")
+    try:
+        check_plain(tensor)
+    except TypeError as error:
+        raise TypeError(f"{who}: {error}") from None
+    if code_of_dtype(tensor.dtype) is None:
+        raise TypeError(f"{who}: {unsupported(tensor.dtype)}")
     storage_bytes = tensor.untyped_storage().nbytes()
     if tensor.numel() * tensor.element_size() > max(file_bytes, storage_bytes, _SMALL):
         raise ValueError(
