@@ -90,7 +90,7 @@ def _check_archive(path: Path, file_bytes: int) -> bool:
     """Whether an archive's records are stored as they are: torch would map compressed ones as if they were numbers.
 
     Raises:
-        ValueError: it is damaged, names a record twice, or would be inflated to much more than its size.
+        ValueError: it is damaged, names a record twice, or would inflate to much more than its size.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -103,9 +103,7 @@ def _check_archive(path: Path, file_bytes: int) -> bool:
         return True
     total = sum(record.file_size for record in records)
     if total > max(_LARGEST_INFLATION * file_bytes, _SMALL):
-        raise ValueError(
-            f"{path}: {file_bytes} bytes that would be inflated to {total}: expected what torch.save wrote"
-        )
+        raise ValueError(f"{path}: {file_bytes} bytes that would inflate to {total}: expected what torch.save wrote")
     return False
 
 
