@@ -203,7 +203,7 @@ def channel_of(group: dist.ProcessGroup, device: torch.device = _CPU) -> Channel
 
 
 def host_channel_of(group: dist.ProcessGroup) -> Channel:
-    """The group's channel for bytes on the host, whatever serves CPU tensors: in tests that may be a device's kernels."""
+    """The group's channel for bytes on the host, whatever serves CPU tensors (in tests, kernels of a device)."""
     return channel_of(group, _CPU if backend_for("cpu") is None else _HOST)
 
 
