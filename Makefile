@@ -16,7 +16,7 @@ MACHINE_PATH := $(PATH)
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-flower test-exhaustive lint bench gpu-check sanitize format stubs lock clean
+.PHONY: help demo test test-flower test-all lint bench gpu-check sanitize format stubs lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,8 +30,8 @@ test: $(VENV)/.stamp-test $(VENV)/.stamp-package ## run the tests, the CUDA kern
 test-flower: $(FLOWER)/.stamp-flower $(VENV)/.stamp-package ## run Flower's tests with the oldest version that is supported
 	$(FLOWER)/bin/python -m pytest tests/test_flower*.py -m "not real_run" $(ARGUMENTS)
 
-test-exhaustive: $(VENV)/.stamp-test $(VENV)/.stamp-package ## also the tests of every value there is (minutes)
-	python -m pytest --exhaustive $(ARGUMENTS)
+test-all: $(VENV)/.stamp-test $(VENV)/.stamp-package ## also the tests of every value there is, and fuzzers (minutes)
+	python -m pytest --all $(ARGUMENTS)
 
 lint: $(VENV)/.stamp-lint ## check style, types, stubs and compiler warnings
 	ruff check

@@ -168,8 +168,10 @@ def test_no_fast_math(path: Path) -> None:
 
 
 def test_only_exact_products_are_fused_with_their_sum() -> None:
-    lines = [line for path in native_sources() for line in code_of(path).splitlines()]
-    callers = [line for line in lines if re.search(r"(?<!D )multiply_add\(", line)]
+    """And what a rounded product lacks, which is what float64 sums of pairs are made of."""
+    sources = [path for path in native_sources() if path != NATIVE / "core" / "pair.h"]
+    lines = [line for path in sources for line in code_of(path).splitlines()]
+    callers = [line for line in lines if re.search(r"(?<!D )multiply_add\(", line) and "D multiply_add(D" not in line]
     assert len(callers) == 1
     assert "add_exact_product" in callers[0]
     uses = [line for line in lines if re.search(r"::add_exact_product\(", line)]

@@ -77,7 +77,7 @@ class FusedGradients:
 
     def _reset(self) -> None:
         self.begun = False
-        self._holders = torch.empty(0)
+        self._holders = torch.empty(0, device="cpu")
         self._unsent = deque(self._buffers)
         self._under_way: list[Work] = []
         for buffer in self._buffers:

@@ -24,7 +24,7 @@ class PrivateGroup:
     def __init__(self, meeting: Meeting) -> None:
         self.meeting, self.rank, self.world = meeting, meeting.rank, meeting.world
         self._lost: Exception | None = None  # from then on nothing can be exchanged
-        self._probe, self._probes = torch.empty(1), list[Any]()  # kept: they are never answered
+        self._probe, self._probes = torch.empty(1, device="cpu"), list[Any]()  # kept: they are never answered
         self._timeout = datetime.timedelta(seconds=meeting.timeout)
         self._store = MeetingStore(meeting, "gloo")  # torch does not keep what is Python's of it
         self.begin()
@@ -88,7 +88,7 @@ class PrivateGroup:
         # A wait that runs out breaks all connections, and so ends every wait, here and there: Gloo has no other way.
         with contextlib.suppress(RuntimeError):
             other = (self.rank + 1) % self.world
-            self._gloo.recv([torch.empty(1)], other, _UNUSED_TAG).wait(datetime.timedelta(milliseconds=1))
+            self._gloo.recv([torch.empty(1, device="cpu")], other, _UNUSED_TAG).wait(datetime.timedelta(milliseconds=1))
 
     @property
     def _waited(self) -> float:

@@ -76,7 +76,7 @@ class Residuals:
                 if id(parameter) not in self._known:
                     self._number(parameter)
             names, places = zip(*(self._known[id(parameter)] for parameter in parameters), strict=True)
-            sizes = [parameter.numel() for parameter in parameters]
+            sizes = [_elements_of(parameter) for parameter in parameters]
             self._layouts[key] = Layout(list(names), sizes, list(places), parameters[0].device)
         self._is_complete |= is_last
         return self._layouts[key]
@@ -146,7 +146,7 @@ class Residuals:
         for parameter in self._kept:
             name = self._known[id(parameter)][0]
             if name in sums:
-                _checked(name, sums[name], parameter.numel(), sums[name].device)
+                _checked(name, sums[name], _elements_of(parameter), sums[name].device)
         self._views, self._shares, self._scale = sums, shares, scale
         self._layouts.clear()
 
@@ -175,7 +175,12 @@ class Residuals:
             raise ValueError(f"a parameter of shape {shape} is not the model's: an AllReduceState serves one model")
         self._known[id(parameter)] = self._names[-1 - number] if self._names else str(number), self._elements
         self._kept.append(parameter)
-        self._elements += parameter.numel()
+        self._elements += _elements_of(parameter)
+
+
+def _elements_of(parameter: torch.Tensor) -> int:
+    """Of its gradient in a bucket, where DDP puts complex numbers as pairs of real ones."""
+    return parameter.numel() * (2 if parameter.is_complex() else 1)
 
 
 def _checked(name: str, residual: torch.Tensor | None, size: int, device: torch.device) -> torch.Tensor:

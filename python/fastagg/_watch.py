@@ -64,7 +64,12 @@ class _Connection:
 
     def __init__(self, gloo: Any, peer: int, tag: int) -> None:
         self.peer, self.broken = peer, False
-        self._gloo, self._tag, self._own, self._theirs = gloo, tag, torch.zeros(1), torch.zeros(1)
+        self._gloo, self._tag, self._own, self._theirs = (
+            gloo,
+            tag,
+            torch.zeros(1, device="cpu"),
+            torch.zeros(1, device="cpu"),
+        )
         self._leaving, self._closed = None, threading.Event()
         try:
             self._expected = gloo.recv([self._theirs], peer, tag)

@@ -25,7 +25,7 @@ from fastagg._named_tensors import (
     description,
     named_tensors,
 )
-from fastagg._transports import channel_of, group_of
+from fastagg._transports import group_of, host_channel_of
 
 
 def broadcast_parameters(
@@ -117,7 +117,7 @@ def broadcast_object(value: Any, root_rank: int = 0, *, group: dist.ProcessGroup
         except Exception as error:  # which pickle raises of any kind; raised once all know it
             problem = error
     _agree_that_all_can(problem, root_rank, group)
-    size = torch.tensor([len(data)])
+    size = torch.tensor([len(data)], device="cpu")
     broadcast(size, dist.get_group_rank(group, root_rank), "broadcast_object", group)
     carried = torch.frombuffer(bytearray(data or b"\0" * int(size)), dtype=torch.uint8)
     broadcast(carried, dist.get_group_rank(group, root_rank), "broadcast_object", group)
@@ -160,7 +160,7 @@ def _refusing(group: dist.ProcessGroup | None) -> Iterator[None]:
         yield
     except (TypeError, ValueError) as error:
         if dist.is_initialized():
-            channel_of(group_of(group)).refuse(error)
+            host_channel_of(group_of(group)).refuse(error)
         raise
 
 

@@ -66,6 +66,8 @@ class AllReduceState:
         """
         self.process_group, self.wire, self.rounding = process_group, wire_name(wire), rounding
         self.error_feedback, self.block = error_feedback, check_block(self.wire, block)
+        if not isinstance(seed, int):
+            raise TypeError(f"seed: expected an int, got {seed!r:.100}")
         random_key(self.wire, rounding, (seed, 0, 0))
         self.seed, self.steps = seed, 0
         self._finite: bool | torch.Tensor = True

@@ -234,7 +234,7 @@ class _Link:
             header: Message = received[0]
             size: int = received[1]
             if not isinstance(header, PeerError) and size:
-                sums = torch.empty(size, dtype=torch.uint8)
+                sums = torch.empty(size, dtype=torch.uint8, device="cpu")
                 self._each_piece(sums, lambda piece: dist.recv(piece, name, self.group))
                 header["sums"] = sums.numpy()
         except RuntimeError as error:

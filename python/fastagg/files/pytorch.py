@@ -72,7 +72,7 @@ def _load(path: Path, file: MappedFile) -> Mapping[str, Any]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_stored)
     except pickle.UnpicklingError:
-        if any(name.endswith(".DTensor") for name in torch.serialization.get_unsafe_globals_in_checkpoint(path)):
+        if _names_dtensors(path):
             raise TypeError(f"{path}: expected plain tensors, got DTensors: save their full_tensor()") from None
         raise ValueError(
             f"{path}: not loaded, for it is damaged or holds more than tensors and plain values (expected a "
@@ -86,11 +86,22 @@ def _load(path: Path, file: MappedFile) -> Mapping[str, Any]:
     return loaded
 
 
+def _names_dtensors(path: Path) -> bool:
+    """Whether a file that weights_only refuses holds DTensors."""
+    import torch
+
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # torch raises what it likes for a damaged one
+        return False
+    return any(name.endswith(".DTensor") for name in names)
+
+
 def _check_archive(path: Path, file_bytes: int) -> bool:
     """Whether an archive's records are stored as they are: torch would map compressed ones as if they were numbers.
 
     Raises:
-        ValueError: it is damaged, names a record twice, or would be inflated to much more than its size.
+        ValueError: it is damaged, names a record twice, or would inflate to much more than its size.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -103,9 +114,7 @@ def _check_archive(path: Path, file_bytes: int) -> bool:
         return True
     total = sum(record.file_size for record in records)
     if total > max(_LARGEST_INFLATION * file_bytes, _SMALL):
-        raise ValueError(
-            f"{path}: {file_bytes} bytes that would be inflated to {total}: expected what torch.save wrote"
-        )
+        raise ValueError(f"{path}: {file_bytes} bytes that would inflate to {total}: expected what torch.save wrote")
     return False
 
 

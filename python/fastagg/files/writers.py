@@ -255,6 +255,6 @@ class TorchWriter:
     def _tensor(self, mapping: mmap.mmap, name: str, leaf: LeafDescription) -> Any:
         dtype = getattr(self._torch, leaf.dtype)
         if not leaf.elements:
-            return self._torch.empty(leaf.shape, dtype=dtype)
+            return self._torch.empty(leaf.shape, dtype=dtype, device="cpu")
         flat = self._torch.frombuffer(mapping, dtype=dtype, count=leaf.elements, offset=self._places[name])
         return flat.reshape(leaf.shape)
