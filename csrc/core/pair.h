@@ -29,18 +29,19 @@ FASTAGG_INLINE void add_term(Pair<D>& sum, D term, D rest) {
   sum.high = total;
 }
 
-/// sum += weight * x
+/// sum += weight * x: what the product and the addition round away is found by one more product.
 template <class Lanes, class D>
 FASTAGG_INLINE void add_exact(Pair<D>& sum, D weight, D x) {
-  const D product = weight * x;
-  add_term(sum, product, Lanes::multiply_add(weight, x, -product));
+  const D total = sum.high + weight * x, added = total - sum.high;
+  sum.low = sum.low + ((sum.high - (total - added)) + Lanes::multiply_add(weight, x, -added));
+  sum.high = total;
 }
 
 /// sum += weight * x
 template <class Lanes, class D>
 FASTAGG_INLINE void add_exact(Pair<D>& sum, D weight, Pair<D> x) {
-  const D product = weight * x.high;
-  add_term(sum, product, Lanes::multiply_add(weight, x.high, -product) + weight * x.low);
+  add_exact<Lanes>(sum, weight, x.high);
+  sum.low = sum.low + weight * x.low;
 }
 
 /// Whether no lane is infinite or NaN.

@@ -16,7 +16,7 @@ constexpr int64_t kPairSums = 1024;
 struct PairChunk {
   const Leaf& leaf;
   int64_t begin, count;
-  double *high, *low;
+  const double *high, *low;
   bool fresh;  // nothing has been added yet
 
   template <class Lanes, int registers>
@@ -148,21 +148,30 @@ bool store_pairs(const PairChunk& chunk) {
   return means.finite;
 }
 
-/// The result of one chunk; true if it is finite.
+/// The result of one chunk, whose sums are kept at `high` and `low`; true if it is finite.
 template <class Lanes, Code result, bool stream>
-bool pair_sum_of(PairChunk chunk) {
-  const Leaf& leaf = chunk.leaf;
-  for (int first = 0; first < leaf.clients; chunk.fresh = false) {
+bool pair_sum_of(const Leaf& leaf, int64_t begin, int64_t count, double* high, double* low) {
+  PairChunk chunk{leaf, begin, count, high, low, true};
+  const Source& sums = leaf.sources[0];
+  int first = 0;
+  if (result == Code::state128 && sums.code == Code::state128 && leaf.weights[0] == 1) {  // read where they lie
+    chunk.high = static_cast<const double*>(sums.data) + begin;
+    chunk.low = static_cast<const double*>(sums.companion) + begin;
+    chunk.fresh = false;
+    first = 1;
+  }
+  while (first < leaf.clients) {
     const Group group = group_from(leaf, first);
     first += group.clients;
     if (first == leaf.clients && group.sources[0].code == Code::float64)
       return add_last_group<Lanes, result, stream>(chunk, group);
     with_code(group.sources[0].code, [&](auto constant) {
-      KeepPairs keep{chunk.high, chunk.low};
-      walk<Lanes>(0, 0, chunk.count, [&](auto lanes, int64_t i, int64_t end) {
+      KeepPairs keep{high, low};
+      walk<Lanes>(0, 0, count, [&](auto lanes, int64_t i, int64_t end) {
         return add_pairs<decltype(lanes), constant.value>(chunk, group, i, end, keep);
       });
     });
+    chunk.high = high, chunk.low = low, chunk.fresh = false;
   }
   return store_pairs<Lanes, result, stream>(chunk);
 }
@@ -176,13 +185,13 @@ bool pair_sum(const Leaf& leaf, int64_t begin, int64_t end, bool stream) {
   stream = stream && !(is_state &&
                        reinterpret_cast<uintptr_t>(leaf.out) % 64 != reinterpret_cast<uintptr_t>(leaf.companion) % 64);
   for (; begin < end; begin += kPairSums) {
-    const PairChunk chunk{leaf, begin, end - begin < kPairSums ? end - begin : kPairSums, high, low, true};
+    const int64_t count = end - begin < kPairSums ? end - begin : kPairSums;
     if (is_state)
-      finite &=
-          stream ? pair_sum_of<Lanes, Code::state128, true>(chunk) : pair_sum_of<Lanes, Code::state128, false>(chunk);
+      finite &= stream ? pair_sum_of<Lanes, Code::state128, true>(leaf, begin, count, high, low)
+                       : pair_sum_of<Lanes, Code::state128, false>(leaf, begin, count, high, low);
     else
-      finite &=
-          stream ? pair_sum_of<Lanes, Code::float64, true>(chunk) : pair_sum_of<Lanes, Code::float64, false>(chunk);
+      finite &= stream ? pair_sum_of<Lanes, Code::float64, true>(leaf, begin, count, high, low)
+                       : pair_sum_of<Lanes, Code::float64, false>(leaf, begin, count, high, low);
   }
   return finite;
 }

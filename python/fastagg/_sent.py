@@ -117,13 +117,14 @@ class SentLeaves:
             self._finite[index] = with_zeros(view.owner, is_nonfinite(view.owner))
             codes = [self._quantized(index, rounding) for rounding in shares]
         x = self._finite.get(index, view.owner)
-        totals = [
-            (code, math.fsum(share)) for code, share in zip(codes, shares.values(), strict=True) if not code.nonfinite
-        ]
-        plain = adopt(x)[0].view(x)
-        sources = [(plain.address, 0, plain.code, 0), *(source_operands(code) for code, _ in totals)]
-        weights = [math.fsum(share for _, share in totals), *(-share for _, share in totals)]
-        return Correction(sources, weights, [x, *codes]) if totals else None
+        parts = [(code, share) for code, share in zip(codes, shares.values(), strict=True) if not code.nonfinite]
+        if not parts:
+            return None
+        plain, is_wide = adopt(x)[0].view(x), view.code == Code.FLOAT64
+        terms = _terms((plain.address, 0, plain.code, 0), [weight for _, share in parts for weight in share], is_wide)
+        for code, share in parts:
+            terms += _terms(source_operands(code), [-weight for weight in share], is_wide)
+        return Correction([source for source, _ in terms], [weight for _, weight in terms], [x, *codes])
 
     def _quantized(self, index: int, rounding: Rounding) -> Quantized:
         """The model's leaf as a client would round it; without a seed it is kept for later updates."""
@@ -142,6 +143,13 @@ class SentLeaves:
             begin, end = adopt(array)[0].view(array).span
             if any(view.span[0] < end and begin < view.span[1] for view in self._views):
                 raise ValueError(f"out, {structure.leaf_name(index)}: overlaps the sent model")
+
+
+def _terms(source: SourceOperands, weights: Sequence[float], is_wide: bool) -> list[tuple[SourceOperands, float]]:
+    """A source with the sum of its weights; where sums are wider than a float, once more with what that lacks."""
+    total = math.fsum(weights)
+    rest = math.fsum((*weights, -total)) if is_wide else 0.0
+    return [(source, total), (source, rest)] if rest else [(source, total)]
 
 
 _rounded: WeakValueDictionary[int, Any] = WeakValueDictionary()

@@ -25,7 +25,7 @@ from fastagg._named_tensors import (
     description,
     named_tensors,
 )
-from fastagg._transports import channel_of, group_of
+from fastagg._transports import group_of, host_channel_of
 
 
 def broadcast_parameters(
@@ -160,7 +160,7 @@ def _refusing(group: dist.ProcessGroup | None) -> Iterator[None]:
         yield
     except (TypeError, ValueError) as error:
         if dist.is_initialized():
-            channel_of(group_of(group)).refuse(error)
+            host_channel_of(group_of(group)).refuse(error)
         raise
 
 
