@@ -146,6 +146,12 @@ for told, kind, *shapes in (("Adam", Adam, 2), ("(3,)", SGD, 3), ("parameter 1",
     optimizer = optimizer_of(kind, *shapes) if rank == 1 else optimizer_of(SGD, 2)
     message = error_of(lambda: fastagg.broadcast_optimizer_state(optimizer))
     assert "rank 1" in message and told in message, message
+try:
+    fastagg.broadcast_optimizer_state(None)
+except (TypeError, ValueError) as error:
+    assert "expected a torch.optim.Optimizer, got NoneType" in str(error), error
+else:
+    raise AssertionError
 """
 
 
@@ -211,6 +217,7 @@ def test_what_cannot_be_broadcast_is_named() -> None:
     for given, message in (
         ({"text": "1"}, "'text': expected a torch.Tensor, got str"),
         ([1], "pairs .* got int"),
+        (None, "expected a state_dict or pairs .*, got NoneType"),
         ({"far": torch.empty(1, device="meta")}, "'far': expected a tensor on a CPU or CUDA device, got meta"),
         ({"thin": x.to_sparse()}, r"'thin': expected a dense tensor, .*: pass its to_dense\(\)"),
     ):

@@ -201,8 +201,10 @@ def _outline(optimizer: torch.optim.Optimizer) -> list[str]:
     """What optimizers must have in common to exchange their states.
 
     Raises:
-        TypeError, ValueError: a parameter or the state is no plain CPU tensor.
+        TypeError, ValueError: it is no optimizer; a parameter or the state is no plain CPU tensor.
     """
+    if not hasattr(optimizer, "param_groups"):
+        raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
     lines = [type(optimizer).__name__]
     for number, group in enumerate(optimizer.param_groups):
         for place, parameter in enumerate(group["params"]):
