@@ -1,6 +1,7 @@
-// Sums in twice the precision of float64: a double, and a second one for what the first lacks. Terms are added to the
-// first, and what each addition and product rounds away to the second (Ogita, Rump and Oishi 2005, "Dot2"): n products
-// are off by n^2 * 2^-106 of the sum of their magnitudes. The first is just the plain sum: infinity stays infinity.
+// Sums in twice the precision of float64: a double, and a second one for what it is too much by. Terms are added to the
+// first; what products and additions round away is added up in the second (Ogita, Rump and Oishi 2005, "Dot2"): n
+// products are off by n^2 * 2^-104 of the sum of their magnitudes. The first is just the plain sum: infinity stays
+// infinity, and the difference of both is a zero of the right sign.
 #pragma once
 #include "lane.h"
 
@@ -10,9 +11,10 @@ namespace fastagg {
 /// away does not vanish. Means whose sums leave float64's range for it are added up again, of values that are smaller.
 constexpr double kRaised = 0x1p64, kLowered = 0x1p-64;
 
+/// The sum high - excess.
 template <class D>
 struct Pair {
-  D high, low;
+  D high, excess;
 };
 
 /// What addition leaves alone, zeros' signs included.
@@ -21,11 +23,11 @@ FASTAGG_INLINE Pair<D> empty_sum() {
   return {broadcast<D>(-0.0), D{}};
 }
 
-/// sum += term + rest, the rest far smaller than the term.
+/// sum += term
 template <class D>
-FASTAGG_INLINE void add_term(Pair<D>& sum, D term, D rest) {
+FASTAGG_INLINE void add_term(Pair<D>& sum, D term) {
   const D total = sum.high + term, added = total - sum.high;
-  sum.low = sum.low + (((sum.high - (total - added)) + (term - added)) + rest);
+  sum.excess = sum.excess + (((total - added) - sum.high) + (added - term));
   sum.high = total;
 }
 
@@ -33,7 +35,7 @@ FASTAGG_INLINE void add_term(Pair<D>& sum, D term, D rest) {
 template <class Lanes, class D>
 FASTAGG_INLINE void add_exact(Pair<D>& sum, D weight, D x) {
   const D total = sum.high + weight * x, added = total - sum.high;
-  sum.low = sum.low + ((sum.high - (total - added)) + Lanes::multiply_add(weight, x, -added));
+  sum.excess = sum.excess + (((total - added) - sum.high) + Lanes::multiply_add(-weight, x, added));
   sum.high = total;
 }
 
@@ -41,7 +43,7 @@ FASTAGG_INLINE void add_exact(Pair<D>& sum, D weight, D x) {
 template <class Lanes, class D>
 FASTAGG_INLINE void add_exact(Pair<D>& sum, D weight, Pair<D> x) {
   add_exact<Lanes>(sum, weight, x.high);
-  sum.low = sum.low + weight * x.low;
+  sum.excess = sum.excess + weight * x.excess;
 }
 
 /// Whether no lane is infinite or NaN.
@@ -60,36 +62,27 @@ FASTAGG_INLINE D if_finite(D x, D other) {
 
 /// What sums are divided by.
 struct Divisor {
-  FASTAGG_INLINE Divisor(double high, double low) : high(high), low(low), inverse(1.0 / high) {}
+  FASTAGG_INLINE Divisor(double high, double rest) : high(high), rest(rest), inverse(1.0 / high) {}
 
-  double high, low, inverse;
+  double high, rest, inverse;
 };
 
-/// `x` where a correction is neither zero, which would cost a zero's sign, nor NaN, as infinity's is; else `other`.
-template <class D>
-FASTAGG_INLINE D if_corrected(D correction, D x, D other) {
-  return (correction > D{}) | (correction < D{}) ? x : other;
+/// sum / divisor, rounded once: an estimate, less what it is too much by. NaN where the sum is not finite.
+template <class Lanes, class D>
+FASTAGG_INLINE D quotient_of_finite(Pair<D> sum, const Divisor& divisor) {
+  const D whole = sum.high - sum.excess, taken = whole - sum.high;
+  const D excess = ((whole - taken) - sum.high) + (taken + sum.excess);
+  const D estimate = whole * divisor.inverse;
+  const D too_much = Lanes::multiply_add(estimate, broadcast<D>(divisor.high), -whole) +
+                     Lanes::multiply_add(estimate, broadcast<D>(divisor.rest), excess);
+  return Lanes::multiply_add(-too_much, broadcast<D>(divisor.inverse), estimate);
 }
 
-/// sum / divisor, rounded once: a quotient, corrected by the remainder that it leaves.
+/// The same, also where the sum is infinite.
 template <class Lanes, class D>
 FASTAGG_INLINE D quotient(Pair<D> sum, const Divisor& divisor) {
-  Pair<D> whole{sum.high, D{}};
-  add_term(whole, sum.low, D{});
-  const D first = if_corrected(sum.low, whole.high, sum.high);
-  const D rest = if_corrected(sum.low, whole.low, D{});
-  const D estimate = first * divisor.inverse;
-  const D remainder =
-      Lanes::multiply_add(-estimate, broadcast<D>(divisor.high), first) + (rest - estimate * divisor.low);
-  return if_corrected(remainder, estimate + remainder * divisor.inverse, estimate);
-}
-
-/// The same of a sum times a factor.
-template <class Lanes, class D>
-FASTAGG_INLINE D scaled_quotient(Pair<D> sum, double factor, const Divisor& divisor) {
-  Pair<D> scaled = empty_sum<D>();
-  add_exact<Lanes>(scaled, broadcast<D>(factor), sum);
-  return quotient<Lanes>(scaled, divisor);
+  const D infinite = sum.high * divisor.inverse;
+  return sum.high - sum.high == D{} ? quotient_of_finite<Lanes>(sum, divisor) : infinite;
 }
 
 }  // namespace fastagg

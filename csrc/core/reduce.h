@@ -43,9 +43,13 @@ struct Reduction64Of {
     for (auto& pair : sum) pair = empty_sum<D>();
     for (int32_t rank = 0; rank < ranks; ++rank) {
       load(rank, x);
-      for (int h = 0; h < Lanes::halves; ++h) add_term(sum[h], x[h] * lower, D{});
+      for (int h = 0; h < Lanes::halves; ++h) add_term(sum[h], x[h] * lower);
     }
-    for (int h = 0; h < Lanes::halves; ++h) x[h] = scaled_quotient<Lanes>(sum[h], by, over);
+    for (int h = 0; h < Lanes::halves; ++h) {
+      Pair<D> scaled = empty_sum<D>();
+      add_exact<Lanes>(scaled, broadcast<D>(by), sum[h]);
+      x[h] = quotient<Lanes>(scaled, over);
+    }
   }
 };
 

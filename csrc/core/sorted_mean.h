@@ -47,7 +47,7 @@ struct ColumnSum {
     }
   }
   FASTAGG_INLINE void add(int h, D x) {
-    if constexpr (is_pair) add_term(sums[h], x, D{});
+    if constexpr (is_pair) add_term(sums[h], x);
     else sums[h] = sums[h] + x;
   }
   /// The sum as it is stored, and how it becomes a center: divided by `count` if it is a pair, or if asked to.
@@ -155,10 +155,10 @@ FASTAGG_INLINE void mix_pairs(const double* shares, int32_t clients, double rais
     if (shares[k] == 0) continue;
     D x[Lanes::halves];
     load(k, x);
-    add_term(total, shares[k] * raise, 0.0);
+    add_term(total, shares[k] * raise);
     for (int h = 0; h < Lanes::halves; ++h) add_exact<Lanes>(sum[h], broadcast<D>(shares[k] * raise), x[h] * lower);
   }
-  const Divisor divisor(total.high, total.low);
+  const Divisor divisor(total.high, -total.excess);
   for (int h = 0; h < Lanes::halves; ++h) mixed[h] = quotient<Lanes>(sum[h], divisor);
 }
 

@@ -16,7 +16,7 @@ constexpr int64_t kPairSums = 1024;
 struct PairChunk {
   const Leaf& leaf;
   int64_t begin, count;
-  const double *high, *low;
+  const double *high, *excess;
   bool fresh;  // nothing has been added yet
 
   template <class Lanes, int registers>
@@ -26,14 +26,14 @@ struct PairChunk {
     for (int r = 0; r < registers; ++r)
       for (int h = 0; h < Lanes::halves; ++h) {
         const int64_t at = i + r * Lanes::width + h * half;
-        sum[r][h] = fresh ? empty_sum<D>() : Pair<D>{load_bytes<D>(high + at), load_bytes<D>(low + at)};
+        sum[r][h] = fresh ? empty_sum<D>() : Pair<D>{load_bytes<D>(high + at), load_bytes<D>(excess + at)};
       }
   }
 };
 
 /// A destination of pairs: the chunk's own, for the next group.
 struct KeepPairs {
-  double *high, *low;
+  double *high, *excess;
 
   template <class Lanes, int registers>
   FASTAGG_INLINE void put(int64_t i, const Pair<typename Lanes::D> (&sum)[registers][Lanes::halves]) {
@@ -42,7 +42,7 @@ struct KeepPairs {
       for (int h = 0; h < Lanes::halves; ++h) {
         const int64_t at = i + r * Lanes::width + h * half;
         store_bytes(high + at, sum[r][h].high);
-        store_bytes(low + at, sum[r][h].low);
+        store_bytes(excess + at, sum[r][h].excess);
       }
   }
 };
@@ -69,7 +69,7 @@ struct StorePairs {
     auto mask = not_finite(D{});
     for (int r = 0; r < registers; ++r)
       for (int h = 0; h < Lanes::halves; ++h) {
-        x[r][h] = code == Code::float64 ? quotient<Lanes>(sum[r][h], divisor) : sum[r][h].high;
+        x[r][h] = code == Code::float64 ? quotient_of_finite<Lanes>(sum[r][h], divisor) : sum[r][h].high;
         mask |= not_finite(x[r][h]);
       }
     if (Lanes::any(mask)) mend<Lanes, registers>(begin + i, x);
@@ -77,7 +77,7 @@ struct StorePairs {
       const int64_t at = begin + i + r * Lanes::width;
       Lanes::template store_float64<bypass>(leaf.out, at, x[r]);
       if constexpr (code == Code::state128) {
-        for (int h = 0; h < Lanes::halves; ++h) x[r][h] = sum[r][h].low;
+        for (int h = 0; h < Lanes::halves; ++h) x[r][h] = sum[r][h].excess;
         Lanes::template store_float64<bypass>(leaf.companion, at, x[r]);
       }
     }
@@ -148,15 +148,20 @@ bool store_pairs(const PairChunk& chunk) {
   return means.finite;
 }
 
-/// The result of one chunk, whose sums are kept at `high` and `low`; true if it is finite.
+/// Whether a leaf's first source is sums to which the others are added: they are read where they lie.
+inline bool starts_with_sums(const Leaf& leaf) {
+  return leaf.code == Code::state128 && leaf.sources[0].code == Code::state128 && leaf.weights[0] == 1;
+}
+
+/// The result of one chunk, whose sums are kept at `high` and `excess`; true if it is finite.
 template <class Lanes, Code result, bool stream>
-bool pair_sum_of(const Leaf& leaf, int64_t begin, int64_t count, double* high, double* low) {
-  PairChunk chunk{leaf, begin, count, high, low, true};
-  const Source& sums = leaf.sources[0];
+bool pair_sum_of(const Leaf& leaf, int64_t begin, int64_t count, double* high, double* excess) {
+  PairChunk chunk{leaf, begin, count, high, excess, true};
   int first = 0;
-  if (result == Code::state128 && sums.code == Code::state128 && leaf.weights[0] == 1) {  // read where they lie
+  if (starts_with_sums(leaf)) {
+    const Source& sums = leaf.sources[0];
     chunk.high = static_cast<const double*>(sums.data) + begin;
-    chunk.low = static_cast<const double*>(sums.companion) + begin;
+    chunk.excess = static_cast<const double*>(sums.companion) + begin;
     chunk.fresh = false;
     first = 1;
   }
@@ -166,32 +171,40 @@ bool pair_sum_of(const Leaf& leaf, int64_t begin, int64_t count, double* high, d
     if (first == leaf.clients && group.sources[0].code == Code::float64)
       return add_last_group<Lanes, result, stream>(chunk, group);
     with_code(group.sources[0].code, [&](auto constant) {
-      KeepPairs keep{high, low};
+      KeepPairs keep{high, excess};
       walk<Lanes>(0, 0, count, [&](auto lanes, int64_t i, int64_t end) {
         return add_pairs<decltype(lanes), constant.value>(chunk, group, i, end, keep);
       });
     });
-    chunk.high = high, chunk.low = low, chunk.fresh = false;
+    chunk.high = high, chunk.excess = excess, chunk.fresh = false;
   }
   return store_pairs<Lanes, result, stream>(chunk);
+}
+
+/// Whether a leaf's sums stay in registers: what is added is one group of float64 clients.
+inline bool is_one_group(const Leaf& leaf) {
+  const int first = starts_with_sums(leaf) ? 1 : 0;
+  return first < leaf.clients && leaf.sources[first].code == Code::float64 &&
+         group_from(leaf, first).clients == leaf.clients - first;
 }
 
 /// `weighted_sum` of the elements [begin, end) of a leaf whose sums are pairs; true if every result is finite.
 template <class Lanes>
 bool pair_sum(const Leaf& leaf, int64_t begin, int64_t end, bool stream) {
-  alignas(64) double high[kPairSums], low[kPairSums];
+  alignas(64) double high[kPairSums], excess[kPairSums];
   bool finite = true;
   const bool is_state = leaf.code == Code::state128;
   stream = stream && !(is_state &&
                        reinterpret_cast<uintptr_t>(leaf.out) % 64 != reinterpret_cast<uintptr_t>(leaf.companion) % 64);
-  for (; begin < end; begin += kPairSums) {
-    const int64_t count = end - begin < kPairSums ? end - begin : kPairSums;
+  const int64_t most = is_one_group(leaf) ? end - begin : kPairSums;
+  for (; begin < end; begin += most) {
+    const int64_t count = end - begin < most ? end - begin : most;
     if (is_state)
-      finite &= stream ? pair_sum_of<Lanes, Code::state128, true>(leaf, begin, count, high, low)
-                       : pair_sum_of<Lanes, Code::state128, false>(leaf, begin, count, high, low);
+      finite &= stream ? pair_sum_of<Lanes, Code::state128, true>(leaf, begin, count, high, excess)
+                       : pair_sum_of<Lanes, Code::state128, false>(leaf, begin, count, high, excess);
     else
-      finite &= stream ? pair_sum_of<Lanes, Code::float64, true>(leaf, begin, count, high, low)
-                       : pair_sum_of<Lanes, Code::float64, false>(leaf, begin, count, high, low);
+      finite &= stream ? pair_sum_of<Lanes, Code::float64, true>(leaf, begin, count, high, excess)
+                       : pair_sum_of<Lanes, Code::float64, false>(leaf, begin, count, high, excess);
   }
   return finite;
 }

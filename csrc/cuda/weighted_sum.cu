@@ -141,7 +141,7 @@ FASTAGG_INLINE bool store_quotients(const Leaf& leaf, const Pair<double> (&sums)
   Elements<Code::float64, n> means;
   bool finite = true;
   for (int j = 0; j < n; ++j) {
-    double mean = quotient<ThreadLane>(sums[j], divisor);
+    double mean = quotient_of_finite<ThreadLane>(sums[j], divisor);
     if (not_finite(mean)) mean = huge_mean(leaf, i + j);
     finite &= !not_finite(mean);
     means.entries.values[j] = mean;
@@ -157,7 +157,7 @@ FASTAGG_INLINE bool store_sums(const Leaf& leaf, const Pair<double> (&sums)[n], 
   bool finite = true;
   for (int j = 0; j < n; ++j) {
     finite &= !not_finite(sums[j].high);
-    pairs.entries.values[j] = sums[j].high, pairs.companion.values[j] = sums[j].low;
+    pairs.entries.values[j] = sums[j].high, pairs.companion.values[j] = sums[j].excess;
   }
   store_elements<Code::state128, n>(leaf.out, leaf.companion, i, pairs);
   return finite;
