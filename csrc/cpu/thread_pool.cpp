@@ -101,6 +101,9 @@ class ThreadPool {
   }
 
   void work() {
+    // Exceptions keep their state in memory of the thread's own. Where that is asked for only when an allocation has
+    // failed, there is none for it, and the process is ended.
+    [[maybe_unused]] const volatile int asked_for_now = std::uncaught_exceptions();
     std::unique_lock lock(mutex_);
     for (;;) {
       wake_.wait(lock, [this] { return stopping_ || wanted_ > 0; });
