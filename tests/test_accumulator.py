@@ -852,6 +852,13 @@ def overflowing(backend: Backend, wire: str, scale: float, dtype: str = "float32
     return fastagg.Quantized(codes, scales, wire=wire, shape=(2,), dtype=dtype, block=256)
 
 
+def mean_by(accumulator: fastagg.Accumulator, updates: list[Any], weights: list[float]) -> Any:
+    """What an accumulator makes of updates."""
+    for update, weight in zip(updates, weights, strict=True):
+        accumulator.add(update, weight)
+    return accumulator.result()
+
+
 @pytest.mark.parametrize("scale", [3e38, 2.0**127])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "float64"])
 @pytest.mark.parametrize("wire", OVERFLOWING)
@@ -865,18 +872,13 @@ def test_codes_times_a_scale_beyond_float32_are_infinite_everywhere(
     for options in ({"batch": 1}, {"batch": 8}, {"low_memory": True}):
         accumulator = fastagg.Accumulator(nan_policy="drop", **options)
         with pytest.warns(fastagg.DroppedUpdateWarning, match="client 0, leaf 'w'"):
-            for update, weight in zip(updates, weights, strict=True):
-                accumulator.add(update, weight)
-            result = accumulator.result()
+            result = mean_by(accumulator, updates, weights)
         assert [one.client for one in accumulator.dropped] == [0]
         assert backend.get(result["w"]).tolist() == [1, 2]
-        strict = fastagg.Accumulator(**options)
         with pytest.raises(ValueError, match="client 0, leaf 'w'"):
-            for update, weight in zip(updates, weights, strict=True):
-                strict.add(update, weight)
-            strict.result()
-        plain = filled(updates, weights, nan_policy="propagate", **options)
-        assert np.isposinf(backend.get(plain.result()["w"]).astype(np.float64)).all()
+            mean_by(fastagg.Accumulator(**options), updates, weights)
+        plain = mean_by(fastagg.Accumulator(nan_policy="propagate", **options), updates, weights)
+        assert np.isposinf(backend.get(plain["w"]).astype(np.float64)).all()
     with pytest.warns(fastagg.DroppedUpdateWarning, match="client 0"):
         result = fastagg.fedavg(updates, weights, nan_policy="drop")
     assert backend.get(result["w"]).tolist() == [1, 2]
