@@ -14,6 +14,7 @@ from pathlib import Path
 
 import all_reduce_report
 import fastagg
+import scripts
 from all_reduce_cases import EXCHANGES, Exchange
 from all_reduce_rows import ExchangeRow, Results, StepRow
 from launch import launch, open_mpi
@@ -63,4 +64,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    scripts.end_with(main)

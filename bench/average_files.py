@@ -19,6 +19,7 @@ import numpy as np
 
 import average_report
 import fastagg
+import scripts
 from average_report import Row
 from fastagg import _core
 from fastagg.files import average, open_checkpoint
@@ -160,4 +161,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    scripts.end_with(main)

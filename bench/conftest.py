@@ -178,9 +178,11 @@ def add_note(request: pytest.FixtureRequest) -> Callable[[str, Any], None]:
     return add
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     config = session.config
     rows = config.stash[_ROWS]
+    if exitstatus == pytest.ExitCode.INTERRUPTED:
+        rows.clear()  # half a report is none
     if rows:
         report.write(rows, _results_folder(config), _command(config), config.getoption("--quick"))
 

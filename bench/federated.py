@@ -15,6 +15,7 @@ from collections.abc import Iterable
 import numpy as np
 
 import federated_report
+import scripts
 from federated_report import Row
 from federated_rounds import ROUNDS, STEPS, Case, expected_mean, expected_step, read
 from machine import seconds, use_all_processors
@@ -91,4 +92,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    scripts.end_with(main)

@@ -23,6 +23,7 @@ import gpu_fedavg_contenders
 import gpu_hook
 import gpu_machine
 import gpu_report
+import scripts
 from gpu_cases import CASES, FASTAGG, HOOK, Case
 from gpu_fedavg import Updates
 from gpu_rows import Results, Row
@@ -165,4 +166,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    scripts.end_with(main)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -42,7 +44,7 @@ def launch(
         common["PROCESSORS"] = str(fastagg.build_info()["processors"])  # mpirun may leave a rank but one
         command = [sys.executable, str(_HERE / program), *arguments]
         if mpirun:
-            processes = [subprocess.Popen([*mpirun, "-np", str(world), *command], env=common)]
+            processes = [_popen([*mpirun, "-np", str(world), *command], common)]
         else:
             processes = [_start(command, common, rank, hosts) for rank in range(world)]
         try:
@@ -52,6 +54,7 @@ def launch(
         finally:
             for process in processes:
                 process.terminate()  # which mpirun passes on to its ranks
+            for process in processes:
                 process.wait()
         return [json.loads(line) for line in rows.read_text().splitlines()]
 
@@ -59,10 +62,16 @@ def launch(
 def _start(command: list[str], common: dict[str, str], rank: int, hosts: Sequence[Host]) -> subprocess.Popen[bytes]:
     environment = {**common, "RANK": str(rank)}
     if not hosts:
-        return subprocess.Popen(command, env=environment)
+        return _popen(command, environment)
     host = hosts[rank * len(hosts) // int(common["WORLD_SIZE"])]
     environment |= {**host.environment, "TORCH_CPP_LOG_LEVEL": "ERROR"}  # it warns that hosts without names have none
-    return subprocess.Popen([*host.command, *command], env=environment)
+    return _popen([*host.command, *command], environment)
+
+
+def _popen(command: list[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    """Starts ranks that ignore Ctrl-C: `launch` hears it and ends them, where each would print a traceback."""
+    ignore = functools.partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
+    return subprocess.Popen(command, env=environment, preexec_fn=ignore)
 
 
 def meet() -> int:

@@ -20,6 +20,7 @@ from nvflare.app_common.aggregators.weighted_aggregation_helper import WeightedA
 from rich.console import Console
 from rich.table import Table
 
+import scripts
 from fastagg.nvflare import FedAvgAggregator
 from machine import seconds, use_all_processors
 from memory import peak_of
@@ -137,4 +138,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    scripts.end_with(main)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 import robust_report
+import scripts
 from fastagg import _core
 from machine import seconds, use_all_processors
 from memory import peak_of
@@ -104,4 +105,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    scripts.end_with(main)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterator
 from typing import NoReturn
 
@@ -10,11 +11,13 @@ import pytest
 import backends
 import cuda_on_cpu_module
 import fastagg
+import processes
 from fastagg import _backend, _core
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--exhaustive", action="store_true", help="run the exhaustive tests too (minutes)")
+    parser.addoption("--all", action="store_true", help="run the exhaustive tests and the fuzzers too (minutes)")
+    parser.addoption("--seed", type=int, help="of the fuzzers (default: a new one every time, which is printed)")
     parser.addoption(
         "--backend",
         action="append",
@@ -24,8 +27,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "exhaustive: checks every value there is; run by --exhaustive")
+    processes.restore_signals()
+    if config.getoption("--seed") is None:
+        config.option.seed = secrets.randbits(32)
+    config.addinivalue_line("markers", "exhaustive: checks every value there is, or random ones; run by --all")
     config.addinivalue_line("markers", "real_run: starts the servers of Flower, NVFlare or Ray")
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    return f"fuzzers: repeat with --seed={config.getoption('--seed')}" if config.getoption("--all") else None
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """The fuzzers' seed, also in what a failed one prints."""
+    chosen: int = request.config.getoption("--seed")
+    print(f"repeat with --seed={chosen}")
+    return chosen
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -36,7 +54,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def _is_wanted(item: pytest.Item, config: pytest.Config) -> bool:
     """Whether the options ask for a test: one that has no backend is asked for by every --backend."""
-    if item.get_closest_marker("exhaustive") is not None and not config.getoption("--exhaustive"):
+    if item.get_closest_marker("exhaustive") is not None and not config.getoption("--all"):
         return False
     callspec = getattr(item, "callspec", None)
     parameters = {} if callspec is None else callspec.params

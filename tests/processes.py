@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+
+
+def restore_signals() -> None:
+    """Undoes what a shell does that starts this in the background: it ignores interrupts, and children inherit that."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def run(program: str, timeout: float = 60, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -2,9 +2,12 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +17,7 @@ pytest.importorskip("rich")
 from typer.testing import CliRunner
 
 import fastagg
+import scripts
 from fastagg import _commands, _extras
 from fastagg._commands import application
 
@@ -154,6 +158,50 @@ def test_bench_runs_the_benchmarks_wherever_the_results_go(tmp_path):
     assert ("no federated rounds" in done.stdout) != frameworks
 
 
+WAIT = """
+import os, time
+from pathlib import Path
+Path("begun.part").write_text(str(os.getpid()))
+Path("begun.part").rename("begun")
+time.sleep(60)
+"""
+WAIT_IN_A_SCRIPT = f"import scripts\ndef main():{WAIT.replace(chr(10), chr(10) + '    ')}\nscripts.end_with(main)\n"
+
+
+@pytest.mark.parametrize("where", ["test_nothing.py", "all_reduce.py"])
+@pytest.mark.parametrize("send", [os.killpg, os.kill], ids=["terminal", "program"])
+def test_an_interrupt_ends_bench_and_what_it_started(tmp_path, where, send):
+    (tmp_path / "conftest.py").write_text(BENCH_CONFTEST)
+    (tmp_path / "scripts.py").write_text(Path(scripts.__file__).read_text())
+    in_a_test = where == "test_nothing.py"
+    (tmp_path / "test_nothing.py").write_text(WAIT if in_a_test else "")
+    (tmp_path / "all_reduce.py").write_text("" if in_a_test else WAIT_IN_A_SCRIPT)
+    (tmp_path / "average_files.py").write_text("from pathlib import Path; Path('went-on').touch()")
+    command = [sys.executable, "-c", RUN_BENCH, str(tmp_path), "results"]
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env={**os.environ, **NO_PLUGINS},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        while not (tmp_path / "begun").exists():
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.02)
+        send(process.pid, signal.SIGINT)
+        output, _ = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 130, output
+    assert "Traceback" not in output
+    assert not (tmp_path / "went-on").exists()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "begun").read_text()), 0)
+
+
 def help_of(*arguments):
     """What the command line says of a command, without frames and line breaks."""
     result = invoke(*arguments, "--help")
@@ -190,3 +238,41 @@ def test_the_package_runs_as_a_module():
     done = subprocess.run([sys.executable, "-m", "fastagg", "info"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert fastagg.__version__ in done.stdout
+
+
+IMPORTS = """
+import pkgutil, sys
+from importlib import import_module
+from importlib.abc import MetaPathFinder
+
+class Hide(MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name.partition(".")[0] in sys.argv[1:]:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Hide())
+import fastagg
+names = [found.name for found in pkgutil.iter_modules(fastagg.__path__) if not found.name.startswith("_")]
+for name in names:
+    if name == "bench":  # which `make` may have put there
+        continue
+    try:
+        import_module(f"fastagg.{name}")
+    except ImportError as error:
+        print(error)
+"""
+
+
+def test_what_lacks_its_packages_says_which_to_install():
+    hidden = ("torch", "flwr", "nvflare", "ray", "matplotlib", "sklearn", "jinja2")
+    done = subprocess.run([sys.executable, "-c", IMPORTS, *hidden], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert {"ddp", "flower", "horovod", "nvflare", "ranks", "ray"} <= {line.split()[0][8:] for line in lines}
+    for line in lines:
+        assert re.fullmatch(r"fastagg\.\w+ needs [\w. ]+: pip install 'fastagg\[\w+\]'", line), line
+
+
+def test_what_installs_the_cuda_backend_installs_it_anew():
+    for option in ("--force-reinstall", "--no-cache-dir", "--no-binary fastagg", "FASTAGG_CUDA=ON"):
+        assert option in _extras.CUDA_COMMAND

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Compiles the CPU floor for aarch64 with warnings as errors; without a cross compiler it installs one in CI, or skips.
+# Compiles the CPU floor for aarch64 with warnings as errors, by GCC and where it is there by Clang; without a cross compiler it installs one in CI, or skips.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -14,4 +14,7 @@ fi
 for source in csrc/cpu/*.cpp csrc/comm/*.cpp; do
   echo "$source"
   $compiler -std=c++17 -O1 -ffp-contract=off -fPIC -Wall -Wextra -Werror -Icsrc -c "$source" -o /dev/null
+  if command -v clang++ >/dev/null; then
+    clang++ --target=aarch64-linux-gnu -std=c++17 -fsyntax-only -Wall -Wextra -Werror -Icsrc "$source"
+  fi
 done

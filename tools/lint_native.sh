@@ -17,5 +17,8 @@ python tools/check_sass.py build/lint/native
 section "stubs of the native modules"
 bash tools/stubs.sh check
 
+section "Clang: warnings as errors, and the bytes of every instruction set"
+bash tools/lint_clang.sh
+
 section "NEON: cross-compiling for aarch64 with warnings as errors"
 bash tools/lint_aarch64.sh

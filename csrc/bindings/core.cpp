@@ -6,6 +6,7 @@
 #endif
 
 #include "cpu/dispatch.h"
+#include "cpu/mapped_file.h"
 #include "cpu/operations.h"
 #include "cpu/probe.h"
 #include "cpu/thread_pool.h"
@@ -220,6 +221,13 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
         py::arg("out_bytes"), py::arg("chunk_bytes"),
         "Reads the sources side by side and overwrites `out`, without arithmetic: the benchmark's limit.");
 
+  py::class_<MappedFileGuard>(m, "MappedFileGuard",
+                              "While it lives, to read where a mapped file was cut off gives NaN, and no SIGBUS.")
+      .def(py::init([](uintptr_t address, uint64_t bytes) {
+             return std::make_unique<MappedFileGuard>(reinterpret_cast<const void*>(address), bytes);
+           }),
+           py::arg("address"), py::arg("bytes"), "Watches over memory that is a mapped file.")
+      .def("was_cut", &MappedFileGuard::was_cut, "Whether anything behind the file's end has been read.");
   bindings::define_shared_memory(m);
 
   m.def("isa", [] { return std::string(kernels().name); }, "The instruction set in use.");

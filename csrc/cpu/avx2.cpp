@@ -11,11 +11,14 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
-#pragma GCC target("avx2,f16c,fma")
+#include "target_region.h"
+
+FASTAGG_BEGIN_TARGET("avx2,f16c,fma")
 #include "cast.h"
 #include "kernels.h"
 #include "lanes_avx2.h"
 #include "reduce.h"
+#include "reduce_float64.h"
 #include "server_step.h"
 #include "sorted_mean.h"
 #include "squared_distances.h"
@@ -28,6 +31,7 @@ constexpr Kernels kernels{"avx2",
                           &weighted_sum<Lanes>,
                           &cast<Lanes>,
                           &reduce<Lanes>,
+                          &reduce_float64<Lanes>,
                           &server_step<Lanes>,
                           &sorted_mean<Lanes>,
                           &squared_distances<Lanes>,
@@ -35,6 +39,7 @@ constexpr Kernels kernels{"avx2",
 }  // namespace
 const Kernels* const avx2_kernels = &kernels;
 }  // namespace fastagg
+FASTAGG_END_TARGET
 #else
 #include "kernels.h"
 

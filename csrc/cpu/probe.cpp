@@ -12,8 +12,6 @@ namespace fastagg::cpu {
 namespace {
 
 constexpr int64_t kLine = 64;
-/// As the operations do: a result this large is stored around the caches.
-constexpr int64_t kStreamBytes = 4 << 20;
 /// Bytes of one buffer that make a task.
 constexpr int64_t kTaskBytes = 256 << 10;
 
@@ -27,6 +25,9 @@ uint64_t read_plain(const uint8_t* data, int64_t bytes) {
 void write_plain(uint8_t* out, int64_t bytes) { std::fill_n(out, bytes, static_cast<uint8_t>(1)); }
 
 #if defined(__x86_64__)
+/// As the operations do: a result this large is stored around the caches.
+constexpr int64_t kStreamBytes = 4 << 20;
+
 __attribute__((target("avx2"))) uint64_t read_avx2(const uint8_t* data, int64_t bytes) {
   __m256i folded[4] = {};
   int64_t i = 0;

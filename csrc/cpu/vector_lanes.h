@@ -79,8 +79,10 @@ struct VectorLanes {
   }
 
   /// Whether any lane of a comparison is true.
-  static FASTAGG_INLINE bool any(I lanes) { return Isa::any(lanes); }
-  static FASTAGG_INLINE bool any(L lanes) { return Isa::any(bit_cast<I>(lanes)); }
+  template <class V>  // of any type: what comparisons give is a compiler's own choice
+  static FASTAGG_INLINE bool any(V lanes) {
+    return Isa::any(bit_cast<I>(lanes));
+  }
   static FASTAGG_INLINE uint32_t signs(F x) { return Isa::signs(x); }
   static FASTAGG_INLINE F square_root(F x) { return Isa::square_root(x); }
   static FASTAGG_INLINE D square_root(D x) { return Isa::square_root(x); }
@@ -94,6 +96,7 @@ struct VectorLanes {
     return Isa::maximum(x, y);
   }
   static FASTAGG_INLINE F convert(I x) { return __builtin_convertvector(x, F); }
+  static FASTAGG_INLINE D multiply_add(D x, D y, D sum) { return Isa::multiply_add(x, y, sum); }
   static FASTAGG_INLINE D add_exact_product(D sum, D weight, D x) { return Isa::multiply_add(weight, x, sum); }
   static FASTAGG_INLINE void widen(F x, D (&wide)[halves]) {
     wide[0] = Isa::widen(Isa::low(x));

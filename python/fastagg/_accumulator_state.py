@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from fastagg._arguments import as_flag, as_integer
 from fastagg._measured import Measured, measured_of
-from fastagg._sums import LeafSums, check_device, check_sums
+from fastagg._sums import LeafSums, Total, check_device, check_sums
 from fastagg._updates import Structure, as_weights
 from fastagg.averaging import check_policies
 
@@ -17,6 +18,7 @@ _AS_THEY_ARE = (
     *("device", "folds", "added", "count", "total_weight", "dropped"),
     *("nan_policy", "integer_policy", "batch", "low_memory"),
 )
+_VERSION = 2
 _LEAST = {"folds": 0, "added": 0, "count": 0, "batch": 1}
 _KEYS = {"version", "structure", "leaves", "sums", *_AS_THEY_ARE}
 
@@ -32,10 +34,10 @@ class AccumulatorState:
     folds: int
     added: int
     count: int
-    total_weight: float
+    total_weight: Total
     dropped: list[tuple[Any, ...]]
     nan_policy: str
-    integer_policy: str
+    integer_policy: str | None
     batch: int
     low_memory: bool
     measured: list[Measured] | None
@@ -43,11 +45,12 @@ class AccumulatorState:
     def describe(self) -> dict[str, Any]:
         """Plain values, for a checkpoint."""
         return {
-            "version": 1,
+            "version": _VERSION,
             "structure": None if self.structure is None else self.structure.describe(),
             "leaves": [leaf.describe() for leaf in self.leaves],
             "sums": self.sums,
             **{name: getattr(self, name) for name in _AS_THEY_ARE},
+            "total_weight": tuple(self.total_weight),
             "statistics": None if self.measured is None else [tuple(measured) for measured in self.measured],
         }
 
@@ -58,8 +61,8 @@ class AccumulatorState:
         Raises:
             ValueError: it is of another version of fastagg, incomplete or damaged.
         """
-        if not isinstance(plain, dict) or plain.get("version") != 1 or not plain.keys() >= _KEYS:
-            raise ValueError("state: expected what Accumulator.state_dict() returned, version 1")
+        if not isinstance(plain, dict) or plain.get("version") != _VERSION or not plain.keys() >= _KEYS:
+            raise ValueError(f"state: expected what Accumulator.state_dict() returned, version {_VERSION}")
         try:
             return cls._checked(plain)
         except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
@@ -82,9 +85,9 @@ class AccumulatorState:
         if len(leaves) != (0 if structure is None else len(structure.names) or 1) or (count > 0 and not leaves):
             raise ValueError(f"{count} updates of one structure do not have these {len(leaves)} leaves")
         check_device(plain["device"], leaves)
-        total = as_weights([plain["total_weight"], 1.0], 2)[0]
-        if (total > 0) != (count > 0):
-            raise ValueError(f"{count} updates do not weigh {total} together")
+        total = _total(plain["total_weight"])
+        if (total.high > 0) != (count > 0):
+            raise ValueError(f"{count} updates do not weigh {total.high} together")
         sums = None if plain["sums"] is None else np.asarray(plain["sums"])
         check_sums(sums, leaves, count, plain["integer_policy"])
         return cls(
@@ -108,6 +111,15 @@ def _from(least: int, value: Any, name: str) -> int:
     if number < least:
         raise ValueError(f"{name}: expected {least} or more, got {number}")
     return number
+
+
+def _total(plain: Any) -> Total:
+    """The weights' total, and what a float of it lacks."""
+    high, rest = plain
+    high = as_weights([high, 1.0], 2)[0]
+    if not isinstance(rest, float) or not abs(rest) <= math.ulp(high):
+        raise ValueError(f"a total weight of {high} cannot lack {rest!r}")
+    return Total(high, rest)
 
 
 def _dropped(plain: Any, added: int) -> tuple[Any, ...]:

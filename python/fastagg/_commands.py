@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -93,10 +94,27 @@ def bench(
     options = [f"--results={output}", *(["--quick"] if quick else [])]
     # Nothing is written beside the installed benchmarks, which may be read-only.
     status = int(pytest.main([str(folder), "-p", "no:cacheprovider", "--benchmark-only", *options]))
+    if status == pytest.ExitCode.INTERRUPTED:
+        raise KeyboardInterrupt  # which pytest keeps to itself
     for name in ("all_reduce", "average_files", *_federated_benchmarks()):
-        done = subprocess.run([sys.executable, str(folder / f"{name}.py"), *options], check=False)
-        status = status or done.returncode
+        returned = _status_of([sys.executable, str(folder / f"{name}.py"), *options])
+        status = status or returned
     sys.exit(status)
+
+
+def _status_of(command: list[str]) -> int:
+    """A child's exit status. Ctrl-C ends both: where it did not come from a terminal, it is passed on to the child."""
+    with subprocess.Popen(command) as process:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            for number, patience in ((signal.SIGINT, 0.5), (signal.SIGKILL, 5)):
+                try:
+                    process.wait(patience)
+                    break
+                except subprocess.TimeoutExpired:
+                    process.send_signal(number)
+            raise
 
 
 def _federated_benchmarks() -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from fastagg._messages import gather
 from fastagg._plain_tensors import check_plain, check_writable
 
 FUSION_BYTES = 25 * 2**20
@@ -23,6 +25,8 @@ def named_tensors(
         TypeError, ValueError: something else; a name that occurs twice; no plain CPU tensor.
     """
     items = given.items() if isinstance(given, Mapping) else given
+    if not isinstance(items, Iterable):
+        raise TypeError(f"{argument}: expected a state_dict or pairs of name and tensor, got {type(given).__name__}")
     named: dict[str, torch.Tensor] = {}
     for place, item in enumerate(items):
         pair = (str(place), item) if isinstance(item, torch.Tensor) else item
@@ -54,10 +58,9 @@ def description(name: str, tensor: torch.Tensor) -> str:
     return f"{name!r}, {tensor.dtype} of shape {tuple(tensor.shape)}"
 
 
-def check_alike(own: Sequence[str], group: dist.ProcessGroup) -> None:
+def check_alike(own: Sequence[str], group: dist.ProcessGroup, title: str = "a comparison of parameters") -> None:
     """Raises ValueError on every rank if one has another list than the first, with the first line that differs."""
-    everyone: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, list(own), group=group)
+    everyone = [json.loads(lines) for lines in gather(json.dumps(list(own)).encode(), title, group)]
     for rank, lines in enumerate(everyone):
         for expected, line in zip_longest(everyone[0], lines, fillvalue="nothing more"):
             if line != expected:

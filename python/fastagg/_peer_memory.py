@@ -30,7 +30,7 @@ class PeerMemoryTransport:
     reason = "all ranks are on one host, and their devices reach each other's memory"
 
     def __init__(self, meeting: Meeting, backend: Backend, memory: Any, addresses: list[int], blocks: int) -> None:
-        self._meeting, self._backend, self._memory = meeting, backend, memory
+        self._meeting, self._backend, self._memory, self.shares = meeting, backend, memory, meeting.world
         self._agreement = Agreement(meeting)
         self._peers = (meeting.rank, addresses, _SLOT_BYTES, blocks, meeting.timeout, memory.lost_address)
         self._watch()

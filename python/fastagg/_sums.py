@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +15,25 @@ from fastagg._tensor import kind_named
 from fastagg.averaging import LeafInputs
 
 ALIGNMENT = 64
+# Bytes of an element in the two planes of sums.
+PLANES = {Code.STATE48: (4, 2), Code.STATE128: (8, 8)}
+
+
+class Total(NamedTuple):
+    """A sum of weights in twice the precision of a float: rounded, and what that lacks."""
+
+    high: float
+    rest: float
+
+    def plus(self, weights: Iterable[float]) -> Total:
+        """The sum with more weights, or with those of another total."""
+        terms = (*self, *weights)
+        high = math.fsum(terms)
+        return Total(high, math.fsum((*terms, -high)))
+
+    def times(self, power_of_two: float) -> Total:
+        """The sum, scaled exactly."""
+        return Total(self.high * power_of_two, self.rest * power_of_two)
 
 
 class LeafSums(NamedTuple):
@@ -38,8 +58,9 @@ class LeafSums(NamedTuple):
     @property
     def end(self) -> int:
         """Where the sums end in the block, in bytes."""
-        if self.state == Code.STATE48:  # two planes, each at a cache line
-            return self.offset + aligned(4 * self.elements) + 2 * self.elements
+        if self.state in PLANES:  # each at a cache line
+            first, second = PLANES[self.state]
+            return self.offset + aligned(first * self.elements) + second * self.elements
         return self.offset + ELEMENT_BYTES[self.state] * self.elements
 
     @classmethod
@@ -66,11 +87,13 @@ class LeafSums(NamedTuple):
         return base + self.offset, self.companion(base), self.state, 0
 
     def companion(self, base: int) -> int:
-        """The lower halves of 48-bit sums."""
-        return base + self.offset + aligned(4 * self.elements) if self.state == Code.STATE48 else 0
+        """The second plane of the sums, or 0 where they have one."""
+        if self.state not in PLANES:
+            return 0
+        return base + self.offset + aligned(PLANES[self.state][0] * self.elements)
 
 
-def lay_out(inputs: list[LeafInputs], integer_policy: str) -> list[LeafSums]:
+def lay_out(inputs: list[LeafInputs], integer_policy: str | None) -> list[LeafSums]:
     """The leaves' places in one block of memory, each at a cache line."""
     leaves, offset = [], 0
     for leaf in inputs:
@@ -89,7 +112,7 @@ def check_device(device: Any, leaves: list[LeafSums]) -> None:
         raise ValueError(f"there are no {elsewhere} arrays on {device}")
 
 
-def check_sums(sums: np.ndarray | None, leaves: list[LeafSums], count: int, integer_policy: str) -> None:
+def check_sums(sums: np.ndarray | None, leaves: list[LeafSums], count: int, integer_policy: str | None) -> None:
     """Raises ValueError unless a saved block of sums is what `lay_out` makes of these leaves."""
     if (sums is None) != (count == 0):
         has = "no sums" if sums is None else "sums"
@@ -107,10 +130,10 @@ def check_sums(sums: np.ndarray | None, leaves: list[LeafSums], count: int, inte
         raise ValueError(f"expected {end} bytes of sums, got {sums.dtype} {sums.shape}")
 
 
-def _state_code(code: Code, integer_policy: str) -> Code:
+def _state_code(code: Code, integer_policy: str | None) -> Code:
     """How the sums of a leaf are kept: as wide sums, or as an integer leaf's own values."""
     if code in FLOATS:
-        return Code.FLOAT64 if code == Code.FLOAT64 else Code.STATE48
+        return Code.STATE128 if code == Code.FLOAT64 else Code.STATE48
     return Code.FLOAT64 if integer_policy == "round" else code
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+from fastagg._quoting import quoted, quoted_list
 from fastagg._tensor import kind_of
 from fastagg.quantization import Quantized
 
@@ -98,7 +99,7 @@ class Structure:
 
     def leaf_name(self, index: int) -> str:
         """A leaf as error messages call it."""
-        return "the array" if self.container is None else f"leaf {self.names[index]!r}"
+        return "the array" if self.container is None else f"leaf {quoted(self.names[index])}"
 
     def columns(self, updates: list[Any]) -> list[list[Any]]:
         """For each leaf, what all clients sent. Updates of the first one's type are looked at without a call each."""
@@ -139,10 +140,11 @@ class Structure:
         return list(update)
 
     def _different_names(self, update: Mapping[Any, Any]) -> str:
+        own = set(self.names)
         missing = [name for name in self.names if name not in update]
-        unexpected = [name for name in update if name not in set(self.names)]
+        unexpected = [name for name in update if name not in own]
         parts = [
-            f"{what} {', '.join(repr(name) for name in names[:5])}{', …' if len(names) > 5 else ''}"
+            f"{what} {quoted_list(names[:5])}{', …' if len(names) > 5 else ''}"
             for what, names in (("missing leaves", missing), ("unexpected leaves", unexpected))
             if names
         ]

@@ -9,8 +9,13 @@ def main() -> None:
     """Runs the command line of `fastagg`."""
     try:
         from fastagg._commands import application
+    except KeyboardInterrupt:  # later on, typer ends in this way
+        sys.exit(130)
     except ModuleNotFoundError as error:
         if error.name not in ("rich", "typer"):
             raise
         sys.exit("The command line of fastagg needs typer and rich: pip install 'fastagg[cli]'")
+    from fastagg._sentences import end_in_order
+
+    end_in_order()
     application()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
-import torch.distributed as dist
+from fastagg._extras import needing
+
+with needing("torch", __name__):
+    import torch
+    import torch.distributed as dist
 
 from fastagg._backend import RandomKey
 from fastagg._codes import FLOATS, WIRES, Code, code_of_dtype, wire_name
@@ -63,22 +67,54 @@ def all_reduce(
             on every rank.
         PeerError: a rank has died or hung. Over NCCL it is NCCL that finds it.
     """
-    tensors = _tensors(tensor_or_tensors)
-    if op not in OPERATIONS:
-        raise ValueError(f"op: expected one of {', '.join(OPERATIONS)}, got {op!r}")
+    options = _Options(op, wire, rounding, seed, block)
+    return begin_all_reduce(tensor_or_tensors, options, group, async_op=async_op)
+
+
+class _Options(NamedTuple):
+    """How `all_reduce` reduces, and the name by which all ranks know what they reduce."""
+
+    op: str
+    wire: Any
+    rounding: str = "nearest"
+    seed: int | tuple[int, int, int] | None = None
+    block: int | None = None
+    name: str = ""
+
+
+def reduce_named(tensor: torch.Tensor, name: str, op: str, wire: Any, group: dist.ProcessGroup | None) -> None:
+    """`all_reduce` of a tensor that must have the same name on all ranks."""
+    begin_all_reduce(tensor, _Options(op, wire, name=name), group, async_op=False)
+
+
+def begin_all_reduce(given: Any, options: _Options, group: Any, *, async_op: bool) -> Work | DeviceWork | None:
+    """`all_reduce`; wrong arguments of one rank are told to the others, who would wait for it."""
+    try:
+        tensors = _tensors(given)
+        if options.op not in OPERATIONS:
+            raise ValueError(f"op: expected one of {', '.join(OPERATIONS)}, got {options.op!r}")
+        wire = wire_name(options.wire)
+        block = check_block(wire, options.block)
+        random_key(wire, options.rounding, options.seed)
+    except (TypeError, ValueError) as error:
+        with contextlib.suppress(TypeError, ValueError):  # there may be no group
+            channel_of(group_of(group)).refuse(error)
+        raise
     group = group_of(group)
-    wire, block = wire_name(wire), check_block(wire_name(wire), block)
-    random_key(wire, rounding, seed)  # wrong arguments are errors before ranks wait for each other
-    device = tensors[0][0].device if tensors else torch.device("cpu")
-    channel = channel_of(group, device)
-    key = random_key(wire, rounding, channel.next_seed() if seed is None else seed)
+    channel = channel_of(group, tensors[0][0].device if tensors else torch.device("cpu"))
 
     def reduce_all() -> None:
-        for index, (tensor, code) in enumerate(tensors or [(torch.empty(0), Code.FLOAT32)]):
+        transport = channel.transport
+        key = random_key(wire, options.rounding, channel.seed() if options.seed is None else options.seed)
+        nothing = (torch.empty(0, dtype=torch.float32, device="cpu"), Code.FLOAT32)
+        for index, (tensor, code) in enumerate(tensors or [nothing]):
             words = (key[0], key[1], key[2] + index, dist.get_rank(group)) if key else None
-            exchange = Exchange(tensor, code, encoding_of(wire, code, block, words), op == "mean")
+            exchange = Exchange(tensor, code, encoding_of(wire, code, block, words), options.op == "mean")
             subject = f"tensor {index} of {len(tensors)}, shape {tuple(tensor.shape)}"
-            reduce_tensor(channel.transport, exchange.described(subject))
+            if options.name:
+                subject = f"{options.name!r}, {subject}"
+            reduce_tensor(transport, exchange.described(subject))
+        channel.has_used_seed()
 
     own = [tensor for tensor, _ in tensors]
     if async_op:

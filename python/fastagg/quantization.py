@@ -12,6 +12,7 @@ from fastagg import _core
 from fastagg._arguments import as_shape
 from fastagg._backend import CastOperands, SourceOperands, backend_for
 from fastagg._codes import FLOATS, WIRES, Code, float_code, wire_name
+from fastagg._quoting import quoted
 from fastagg._tensor import Kept, Kind, View, adopt, kind_of
 
 DEFAULT_BLOCK = 256
@@ -321,14 +322,14 @@ def check_block(wire: str, block: int | None) -> int | None:
     """
     if not _has_scales(wire):
         if block is not None:
-            raise ValueError(f"block: {wire} has no scales, so no block, got {block!r}")
+            raise ValueError(f"block: {wire} has no scales, so no block, got {quoted(block)}")
         return None
     if block is None:
         return DEFAULT_BLOCK
     low, high = _core.MINIMUM_BLOCK, _core.MAXIMUM_BLOCK
     block = int(block) if isinstance(block, np.integer) else block
     if not isinstance(block, int) or not low <= block <= high or block & (block - 1):
-        raise ValueError(f"block: expected a power of two from {low} to {high}, got {block!r}")
+        raise ValueError(f"block: expected a power of two from {low} to {high}, got {quoted(block)}")
     return block
 
 
@@ -388,7 +389,8 @@ def _check_layout(
     block = check_block(wire, block)
     layout = codes_layout(kind, wire, shape, block)
     if data.shape != layout.shape:
-        raise ValueError(f"data: expected shape {layout.shape} for {wire} of {shape}, got {data.shape}")
+        expected = f"expected shape {quoted(layout.shape)} for {wire} of {quoted(shape)}"
+        raise ValueError(f"data: {expected}, got {data.shape}")
     if data.owner.dtype != layout.dtype:
         raise TypeError(f"data: expected {layout.dtype} for {wire}, got {data.owner.dtype}")
     if block is None:
