@@ -50,34 +50,44 @@ std::vector<Task> tasks_of(const AnyLeaf* leaves, int64_t count, int64_t element
   return tasks;
 }
 
-/// Calls work(index, leaf, task, stream) for all tasks. finite[leaf] is whether all its calls say true.
+/// Memory of its own for each worker of a `parallel_for`, which nobody clears.
+class Scratch {
+ public:
+  Scratch(int64_t workers, int64_t bytes) : numbers_((bytes + 7) / 8), all_(new double[workers * numbers_]) {}
+  double* of(int worker) { return all_.get() + worker * numbers_; }
+
+ private:
+  int64_t numbers_;
+  std::unique_ptr<double[]> all_;
+};
+
+/// Calls work(index, leaf, task, stream, scratch) for all tasks, with so many bytes of scratch. finite[leaf] is whether
+/// all its calls say true.
 template <class Work>
-void for_tasks(const std::vector<Task>& tasks, const Leaf* leaves, int64_t count, bool* finite, Work&& work) {
+void for_tasks(const std::vector<Task>& tasks, const Leaf* leaves, int64_t count, bool* finite, int64_t scratch_bytes,
+               Work&& work) {
   int64_t bytes = 0, written = 0;
   for (int64_t leaf = 0; leaf < count; ++leaf) {
     bytes += touched_bytes(leaves[leaf]);
     written += encoded_bytes(leaves[leaf].code, leaves[leaf].count);
   }
   std::vector<uint8_t> task_finite(tasks.size());
-  parallel_for(static_cast<int64_t>(tasks.size()), threads_for(bytes), [&](int64_t index) {
+  const int threads = threads_for(bytes);
+  Scratch scratch(scratch_bytes == 0 ? 0 : std::min<int64_t>(threads, tasks.size()), scratch_bytes);
+  parallel_for(static_cast<int64_t>(tasks.size()), threads, [&](int64_t index, int worker) {
     const Task& task = tasks[index];
-    task_finite[index] = work(index, leaves[task.leaf], task, written >= kStreamBytes);
+    task_finite[index] = work(index, leaves[task.leaf], task, written >= kStreamBytes, scratch.of(worker));
   });
   std::fill_n(finite, count, true);
   for (size_t index = 0; index < tasks.size(); ++index) finite[tasks[index].leaf] &= task_finite[index] != 0;
-}
-
-/// Memory for a tile, which nobody clears.
-std::unique_ptr<double[]> make_scratch(int64_t bytes) {
-  return std::unique_ptr<double[]>(new double[static_cast<size_t>((bytes + 7) / 8)]);
 }
 
 }  // namespace
 
 void weighted_sum(const Leaf* leaves, int64_t count, bool* finite) {
   const Kernels& loops = kernels();
-  for_tasks(tasks_of(leaves, count), leaves, count, finite,
-            [&](int64_t, const Leaf& leaf, const Task& task, bool stream) {
+  for_tasks(tasks_of(leaves, count), leaves, count, finite, 0,
+            [&](int64_t, const Leaf& leaf, const Task& task, bool stream, double*) {
               return loops.weighted_sum(leaf, task.begin, task.end, stream);
             });
 }
@@ -134,10 +144,12 @@ void server_step(const Optimizer& optimizer, const ModelLeaf* leaves, int64_t co
 
 void sorted_mean(const SortedMean& op, const Leaf* leaves, int64_t count, bool* finite) {
   const Kernels& loops = kernels();
-  for_tasks(tasks_of(leaves, count), leaves, count, finite,
-            [&](int64_t, const Leaf& leaf, const Task& task, bool stream) {
-              const auto scratch = make_scratch(tile_bytes(scratch_rows(op, leaf), is_wide(leaf) ? 8 : 4));
-              return loops.sorted_mean(op, leaf, task.begin, task.end, scratch.get(), stream);
+  int64_t bytes = 0;
+  for (int64_t leaf = 0; leaf < count; ++leaf)
+    bytes = std::max<int64_t>(bytes, tile_bytes(scratch_rows(op, leaves[leaf]), is_wide(leaves[leaf]) ? 8 : 4));
+  for_tasks(tasks_of(leaves, count), leaves, count, finite, bytes,
+            [&](int64_t, const Leaf& leaf, const Task& task, bool stream, double* scratch) {
+              return loops.sorted_mean(op, leaf, task.begin, task.end, scratch, stream);
             });
 }
 
@@ -150,12 +162,13 @@ bool squared_distances(const Leaf* leaves, int64_t count, int32_t clients, doubl
   std::vector<uint8_t> part_finite(parts);
   int64_t bytes = 0;
   for (int64_t leaf = 0; leaf < count; ++leaf) bytes += touched_bytes(leaves[leaf]);
-  parallel_for(parts, threads_for(bytes), [&](int64_t part) {
-    const auto scratch = make_scratch(tile_bytes(clients, 8));
+  const int threads = threads_for(bytes);
+  Scratch scratch(std::min<int64_t>(threads, parts), tile_bytes(clients, 8));
+  parallel_for(parts, threads, [&](int64_t part, int worker) {
     bool finite = true;
     for (int64_t task = part * all / parts; task < (part + 1) * all / parts; ++task) {
       const auto& [leaf, begin, end] = tasks[task];
-      finite &= loops.squared_distances(leaves[leaf], begin, end, scratch.get(), &sums[part * entries]);
+      finite &= loops.squared_distances(leaves[leaf], begin, end, scratch.of(worker), &sums[part * entries]);
     }
     part_finite[part] = finite;
   });
@@ -173,12 +186,13 @@ void statistics(const Leaf* leaves, const Measurement* measurements, int64_t cou
   const Kernels& loops = kernels();
   const std::vector<Task> tasks = tasks_of(leaves, count);
   std::vector<std::vector<Moments>> found(tasks.size());
-  for_tasks(tasks, leaves, count, finite, [&](int64_t index, const Leaf& leaf, const Task& task, bool stream) {
-    const Measurement& measurement = measurements[task.leaf];
-    if (measurement.clients == 0) return loops.weighted_sum(leaf, task.begin, task.end, stream);
-    found[index].resize(measurement.clients);
-    return loops.statistics(leaf, measurement, task.begin, task.end, stream, found[index].data());
-  });
+  for (size_t index = 0; index < tasks.size(); ++index) found[index].resize(measurements[tasks[index].leaf].clients);
+  for_tasks(tasks, leaves, count, finite, 0,
+            [&](int64_t index, const Leaf& leaf, const Task& task, bool stream, double*) {
+              const Measurement& measurement = measurements[task.leaf];
+              if (measurement.clients == 0) return loops.weighted_sum(leaf, task.begin, task.end, stream);
+              return loops.statistics(leaf, measurement, task.begin, task.end, stream, found[index].data());
+            });
   for (size_t index = 0; index < tasks.size(); ++index)  // in the order of the elements, whichever thread was first
     for (size_t k = 0; k < found[index].size(); ++k) merge(moments[tasks[index].leaf][k], found[index][k]);
 }

@@ -24,18 +24,20 @@ namespace {
 
 /// What one parallel_for hands to the threads.
 struct Job {
-  void (*body)(void*, int64_t);
+  void (*body)(void*, int64_t, int);
   void* context;
   int64_t tasks;
   std::atomic<int64_t> next{0};
+  std::atomic<int> workers{0};
   std::mutex failing{};
   std::exception_ptr failure{};  // the first exception of a task, for the caller
 
   /// Does tasks until none is left. An exception, such as that of a failed allocation, ends them for all threads.
   void run() noexcept {
     const FloatEnvironment environment;
+    const int worker = workers.fetch_add(1, std::memory_order_relaxed);
     try {
-      for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) body(context, task);
+      for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) body(context, task, worker);
     } catch (...) {
       next.store(tasks, std::memory_order_relaxed);
       const std::lock_guard lock(failing);
@@ -84,7 +86,6 @@ class ThreadPool {
     wake_.notify_all();
     for (auto& thread : threads_) thread.join();
     threads_.clear();
-    begun_ = 0;
     stopping_ = false;
   }
 
@@ -98,18 +99,11 @@ class ThreadPool {
     } catch (const std::system_error&) {
     } catch (const std::bad_alloc&) {
     }
-    std::unique_lock lock(mutex_);
-    done_.wait(lock, [this] { return begun_ == threads_.size(); });
     return static_cast<int>(threads_.size());
   }
 
   void work() {
-    // Exceptions keep their state in memory of the thread's own. Where that is asked for only when an allocation has
-    // failed, there is none for it, and the process is ended.
-    [[maybe_unused]] const volatile int asked_for_now = std::uncaught_exceptions();
     std::unique_lock lock(mutex_);
-    ++begun_;
-    done_.notify_one();
     for (;;) {
       wake_.wait(lock, [this] { return stopping_ || wanted_ > 0; });
       if (stopping_) return;
@@ -127,7 +121,6 @@ class ThreadPool {
   std::condition_variable wake_, done_;
   std::vector<std::thread> threads_;
   Job* job_ = nullptr;
-  size_t begun_ = 0;  // threads that have all that they need
   int wanted_ = 0, active_ = 0;
   bool stopping_ = false;
 };
@@ -167,7 +160,7 @@ int get_num_threads() {
 
 void set_num_threads(int count) { thread_count.store(count, std::memory_order_relaxed); }
 
-void parallel_for(int64_t tasks, int threads, void (*body)(void*, int64_t), void* context) {
+void parallel_for(int64_t tasks, int threads, void (*body)(void*, int64_t, int), void* context) {
   Job job{body, context, tasks};
   threads = static_cast<int>(std::min<int64_t>(tasks, threads));
   if (threads <= 1) return job.run_alone();

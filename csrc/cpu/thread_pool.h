@@ -14,15 +14,23 @@ void set_num_threads(int count);
 /// Processors that this process may run on.
 int available_processors();
 
-/// Calls body(task) once for each task in [0, tasks), on at most `threads` threads, the caller's own among them. One
-/// caller uses the pool at a time; a second one, meanwhile, does its tasks alone. What a task throws, the caller
-/// throws, once no task is under way.
-void parallel_for(int64_t tasks, int threads, void (*body)(void* context, int64_t task), void* context);
+/// Calls body(task, worker) once for each task in [0, tasks), on at most `threads` threads, the caller's own among
+/// them: each is another worker, numbered from 0 on. One caller uses the pool at a time; a second one, meanwhile, does
+/// its tasks alone. A body should not allocate, for where memory is short a thread that throws for the first time ends
+/// the process: its caller allocates for each worker. What a task throws all the same, the caller throws.
+void parallel_for(int64_t tasks, int threads, void (*body)(void* context, int64_t task, int worker), void* context);
 
 template <class Body>
 void parallel_for(int64_t tasks, int threads, Body&& body) {
   using Function = std::remove_reference_t<Body>;
-  parallel_for(tasks, threads, [](void* context, int64_t task) { (*static_cast<Function*>(context))(task); }, &body);
+  parallel_for(
+      tasks, threads,
+      [](void* context, int64_t task, int worker) {
+        Function& function = *static_cast<Function*>(context);
+        if constexpr (std::is_invocable_v<Function&, int64_t, int>) function(task, worker);
+        else function(task);
+      },
+      &body);
 }
 
 }  // namespace fastagg
