@@ -852,11 +852,10 @@ def overflowing(backend: Backend, wire: str, scale: float, dtype: str = "float32
     return fastagg.Quantized(codes, scales, wire=wire, shape=(2,), dtype=dtype, block=256)
 
 
-def mean_by(accumulator: fastagg.Accumulator, updates: list[Any], weights: list[float]) -> Any:
-    """What an accumulator makes of updates."""
-    for update, weight in zip(updates, weights, strict=True):
-        accumulator.add(update, weight)
-    return accumulator.result()
+def added_up(updates: list[Any], weights: list[float], **options: Any) -> tuple[fastagg.Accumulator, Any]:
+    """An accumulator of updates, and its result."""
+    accumulator = filled(updates, weights, **options)
+    return accumulator, accumulator.result()
 
 
 @pytest.mark.parametrize("scale", [3e38, 2.0**127])
@@ -870,15 +869,14 @@ def test_codes_times_a_scale_beyond_float32_are_infinite_everywhere(
     good = {"w": backend.put(np.asarray([1, 2], dtype))}
     updates, weights = [odd, *[good] * 4], [1.0, 1000.0, 1000.0, 1000.0, 1000.0]
     for options in ({"batch": 1}, {"batch": 8}, {"low_memory": True}):
-        accumulator = fastagg.Accumulator(nan_policy="drop", **options)
         with pytest.warns(fastagg.DroppedUpdateWarning, match="client 0, leaf 'w'"):
-            result = mean_by(accumulator, updates, weights)
+            accumulator, result = added_up(updates, weights, nan_policy="drop", **options)
         assert [one.client for one in accumulator.dropped] == [0]
         assert backend.get(result["w"]).tolist() == [1, 2]
         with pytest.raises(ValueError, match="client 0, leaf 'w'"):
-            mean_by(fastagg.Accumulator(**options), updates, weights)
-        plain = mean_by(fastagg.Accumulator(nan_policy="propagate", **options), updates, weights)
-        assert np.isposinf(backend.get(plain["w"]).astype(np.float64)).all()
+            added_up(updates, weights, **options)
+        plain = filled(updates, weights, nan_policy="propagate", **options)
+        assert np.isposinf(backend.get(plain.result()["w"]).astype(np.float64)).all()
     with pytest.warns(fastagg.DroppedUpdateWarning, match="client 0"):
         result = fastagg.fedavg(updates, weights, nan_policy="drop")
     assert backend.get(result["w"]).tolist() == [1, 2]

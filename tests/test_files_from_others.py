@@ -182,10 +182,10 @@ def test_sizes_that_no_array_has_are_not_multiplied(tmp_path, sizes):
 
 
 def test_headers_have_a_length_that_is_compared_before_they_are_read(tmp_path):
-    member = b"\x93NUMPY\x02\0" + struct.pack("<I", 64 << 20) + b" " * (64 << 20)
+    member = b"\x93NUMPY\x02\0" + struct.pack("<I", 16 << 20) + b" " * (16 << 20)
     path = npz_file(tmp_path / "a.npz", {"w.npy": member}, zipfile.ZIP_DEFLATED)
     assert path.stat().st_size < 100_000
-    refuses(ValueError, r"a\.npz: leaf 'w': .*67108864 bytes \(at most 10000\)", [path], tmp_path / "out.npz")
+    refuses(ValueError, r"a\.npz: leaf 'w': .*16777216 bytes \(at most 10000\)", [path], tmp_path / "out.npz")
     path = header_file(tmp_path / "a.safetensors", b"")
     path.write_bytes((100_000_001).to_bytes(8, "little"))
     refuses(ValueError, "a header of 100000001 bytes", [path], tmp_path / "out.npz")
@@ -353,7 +353,13 @@ main()
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        *(pytest.param(one, marks=pytest.mark.exhaustive) for one in (signal.SIGHUP, signal.SIGINT)),
+    ],
+)
 def test_a_command_that_is_told_to_end_leaves_nothing(tmp_path, number):
     source = write_shards(tmp_path / "m", {"a.safetensors": ONES})
     command = [sys.executable, "-c", ENDED, str(source), str(tmp_path / "out")]

@@ -49,7 +49,7 @@ MAY_IMPORT = {
     "_overlap": {"_core", "_codes"},
     "statistics": set(),
     "_buffers": {"_codes"},
-    "_integer_codes": {"_codes"},
+    "_integer_codes": {"_codes", "_quoting"},
     "_sent": {"_backend", "_buffers", "_codes", "_tensor", "_updates", "quantization"},
     "averaging": {
         *(

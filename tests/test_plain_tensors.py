@@ -78,7 +78,13 @@ USES: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("use", USES)
-@pytest.mark.parametrize("case", NOT_PLAIN)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=pytest.mark.exhaustive) if case == "jagged" else case  # torch imports much for it
+        for case in NOT_PLAIN
+    ],
+)
 def test_what_is_not_plain_is_never_read(case: str, use: str) -> None:
     make, message = NOT_PLAIN[case]
     if use in ("out", "dequantize"):  # other things are wrong with it, too

@@ -278,7 +278,7 @@ def test_a_field_of_another_type_is_an_error_or_a_value(run: Run, tmp_path: Path
     whole = path.read_text()
     random, places = generator(5), list(places_of(json.loads(whole)))
     refusals = []
-    for turn in range(250):
+    for turn in range(150):
         holder = plain = json.loads(whole)
         *steps, last = places[random.integers(len(places))]
         for step in steps:
@@ -291,9 +291,9 @@ def test_a_field_of_another_type_is_an_error_or_a_value(run: Run, tmp_path: Path
             refusals.append(str(error))
             continue
         assert isinstance(loaded.clients, list)
-        if turn % 100 == 0:
+        if turn == 100:
             write_report(loaded, tmp_path / "page.html", force=True)
-    assert len(refusals) > 100
+    assert len(refusals) > 60
     assert all(text.startswith(f"{path} is") and len(text) < 1000 for text in refusals)
 
 

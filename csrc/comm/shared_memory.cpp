@@ -420,6 +420,11 @@ int SharedMemory::tell_lost(int name) {
   return first - 1;
 }
 
+void SharedMemory::interrupt() {
+  interrupted_ = true;
+  tell_lost(peers_.name(peers_.rank()));
+}
+
 void SharedMemory::give_up(int peer, const std::string& reason) {
   const int first = tell_lost(peers_.name(peer));
   throw_lost(first, first == peers_.name(peer) ? reason : "was lost");

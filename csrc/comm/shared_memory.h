@@ -66,8 +66,8 @@ class SharedMemory {
   /// All ranks will throw PeerLost that names this one, which may be on another host; or the one that is returned, of
   /// which they were told before.
   int tell_lost(int name);
-  /// Ends the wait of another thread, and every later one.
-  void interrupt() { interrupted_ = true; }
+  /// Ends the wait of another thread, and every later one: this rank is lost to the others.
+  void interrupt();
 
   Segment& segment() { return *segment_; }
 

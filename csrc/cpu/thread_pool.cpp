@@ -84,6 +84,7 @@ class ThreadPool {
     wake_.notify_all();
     for (auto& thread : threads_) thread.join();
     threads_.clear();
+    begun_ = 0;
     stopping_ = false;
   }
 
@@ -97,11 +98,18 @@ class ThreadPool {
     } catch (const std::system_error&) {
     } catch (const std::bad_alloc&) {
     }
+    std::unique_lock lock(mutex_);
+    done_.wait(lock, [this] { return begun_ == threads_.size(); });
     return static_cast<int>(threads_.size());
   }
 
   void work() {
+    // Exceptions keep their state in memory of the thread's own. Where that is asked for only when an allocation has
+    // failed, there is none for it, and the process is ended.
+    [[maybe_unused]] const volatile int asked_for_now = std::uncaught_exceptions();
     std::unique_lock lock(mutex_);
+    ++begun_;
+    done_.notify_one();
     for (;;) {
       wake_.wait(lock, [this] { return stopping_ || wanted_ > 0; });
       if (stopping_) return;
@@ -119,6 +127,7 @@ class ThreadPool {
   std::condition_variable wake_, done_;
   std::vector<std::thread> threads_;
   Job* job_ = nullptr;
+  size_t begun_ = 0;  // threads that have all that they need
   int wanted_ = 0, active_ = 0;
   bool stopping_ = false;
 };

@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from fastagg._codes import Code, code_of_dtype, name_of
+from fastagg._quoting import quoted
 
 _FEW = 16
 _EIGHT_BITS = (Code.INT8, Code.UINT8)
@@ -29,38 +31,50 @@ _CODES = re.compile(
 )
 _ZERO_POINT = re.compile(r"(?:.*_)?(?:zero_?points?|zp)")
 
-# What follows the leaf's own name, or its module's, in that of its scales; and what codes add to the name they share.
-_SCALES = re.compile(
-    r"[._/]*(?:(?:weight_)?scales?(?:_inv|_2)?|(?:weight_)?absmax|quant_map|scb|(?:weight_)?zero_?points?|codebooks?)"
+# What scales are called behind the name of their codes, or of their module; and what codes add to the name they share.
+_SCALE_WORDS = tuple(
+    f"{prefix}{word}"
+    for prefix in ("", "weight_")
+    for word in (
+        *("scale", "scales", "scale_inv", "scales_inv", "scale_2", "absmax", "quant_map", "scb"),
+        *("zero_point", "zero_points", "codebook", "codebooks"),
+    )
 )
 _ENDING = re.compile(r"[._/]+(?:blocks|packed|quantized|data|codes|q|int8|int4)$")
+_SEPARATORS = "._/"
 
 
 class IntegerLeaf(NamedTuple):
-    """An integer leaf of an update; `values` gives one client's array, which is asked for where names do not tell."""
+    """An integer or bool leaf of an update, and its place among the names."""
 
-    name: Any
+    place: int
     dtype: Any
     shape: tuple[int, ...]
-    values: Callable[[], Any]
 
 
-def refuse_codes(names: Sequence[Any], integers: Iterable[IntegerLeaf]) -> None:
+class _Suspect(NamedTuple):
+    """A leaf that looks like codes or bytes; unless it is certain, only where it holds more than zeros and ones."""
+
+    leaf: IntegerLeaf
+    reason: str
+    is_certain: bool
+
+
+def refuse_codes(names: tuple[Any, ...], integers: tuple[IntegerLeaf, ...], values: Callable[[int], Any]) -> None:
     """Refuses integer leaves that look like codes or bytes.
 
     Args:
-        names: of all leaves of the update, the floating ones too.
+        names: of all leaves of the update, the floating ones too; None for a single array.
         integers: its integer and bool leaves.
+        values: one client's array in a place, which is asked for where names and shapes do not tell.
 
     Raises:
         ValueError: there is one; the message names it, what it looks like, and the remedy.
     """
-    listed = list(integers)
-    plain = {_plain(name): name for name in names if isinstance(name, str)} if listed else {}
-    for leaf in listed:
-        reason = _reason(leaf, plain, only_integers=len(listed) == len(names))
-        if reason is not None:
-            what = "the array" if leaf.name is None else f"leaf {leaf.name!r}"
+    for leaf, reason, is_certain in _suspects(names, integers):
+        if is_certain or not _is_mask(values(leaf.place)):
+            name = names[leaf.place]
+            what = "the array" if name is None else f"leaf {quoted(name)}"
             raise ValueError(
                 f"{what}, {name_of(leaf.dtype)} {tuple(leaf.shape)}: looks like {reason}, of which neither a mean nor "
                 "the largest stands for anything: decode it before, or say by integer_policy= (max, first or round) "
@@ -68,28 +82,41 @@ def refuse_codes(names: Sequence[Any], integers: Iterable[IntegerLeaf]) -> None:
             )
 
 
-def _reason(leaf: IntegerLeaf, plain: dict[str, str], only_integers: bool) -> str | None:
+@lru_cache(maxsize=64)  # every round has the same names
+def _suspects(names: tuple[Any, ...], integers: tuple[IntegerLeaf, ...]) -> tuple[_Suspect, ...]:
+    scales: dict[str, str] = {}
+    if any(math.prod(leaf.shape) > 1 for leaf in integers):
+        for name in names:
+            if isinstance(name, str):
+                scales.update(dict.fromkeys(_stems(_plain(name)), name))
+    only_integers = len(integers) == len(names)
+    found = (_suspect(leaf, names[leaf.place], scales, only_integers) for leaf in integers)
+    return tuple(suspect for suspect in found if suspect is not None)
+
+
+def _suspect(leaf: IntegerLeaf, given: Any, scales: dict[str, str], only_integers: bool) -> _Suspect | None:
     """What a leaf looks like; None for integers of the model's own."""
     if name_of(leaf.dtype) == "bool":
         return None
-    name = _plain(leaf.name) if isinstance(leaf.name, str) else None
-    several = math.prod(leaf.shape) > 1
+    name = _plain(given) if isinstance(given, str) else None
+    elements = math.prod(leaf.shape)
     if name is not None:
         last = re.split(r"[./]", name)[-1]
         if _ZERO_POINT.fullmatch(last):
-            return "a quantiser's zero points"
-        if several and _CODES.fullmatch(last):
-            return "a quantiser's codes"
-        if several and (scales := _scales_of({name, _ENDING.sub("", name)}, plain)):
-            return f"codes whose scales are leaf {scales!r}"
-    if code_of_dtype(leaf.dtype) not in _EIGHT_BITS or not several or _is_mask(leaf.values()):
+            return _Suspect(leaf, "a quantiser's zero points", True)
+        if elements > 1 and _CODES.fullmatch(last):
+            return _Suspect(leaf, "a quantiser's codes", True)
+        own = next((scales[stem] for stem in (name, _ENDING.sub("", name)) if stem in scales), None)
+        if elements > 1 and own is not None:
+            return _Suspect(leaf, f"codes whose scales are leaf {quoted(own)}", True)
+    if code_of_dtype(leaf.dtype) not in _EIGHT_BITS or elements <= 1:
         return None
-    module = None if name is None else re.sub(r"[^./]*$", "", name)
-    if module is not None and (scales := _scales_of({module}, plain)):
-        return f"codes whose scales are leaf {scales!r}"
+    module = None if name is None else re.sub(r"[^./]*$", "", name).rstrip(_SEPARATORS)
+    if module in scales:
+        return _Suspect(leaf, f"codes whose scales are leaf {quoted(scales[module])}", False)
     if only_integers and code_of_dtype(leaf.dtype) == Code.UINT8 and len(leaf.shape) == 1:
-        return "the bytes of something serialised"
-    return "codes or bytes, eight-bit integers other than 0 and 1" if math.prod(leaf.shape) >= _FEW else None
+        return _Suspect(leaf, "the bytes of something serialised", False)
+    return _Suspect(leaf, "codes or bytes, eight-bit integers other than 0 and 1", False) if elements >= _FEW else None
 
 
 def _plain(name: str) -> str:
@@ -97,12 +124,9 @@ def _plain(name: str) -> str:
     return re.sub(r":\d+$", "", name).lower()
 
 
-def _scales_of(stems: set[str], plain: dict[str, str]) -> str | None:
-    """The first leaf whose name is one of the stems and a word for scales."""
-    for other, name in plain.items():
-        if any(other.startswith(stem) and _SCALES.fullmatch(other, len(stem)) for stem in stems):
-            return name
-    return None
+def _stems(name: str) -> list[str]:
+    """The names of codes or modules whose scales a leaf of this name would be."""
+    return [name[: -len(word)].rstrip(_SEPARATORS) for word in _SCALE_WORDS if name.endswith(word)]
 
 
 def _is_mask(array: Any) -> bool:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 import torch.distributed as dist
 
 from fastagg._exchange import HostTransport
-from fastagg._transports import channel_of
+from fastagg._transports import host_channel_of
 
 
 def gather(own: bytes, title: str, group: dist.ProcessGroup) -> list[bytes]:
@@ -19,17 +18,16 @@ def gather(own: bytes, title: str, group: dist.ProcessGroup) -> list[bytes]:
         ValueError: a rank was called with something else than this title, on every rank.
         PeerError: a rank has died or hung.
     """
-    channel, rank, world = channel_of(group), dist.get_rank(group), dist.get_world_size(group)
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
 
-    def exchange() -> list[bytes]:
-        transport = channel.host_transport
+    def exchange(transport: HostTransport) -> list[bytes]:
         sizes = _gathered(transport, [torch.tensor([len(own)], device="cpu") for _ in range(world)], title)
         texts = [torch.empty(int(size), dtype=torch.uint8, device="cpu") for size in sizes]
         if own:
             texts[rank] = torch.frombuffer(bytearray(own), dtype=torch.uint8)
         return [bytes(text.numpy()) for text in _gathered(transport, texts, title)]
 
-    return cast("list[bytes]", channel.line.run(exchange))
+    return host_channel_of(group).run(exchange)
 
 
 def broadcast(tensor: torch.Tensor, root: int, title: str, group: dist.ProcessGroup) -> None:
@@ -39,8 +37,8 @@ def broadcast(tensor: torch.Tensor, root: int, title: str, group: dist.ProcessGr
         ValueError: a rank was called with something else, on every rank.
         PeerError: a rank has died or hung.
     """
-    channel, data = channel_of(group), tensor.view(-1).view(torch.uint8)
-    channel.line.run(lambda: channel.host_transport.broadcast(data, root, title))
+    data = tensor.view(-1).view(torch.uint8)
+    host_channel_of(group).run(lambda transport: transport.broadcast(data, root, title))
 
 
 def add_up(tensor: torch.Tensor, title: str, group: dist.ProcessGroup) -> None:
@@ -50,15 +48,15 @@ def add_up(tensor: torch.Tensor, title: str, group: dist.ProcessGroup) -> None:
         ValueError: a rank was called with something else, on every rank.
         PeerError: a rank has died or hung.
     """
-    channel, world = channel_of(group), dist.get_world_size(group)
+    world = dist.get_world_size(group)
 
-    def exchange() -> None:
-        everyone = _gathered(channel.host_transport, [tensor.clone() for _ in range(world)], title)
+    def exchange(transport: HostTransport) -> None:
+        everyone = _gathered(transport, [tensor.clone() for _ in range(world)], title)
         tensor.zero_()
         for theirs in everyone:
             tensor.add_(theirs)
 
-    channel.line.run(exchange)
+    host_channel_of(group).run(exchange)
 
 
 def _gathered(transport: HostTransport, tensors: Sequence[torch.Tensor], title: str) -> Sequence[torch.Tensor]:

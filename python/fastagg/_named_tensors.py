@@ -25,6 +25,8 @@ def named_tensors(
         TypeError, ValueError: something else; a name that occurs twice; no plain CPU tensor.
     """
     items = given.items() if isinstance(given, Mapping) else given
+    if not isinstance(items, Iterable):
+        raise TypeError(f"{argument}: expected a state_dict or pairs of name and tensor, got {type(given).__name__}")
     named: dict[str, torch.Tensor] = {}
     for place, item in enumerate(items):
         pair = (str(place), item) if isinstance(item, torch.Tensor) else item

@@ -10,7 +10,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -31,8 +31,10 @@ from fastagg._threads import Line
 from fastagg._watch import Process, process_of
 from fastagg.quantization import draw_seed
 
+Result = TypeVar("Result")
+
 _log = logging.getLogger("fastagg")
-_CPU = torch.device("cpu")
+_CPU, _HOST = torch.device("cpu"), torch.device("meta")
 _FILES = 8  # that a group needs, beside some for each of its ranks
 _ASKED = f"{TRANSPORT_VARIABLE}=backend asks for it"
 
@@ -74,6 +76,10 @@ class Channel:
     def host_transport(self) -> HostTransport:
         """The same for a channel of CPU tensors."""
         return cast(HostTransport, self.transport)
+
+    def run(self, work: Callable[[HostTransport], Result]) -> Result:
+        """Makes exchanges on the CPU in the line's order, and waits for them."""
+        return cast(Line, self.line).run(lambda: work(self.host_transport))
 
     @property
     def name(self) -> str | None:
@@ -196,6 +202,11 @@ def channel_of(group: dist.ProcessGroup, device: torch.device = _CPU) -> Channel
     return channel
 
 
+def host_channel_of(group: dist.ProcessGroup) -> Channel:
+    """The group's channel for bytes on the host, whatever serves CPU tensors (in tests, kernels of a device)."""
+    return channel_of(group, _CPU if backend_for("cpu") is None else _HOST)
+
+
 def _channel_of(group: weakref.ref[dist.ProcessGroup], device: torch.device) -> Channel:
     """A channel that does not keep its group."""
 
@@ -205,7 +216,7 @@ def _channel_of(group: weakref.ref[dist.ProcessGroup], device: torch.device) -> 
             raise RuntimeError("the process group is gone")
         return found
 
-    backend = backend_for(str(device))
+    backend = None if device == _HOST else backend_for(str(device))
     if backend is None:
         return Channel(lambda: Meeting.of(alive()), _open, Line())
     return Channel(

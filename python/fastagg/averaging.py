@@ -40,10 +40,6 @@ class LeafInputs(NamedTuple):
         """Whether the weighted mean applies, rather than the integer policy."""
         return self.result_code in FLOATS
 
-    def as_integers(self, name: Any) -> IntegerLeaf:
-        """An integer leaf of that name, with the first client's values."""
-        return IntegerLeaf(name, self.dtype, self.shape, lambda: self.owners[0])
-
 
 def fedavg(
     updates: Iterable[Any],
@@ -444,7 +440,8 @@ def nonfinite_leaves(inputs: list[LeafInputs], client: int, stream: int) -> list
 def check_integers(structure: Structure, inputs: list[LeafInputs], integers: Iterable[int]) -> None:
     """Raises ValueError where integer leaves look like another quantiser's codes, which no policy was given for."""
     names = structure.names or (None,)
-    refuse_codes(names, [inputs[index].as_integers(names[index]) for index in integers])
+    leaves = tuple(IntegerLeaf(index, inputs[index].dtype, inputs[index].shape) for index in integers)
+    refuse_codes(names, leaves, lambda index: inputs[index].owners[0])
 
 
 def scale_weights(weights: list[float]) -> tuple[list[float], float]:

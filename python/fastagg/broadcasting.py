@@ -25,7 +25,7 @@ from fastagg._named_tensors import (
     description,
     named_tensors,
 )
-from fastagg._transports import channel_of, group_of
+from fastagg._transports import group_of, host_channel_of
 
 
 def broadcast_parameters(
@@ -160,7 +160,7 @@ def _refusing(group: dist.ProcessGroup | None) -> Iterator[None]:
         yield
     except (TypeError, ValueError) as error:
         if dist.is_initialized():
-            channel_of(group_of(group)).refuse(error)
+            host_channel_of(group_of(group)).refuse(error)
         raise
 
 
@@ -201,8 +201,10 @@ def _outline(optimizer: torch.optim.Optimizer) -> list[str]:
     """What optimizers must have in common to exchange their states.
 
     Raises:
-        TypeError, ValueError: a parameter or the state is no plain CPU tensor.
+        TypeError, ValueError: it is no optimizer; a parameter or the state is no plain CPU tensor.
     """
+    if not hasattr(optimizer, "param_groups"):
+        raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
     lines = [type(optimizer).__name__]
     for number, group in enumerate(optimizer.param_groups):
         for place, parameter in enumerate(group["params"]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -88,7 +89,6 @@ def reduce_named(tensor: torch.Tensor, name: str, op: str, wire: Any, group: dis
 
 def begin_all_reduce(given: Any, options: _Options, group: Any, *, async_op: bool) -> Work | DeviceWork | None:
     """`all_reduce`; wrong arguments of one rank are told to the others, who would wait for it."""
-    group = group_of(group)
     try:
         tensors = _tensors(given)
         if options.op not in OPERATIONS:
@@ -97,8 +97,10 @@ def begin_all_reduce(given: Any, options: _Options, group: Any, *, async_op: boo
         block = check_block(wire, options.block)
         random_key(wire, options.rounding, options.seed)
     except (TypeError, ValueError) as error:
-        channel_of(group).refuse(error)
+        with contextlib.suppress(TypeError, ValueError):  # there may be no group
+            channel_of(group_of(group)).refuse(error)
         raise
+    group = group_of(group)
     channel = channel_of(group, tensors[0][0].device if tensors else torch.device("cpu"))
 
     def reduce_all() -> None:

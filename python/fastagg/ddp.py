@@ -41,13 +41,15 @@ def all_reduce_hook(
     As in `all_reduce`, the mean of two ranks, and of few elements, is not encoded.
 
     Raises:
-        TypeError: the gradients are sparse, or of a dtype without a wire; or torch.compile with
+        TypeError: the state is none; the gradients are sparse, or of a dtype without a wire; or torch.compile with
             optimize_ddp="python_reducer" hands over none.
         ValueError: the state belongs to another model.
         PeerError: in backward, if a rank has died or hung.
     """
     if not isinstance(bucket, dist.GradBucket):  # type: ignore[attr-defined]
         raise TypeError(f"expected a bucket of DDP's C++ reducer, got {type(bucket).__name__}: set optimize_ddp=True")
+    if not isinstance(state, AllReduceState):
+        raise TypeError(f"state: expected an AllReduceState, got {type(state).__name__}: register one with the hook")
     gradients = bucket.buffer()
     _check_gradients(state, gradients, bucket.parameters())
     group = group_of(state.process_group)

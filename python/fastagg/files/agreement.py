@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 from fastagg._codes import FLOATS, Code
 from fastagg._integer_codes import IntegerLeaf, refuse_codes
@@ -30,13 +29,14 @@ def leaves_of_mean(checkpoints: Sequence[Checkpoint], target: Code | None) -> di
 
 def check_integers(checkpoint: Checkpoint) -> None:
     """Raises ValueError where integer leaves look like another quantiser's codes, or like bytes."""
-    integers = {name: leaf for name, leaf in checkpoint.leaves.items() if leaf.code not in FLOATS}
-    described = [
-        IntegerLeaf(name, leaf.dtype, leaf.shape, partial(checkpoint.__getitem__, name))
-        for name, leaf in integers.items()
-    ]
+    names = tuple(checkpoint.leaves)
+    integers = tuple(
+        IntegerLeaf(place, leaf.dtype, leaf.shape)
+        for place, leaf in enumerate(checkpoint.leaves.values())
+        if leaf.code not in FLOATS
+    )
     try:
-        refuse_codes(list(checkpoint), described)
+        refuse_codes(names, integers, lambda place: checkpoint[names[place]])
     except ValueError as error:
         raise ValueError(f"{checkpoint.path}: {error}") from None
 

@@ -72,7 +72,7 @@ def _load(path: Path, file: MappedFile) -> Mapping[str, Any]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_stored)
     except pickle.UnpicklingError:
-        if any(name.endswith(".DTensor") for name in torch.serialization.get_unsafe_globals_in_checkpoint(path)):
+        if _names_dtensors(path):
             raise TypeError(f"{path}: expected plain tensors, got DTensors: save their full_tensor()") from None
         raise ValueError(
             f"{path}: not loaded, for it is damaged or holds more than tensors and plain values (expected a "
@@ -84,6 +84,17 @@ def _load(path: Path, file: MappedFile) -> Mapping[str, Any]:
     if not isinstance(loaded, Mapping):
         raise TypeError(f"{path}: expected a state_dict, got {type(loaded).__name__}")
     return loaded
+
+
+def _names_dtensors(path: Path) -> bool:
+    """Whether a file that weights_only refuses holds DTensors."""
+    import torch
+
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # torch raises what it likes for a damaged one
+        return False
+    return any(name.endswith(".DTensor") for name in names)
 
 
 def _check_archive(path: Path, file_bytes: int) -> bool:

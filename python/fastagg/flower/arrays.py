@@ -13,7 +13,7 @@ import io
 import math
 import re
 from collections.abc import Collection, Mapping
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -232,9 +232,13 @@ def squared_distance(one: Mapping[str, Leaf], other: Mapping[str, Leaf], buffers
 
 def check_integer_leaves(model: Mapping[str, Leaf]) -> None:
     """Raises ValueError where a model's integer leaves look like another quantiser's codes, or like bytes."""
-    integers = {name: leaf for name, leaf in model.items() if code_of_dtype(leaf.dtype) not in FLOATS}
-    described = [IntegerLeaf(name, leaf.dtype, leaf.shape, partial(as_array, leaf)) for name, leaf in integers.items()]
-    refuse_codes(list(model), described)
+    names, leaves = tuple(model), list(model.values())
+    integers = tuple(
+        IntegerLeaf(place, leaf.dtype, tuple(leaf.shape))
+        for place, leaf in enumerate(leaves)
+        if code_of_dtype(leaf.dtype) not in FLOATS
+    )
+    refuse_codes(names, integers, lambda place: as_array(leaves[place]))
 
 
 def write_leaf(leaf: Any) -> Array:
