@@ -82,7 +82,9 @@ RULES = (
     Rule("weighted_sum_kernel<sums>", "float32 clients", ("LDG.128", "F2F.F64.F32", "DMUL"), ratio=("DADD", 4)),
     Rule("weighted_sum_kernel<sums>", "float16 clients", ("LDG.128", "F2F.F64.F32", "DMUL"), ratio=("HADD2.F32", 8)),
     Rule("weighted_sum_kernel<sums>", "float16 clients for float16", ("LDG.128", "FMUL"), ratio=("HADD2.F32", 8)),
-    Rule("weighted_sum_kernel<sums>", "bfloat16 clients for bfloat16", ("LDG.128", "FMUL"), ("HADD2.F32",), ("FADD", 8)),
+    Rule(
+        "weighted_sum_kernel<sums>", "bfloat16 clients for bfloat16", ("LDG.128", "FMUL"), ("HADD2.F32",), ("FADD", 8)
+    ),
     Rule("weighted_sum_kernel<sums>", "8-bit clients without conversions", ("DMUL",), ("I2F", "F2F"), ("DADD", 2)),
     Rule("weighted_sum_kernel<pairs>", "float64 clients", ("LDG.128", "DMUL", "DFMA"), ("I2F", "F2F"), ("DADD", 12)),
     Rule("encode_whole<float32, nearest, CastWork>", "from float32", ("LDG.128", "STG.128"), (FROM_FLOAT64,)),
