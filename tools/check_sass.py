@@ -78,12 +78,15 @@ class Rule:
 
 FROM_FLOAT64 = "F2F.F32.F64"
 RULES = (
-    Rule("weighted_sum_kernel", "float64 clients", ("LDG.128", "DMUL"), ("I2F",), ("DADD", 2)),
-    Rule("weighted_sum_kernel", "float32 clients", ("LDG.128", "F2F.F64.F32", "DMUL"), ratio=("DADD", 4)),
-    Rule("weighted_sum_kernel", "float16 clients", ("LDG.128", "F2F.F64.F32", "DMUL"), ratio=("HADD2.F32", 8)),
-    Rule("weighted_sum_kernel", "float16 clients for float16", ("LDG.128", "FMUL"), ratio=("HADD2.F32", 8)),
-    Rule("weighted_sum_kernel", "bfloat16 clients for bfloat16", ("LDG.128", "FMUL"), ("HADD2.F32",), ("FADD", 8)),
-    Rule("weighted_sum_kernel", "8-bit clients without conversions", ("DMUL",), ("I2F", "F2F"), ("DADD", 2)),
+    Rule("weighted_sum_kernel<sums>", "float64 clients", ("LDG.128", "DMUL"), ("I2F",), ("DADD", 2)),
+    Rule("weighted_sum_kernel<sums>", "float32 clients", ("LDG.128", "F2F.F64.F32", "DMUL"), ratio=("DADD", 4)),
+    Rule("weighted_sum_kernel<sums>", "float16 clients", ("LDG.128", "F2F.F64.F32", "DMUL"), ratio=("HADD2.F32", 8)),
+    Rule("weighted_sum_kernel<sums>", "float16 clients for float16", ("LDG.128", "FMUL"), ratio=("HADD2.F32", 8)),
+    Rule(
+        "weighted_sum_kernel<sums>", "bfloat16 clients for bfloat16", ("LDG.128", "FMUL"), ("HADD2.F32",), ("FADD", 8)
+    ),
+    Rule("weighted_sum_kernel<sums>", "8-bit clients without conversions", ("DMUL",), ("I2F", "F2F"), ("DADD", 2)),
+    Rule("weighted_sum_kernel<pairs>", "float64 clients", ("LDG.128", "DMUL", "DFMA"), ("I2F", "F2F"), ("DADD", 12)),
     Rule("encode_whole<float32, nearest, CastWork>", "from float32", ("LDG.128", "STG.128"), (FROM_FLOAT64,)),
     Rule("encode_whole<float32, nearest, CastWork>", "from float16", ("LDG.64", "HADD2.F32", "STG.128")),
     Rule("encode_whole<float16, nearest, CastWork>", "from float32", ("LDG.128", "STG.64"), (FROM_FLOAT64,)),
@@ -154,16 +157,16 @@ def complaints(kernels: list[Kernel], rules: Iterable[Rule] = RULES) -> list[str
 
 def enumerators(name: str) -> list[str]:
     """The enumerators of an enum of the kernels' vocabulary."""
-    source = (ROOT / "csrc/core/types.h").read_text()
+    source = "".join((ROOT / "csrc" / path).read_text() for path in ("core/types.h", "cuda/operations.h"))
     found = re.search(rf"enum class {name} : \w+ {{([^}}]*)}}", source)
-    assert found is not None, f"types.h has no enum {name}"
+    assert found is not None, f"no enum {name}"
     return re.findall(r"^\s*(\w+)", re.sub(r",\s*(?=\w)", ",\n", found[1]), flags=re.MULTILINE)
 
 
 def readable(name: str) -> str:
     """A demangled kernel's name without namespaces and parameters, with the names of its codes."""
     short = re.sub(r"^void |fastagg::|cuda::|\(anonymous namespace\)::", "", name)
-    for enum in ("Code", "Rounding", "Rule"):
+    for enum in ("Code", "Rounding", "Rule", "Part"):
         for value, enumerator in enumerate(enumerators(enum)):
             short = re.sub(rf"\({enum}\){value}\b", enumerator, short)
     return re.sub(r"\(.*\)$", "", short)

@@ -36,10 +36,8 @@ FASTAGG_INLINE float scale_at(const Source& source, int64_t i) {
 }
 
 /// Whether a scale may multiply a weight in the place of codes: their products need no rounding, and none is infinite.
-template <Code code>
 FASTAGG_INLINE bool may_join_weight(float scale) {
-  return code == Code::wire_sign ||
-         ((bit_cast<int32_t>(scale) & 0x7fffff) == 0 && 0x1p-100f <= scale && scale <= 0x1p110f);
+  return (bit_cast<int32_t>(scale) & 0x7fffff) == 0 && 0x1p-100f <= scale && scale <= 0x1p110f;
 }
 
 /// The elements from index i on, which are within one block, as what `dequantize` gives: float32, where codes times a

@@ -40,11 +40,14 @@ template <Code code, int n>
 FASTAGG_INLINE Elements<code, n> load_elements(const Source& source, int64_t i) {
   using Whole = Elements<code, n>;
   Whole elements{};
-  const auto* from = global(static_cast<const Element<code>*>(source.data)) + i / Whole::per_entry;
+  // Of bytes, in all codes' branches: nvcc merged what they assume of pointers of unlike types, and broke its own code.
+  const auto* bytes = global(static_cast<const uint8_t*>(source.data));
+  const auto* from = reinterpret_cast<const Element<code>*>(bytes) + i / Whole::per_entry;
   elements.entries = *reinterpret_cast<const typename Whole::Entries*>(from);
   if constexpr (n < Whole::per_entry) elements.entries.values[0] >>= i % Whole::per_entry * (8 / Whole::per_entry);
   if constexpr (is_state(code))
-    elements.companion = global(reinterpret_cast<const typename Whole::Companion*>(source.companion))[i / n];
+    elements.companion = reinterpret_cast<const typename Whole::Companion*>(
+        global(static_cast<const uint8_t*>(source.companion)))[i / n];
   return elements;
 }
 
@@ -59,9 +62,9 @@ FASTAGG_INLINE float load_scale(const Source& source, int64_t i) {
 template <Code code, int n>
 FASTAGG_INLINE void store_elements(void* out, void* companion, int64_t i, const Elements<code, n>& elements) {
   using Whole = Elements<code, n>;
-  global(reinterpret_cast<typename Whole::Entries*>(out))[i / n] = elements.entries;
+  reinterpret_cast<typename Whole::Entries*>(global(static_cast<uint8_t*>(out)))[i / n] = elements.entries;
   if constexpr (is_state(code))
-    global(reinterpret_cast<typename Whole::Companion*>(companion))[i / n] = elements.companion;
+    reinterpret_cast<typename Whole::Companion*>(global(static_cast<uint8_t*>(companion)))[i / n] = elements.companion;
 }
 
 /// Element j of those loaded, before its block's scale: as float32 or as float64.

@@ -45,7 +45,7 @@ class LeafTableBuilder {
     std::vector<char> bytes(end_);
     int64_t tasks = 0;
     for (size_t i = 0; i < indices_.size(); ++i) {
-      TableLeaf entry{leaf(i), tasks, is_aligned(leaf(i))};
+      TableLeaf entry{leaf(i), tasks, is_aligned(leaf(i)), is_scaled(leaf(i))};
       tasks += tasks_of(leaf(i));
       entry.leaf.sources = reinterpret_cast<const Source*>(device + sources_at_[i]);
       entry.leaf.weights = reinterpret_cast<const double*>(device + weights_at_[i]);
@@ -53,8 +53,9 @@ class LeafTableBuilder {
       std::copy_n(leaf(i).sources, leaf(i).clients, reinterpret_cast<Source*>(bytes.data() + sources_at_[i]));
       std::copy_n(leaf(i).weights, leaf(i).clients, reinterpret_cast<double*>(bytes.data() + weights_at_[i]));
     }
-    *table = {reinterpret_cast<const TableLeaf*>(device + leaves_at_), size(), tasks,
-              reinterpret_cast<int32_t*>(device)};
+    *table = {
+        reinterpret_cast<const TableLeaf*>(device + leaves_at_), size(), tasks, {}, reinterpret_cast<int32_t*>(device)};
+    for (size_t i = 0; i < indices_.size(); ++i) table->parts[static_cast<int>(part_of(leaf(i)))] = true;
     return bytes;
   }
 
@@ -75,6 +76,11 @@ class LeafTableBuilder {
       if (is_state(source.code)) bits |= reinterpret_cast<uintptr_t>(source.companion);
     }
     return bits % kAlignment == 0;
+  }
+
+  static bool is_scaled(const Leaf& leaf) {
+    return std::any_of(leaf.sources, leaf.sources + leaf.clients,
+                       [](const Source& source) { return has_scales(source.code); });
   }
 
   const Leaf* leaves_;

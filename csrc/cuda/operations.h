@@ -3,6 +3,7 @@
 #include <cuda_runtime_api.h>
 
 #include "core/exchange.h"
+#include "core/weighted_sum.h"
 
 namespace fastagg::cuda {
 
@@ -19,13 +20,23 @@ struct TableLeaf {
   Leaf leaf;
   int64_t first_task;
   bool aligned;  // its arrays, all of them, to kAlignment
+  bool scaled;   // whether blocks of a client have scales
 };
+
+/// What a leaf of `weighted_sum` asks for: a kernel each, for their registers.
+enum class Part : uint8_t { sums, pairs, finite };
+constexpr int kParts = 3;
+
+FASTAGG_INLINE Part part_of(const Leaf& leaf) {
+  return leaf.out == nullptr ? Part::finite : has_pairs(leaf.code) ? Part::pairs : Part::sums;
+}
 
 /// The leaves of one `weighted_sum`, in device memory with everything that they point to. None is empty.
 struct LeafTable {
   const TableLeaf* leaves;
   int64_t count;
   int64_t tasks;
+  bool parts[kParts];  // which are asked for
   int32_t* nonfinite;  // a flag a leaf, raised if one of its sums is not finite; the caller clears them
 };
 

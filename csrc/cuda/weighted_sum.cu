@@ -1,5 +1,6 @@
-// `weighted_sum`: every leaf of a model in one launch. A thread keeps the float64 sums of a few elements in registers
-// and walks the clients in order, as csrc/cpu/weighted_sum.h does: the same bits.
+// `weighted_sum`: every leaf of a model in one launch, those whose sums are pairs (core/pair.h) in another. A thread
+// keeps the float64 sums of a few elements in registers and walks the clients in order, as csrc/cpu/weighted_sum.h
+// does: the same bits.
 #include "core/weighted_sum.h"
 #include "elements.cuh"
 #include "launch.cuh"
@@ -14,8 +15,6 @@ constexpr int kInFlight = sizeof(Element<code>) == 1 ? 8 : 4;
 /// Blocks that a multiprocessor shall hold at least: with kBlocks, too few registers were left for the loads of float32
 /// clients, of which then only two were under way, and 8-bit clients spilled.
 constexpr int kSumBlocks = 5;
-/// A thread's elements at most whose sums are pairs.
-constexpr int kPairElements = 4;
 
 /// Element j of those loaded, as `dequantize` gives it.
 template <Code code, int n>
@@ -29,22 +28,10 @@ template <Code code, int clients, class T, int n>
 FASTAGG_INLINE void add_clients(T (&sums)[n], const Source* sources, const double* client_weights, int64_t i) {
   Elements<code, n> x[clients];
   T weights[clients];
-  [[maybe_unused]] float scales[clients];
-  bool join = true;
   for (int k = 0; k < clients; ++k) {
     const Source source = global(sources)[k];
     x[k] = load_elements<code, n>(source, i);
-    weights[k] = static_cast<T>(global(client_weights)[k]);
-    if constexpr (has_scales(code)) {
-      scales[k] = load_scale<code>(source, i);
-      join &= may_join_weight<code>(scales[k]);
-    }
-  }
-  if constexpr (has_scales(code)) {
-    for (int k = 0; k < clients && !join; ++k)
-      for (int j = 0; j < n; ++j) sums[j] = add_product(sums[j], weights[k], decoded_value<code>(x[k], scales[k], j));
-    if (!join) return;
-    for (int k = 0; k < clients; ++k) weights[k] = weights[k] * static_cast<T>(scales[k]);
+    weights[k] = static_cast<T>(global(client_weights)[k]) * static_cast<T>(load_scale<code>(source, i));
   }
   for (int k = 0; k < clients; ++k)
     for (int j = 0; j < n; ++j) sums[j] = add_product(sums[j], weights[k], value_of<T>(x[k], j));
@@ -59,22 +46,37 @@ FASTAGG_INLINE void add_products(T (&sums)[n], const Group& group, int64_t i, in
   if constexpr (clients > 1) add_products<code, clients / 2>(sums, group, i, k);
 }
 
+/// Adds a group's clients, one by one as `dequantize` decodes them if they are `odd`.
+template <Code code, bool odd, class T, int n>
+FASTAGG_INLINE void add_all(T (&sums)[n], const Group& group, int64_t i) {
+  if constexpr (odd && has_scales(code)) {
+    for (int k = 0; k < group.clients; ++k) {
+      const Source source = global(group.sources)[k];
+      const Elements<code, n> x = load_elements<code, n>(source, i);
+      for (int j = 0; j < n; ++j)
+        sums[j] = add_product(sums[j], group.weights[k], decoded_value<code>(x, load_scale<code>(source, i), j));
+    }
+  } else {
+    add_products<code, kInFlight<code>>(sums, group, i);
+  }
+}
+
 /// Adds a group's clients to sums of their own first, in float32 or float64.
-template <Code code, class T, int n>
+template <Code code, bool odd, class T, int n>
 FASTAGG_INLINE void add_together(double (&sums)[n], const Group& group, int64_t i) {
   T own[n];
   for (T& sum : own) sum = static_cast<T>(-0.0);
-  add_products<code, kInFlight<code>>(own, group, i);
+  add_all<code, odd>(own, group, i);
   for (int j = 0; j < n; ++j) sums[j] = sums[j] + static_cast<double>(own[j]);
 }
 
 /// Adds a group of clients of one code.
-template <Code code, int n>
+template <Code code, bool odd, int n>
 FASTAGG_INLINE void add_group(double (&sums)[n], const Group& group, int64_t i) {
-  if constexpr (is_scaled_integer(code)) return add_together<code, double>(sums, group, i);
+  if constexpr (is_scaled_integer(code)) return add_together<code, odd, double>(sums, group, i);
   if constexpr (is_narrow_float(code))
-    if (group.is_run) return add_together<code, float>(sums, group, i);
-  add_products<code, kInFlight<code>>(sums, group, i);
+    if (group.is_run) return add_together<code, odd, float>(sums, group, i);
+  add_all<code, odd>(sums, group, i);
 }
 
 /// Stores n means from i on; true if they are finite.
@@ -88,14 +90,14 @@ FASTAGG_INLINE bool store_means(const Leaf& leaf, const double (&sums)[n], int64
   return finite;
 }
 
-/// The weighted means of n elements from i on; true if they are finite.
-template <int n>
+/// The weighted means of n elements from i on; true if they are finite. `odd` as for `add_all`.
+template <int n, bool odd = false>
 FASTAGG_INLINE bool mean(const Leaf& leaf, int64_t i) {
   double sums[n];
   for (double& sum : sums) sum = -0.0;  // what addition leaves alone, zeros' signs included
   for (int first = 0; first < leaf.clients;) {
     const Group group = group_from(leaf, first);
-    with_code(group.sources[0].code, [&](auto code) { add_group<decltype(code)::value>(sums, group, i); });
+    with_code(group.sources[0].code, [&](auto code) { add_group<decltype(code)::value, odd>(sums, group, i); });
     first += group.clients;
   }
   bool finite = true;
@@ -104,6 +106,26 @@ FASTAGG_INLINE bool mean(const Leaf& leaf, int64_t i) {
     if constexpr (!has_scales(result) && !has_pairs(result)) finite = store_means<result>(leaf, sums, i);
   });
   return finite;
+}
+
+/// Whether a thread's share of the scales of the elements [begin, end) has one that a weight cannot take. Such are
+/// rare.
+FASTAGG_INLINE bool has_odd_scale(const Leaf& leaf, int64_t begin, int64_t end, int thread) {
+  bool odd = false;
+  for (int k = 0; k < leaf.clients; ++k) {
+    const Source source = global(leaf.sources)[k];
+    if (!has_scales(source.code) || source.code == Code::wire_sign) continue;
+    const auto* scales = global(static_cast<const float*>(source.companion));
+    for (int64_t block = (begin >> source.block_shift) + thread; block <= (end - 1) >> source.block_shift;
+         block += kThreads)
+      odd |= !may_join_weight(scales[block]);
+  }
+  return odd;
+}
+
+/// The mean of an element beside such a scale.
+__host__ __device__ __attribute__((noinline)) bool odd_mean(const Leaf& leaf, int64_t i) {
+  return mean<1, true>(leaf, i);
 }
 
 /// sums += weight_k * x_k for a group's clients from number k on, in pairs; so many at a time, as for `add_products`.
@@ -130,19 +152,19 @@ FASTAGG_INLINE void add_pairs(Pair<double> (&sums)[n], const Group& group, doubl
 }
 
 /// Such elements are few.
-__device__ __attribute__((noinline)) double huge_mean(const Leaf& leaf, int64_t i) {
+__host__ __device__ __attribute__((noinline)) double huge_mean(const Leaf& leaf, int64_t i) {
   return mean_of_huge<ThreadLane>(leaf, i);
 }
 
-/// Stores n means from i on; true if they are finite.
+/// Stores n means from i on; true if they are finite. `stored` is where the leaf lies: a call takes it without a copy.
 template <int n>
-FASTAGG_INLINE bool store_quotients(const Leaf& leaf, const Pair<double> (&sums)[n], int64_t i) {
+FASTAGG_INLINE bool store_quotients(const Leaf& leaf, const Leaf& stored, const Pair<double> (&sums)[n], int64_t i) {
   const Divisor divisor(leaf.divisor * kRaised, leaf.divisor_rest * kRaised);
   Elements<Code::float64, n> means;
   bool finite = true;
   for (int j = 0; j < n; ++j) {
     double mean = quotient_of_finite<ThreadLane>(sums[j], divisor);
-    if (not_finite(mean)) mean = huge_mean(leaf, i + j);
+    if (not_finite(mean)) mean = huge_mean(stored, i + j);
     finite &= !not_finite(mean);
     means.entries.values[j] = mean;
   }
@@ -165,7 +187,7 @@ FASTAGG_INLINE bool store_sums(const Leaf& leaf, const Pair<double> (&sums)[n], 
 
 /// The weighted means or sums, in pairs, of n elements from i on; true if they are finite.
 template <int n>
-FASTAGG_INLINE bool pair_sum(const Leaf& leaf, int64_t i) {
+FASTAGG_INLINE bool pair_sum(const Leaf& leaf, const Leaf& stored, int64_t i) {
   Pair<double> sums[n];
   for (auto& sum : sums) sum = empty_sum<double>();
   for (int first = 0; first < leaf.clients;) {
@@ -174,7 +196,7 @@ FASTAGG_INLINE bool pair_sum(const Leaf& leaf, int64_t i) {
               [&](auto code) { add_pairs<decltype(code)::value, 4>(sums, group, raise_of(leaf.code), i); });
     first += group.clients;
   }
-  return leaf.code == Code::float64 ? store_quotients(leaf, sums, i) : store_sums(leaf, sums, i);
+  return leaf.code == Code::float64 ? store_quotients(leaf, stored, sums, i) : store_sums(leaf, sums, i);
 }
 
 /// Whether all clients' n elements from i on, as `dequantize` gives them, are finite.
@@ -207,58 +229,82 @@ FASTAGG_INLINE void maximum(const Leaf& leaf, int64_t i) {
   static_cast<T*>(leaf.out)[i] = largest;
 }
 
-/// A thread's means of the elements [begin, end) of a leaf, as far as vectors of n reach; returns where they stop.
-template <int n>
-FASTAGG_INLINE int64_t means(const Leaf& leaf, int64_t begin, int64_t end, int thread, bool& finite) {
+/// A thread's elements [begin, end) of a leaf, as far as vectors of n reach; returns where they stop.
+template <Part part, int n>
+FASTAGG_INLINE int64_t walk(const Leaf& leaf, const Leaf& stored, int64_t begin, int64_t end, int thread,
+                            bool& finite) {
   const int64_t stop = end - (end - begin) % n;
   for (int64_t i = begin + n * thread; i < stop; i += n * kThreads) {
-    if (leaf.out == nullptr) {
-      finite &= are_finite<n>(leaf, i);
-    } else if (!has_pairs(leaf.code)) {
-      finite &= mean<n>(leaf, i);
-    } else {
-      if constexpr (n <= kPairElements) finite &= pair_sum<n>(leaf, i);
-    }
+    if constexpr (part == Part::sums) finite &= mean<n>(leaf, i);
+    if constexpr (part == Part::pairs) finite &= pair_sum<n>(leaf, stored, i);
+    if constexpr (part == Part::finite) finite &= are_finite<n>(leaf, i);
   }
   return stop;
 }
 
-/// A thread's share of the elements [begin, end) of a leaf; true if every sum is finite.
-FASTAGG_INLINE bool fold(const TableLeaf& entry, int64_t begin, int64_t end, int thread) {
+/// A thread's share of the elements [begin, end) of a leaf, which may lie beside `odd` scales; true if every sum is
+/// finite.
+template <Part part>
+FASTAGG_INLINE bool fold(const TableLeaf& entry, bool odd, const Leaf& stored, int64_t begin, int64_t end, int thread) {
   const Leaf& leaf = entry.leaf;
   bool finite = true;
-  if (leaf.fold == Fold::maximum) {
-    for (int64_t i = begin + thread; i < end; i += kThreads)
-      with_code(leaf.code, [&](auto code) {
-        if constexpr (is_integer(decltype(code)::value)) maximum<decltype(code)::value>(leaf, i);
-      });
-    return finite;
+  if constexpr (part == Part::sums) {
+    if (leaf.fold == Fold::maximum) {
+      for (int64_t i = begin + thread; i < end; i += kThreads)
+        with_code(leaf.code, [&](auto code) {
+          if constexpr (is_integer(decltype(code)::value)) maximum<decltype(code)::value>(leaf, i);
+        });
+      return finite;
+    }
+    if (odd) {
+      for (int64_t i = begin + thread; i < end; i += kThreads) finite &= odd_mean(stored, i);
+      return finite;
+    }
   }
   if (entry.aligned) {
     // A warp's accesses touch whole lines: of 16 bytes a thread where the clients' elements have two or four.
-    const bool narrow = leaf.clients > 0 && encoded_bytes(leaf.sources[0].code, 1) <= 2 &&
-                        (leaf.out == nullptr || !has_pairs(leaf.code));
-    begin = narrow ? means<8>(leaf, begin, end, thread, finite) : means<4>(leaf, begin, end, thread, finite);
+    bool narrow = false;
+    if constexpr (part == Part::sums) {
+      narrow = leaf.clients > 0 && encoded_bytes(leaf.sources[0].code, 1) <= 2;
+      if (narrow) begin = walk<part, 8>(leaf, stored, begin, end, thread, finite);
+    }
+    if (!narrow) begin = walk<part, 4>(leaf, stored, begin, end, thread, finite);
   }
-  means<1>(leaf, begin, end, thread, finite);
+  walk<part, 1>(leaf, stored, begin, end, thread, finite);
   return finite;
 }
 
+template <Part part>
 __global__ void __launch_bounds__(kThreads, kSumBlocks) weighted_sum_kernel(LeafTable table) {
   int64_t index = 0;
   for (int64_t task = blockIdx.x; task < table.tasks; task += gridDim.x) {
     index = leaf_of(table, index, task);
     const TableLeaf entry = table.leaves[index];
+    if (part_of(entry.leaf) != part) continue;
     const int64_t begin = (task - entry.first_task) * kTask;
     const int64_t end = begin + kTask < entry.leaf.count ? begin + kTask : entry.leaf.count;
-    if (!fold(entry, begin, end, static_cast<int>(threadIdx.x))) atomicOr(&table.nonfinite[index], 1);
+    const auto thread = static_cast<int>(threadIdx.x);
+    bool odd = false;
+    if constexpr (part == Part::sums)
+      odd = entry.scaled && __syncthreads_or(has_odd_scale(entry.leaf, begin, end, thread)) != 0;
+    if (!fold<part>(entry, odd, table.leaves[index].leaf, begin, end, thread)) atomicOr(&table.nonfinite[index], 1);
   }
+}
+
+/// Does the leaves of a part, if there are any.
+template <Part part>
+cudaError_t launch_part(const LeafTable& table, cudaStream_t stream) {
+  if (!table.parts[static_cast<int>(part)]) return cudaSuccess;
+  return launch_persistent(weighted_sum_kernel<part>, table.tasks, stream, table);
 }
 
 }  // namespace
 
 cudaError_t weighted_sum(const LeafTable& table, cudaStream_t stream) noexcept {
-  return launch_persistent(weighted_sum_kernel, table.tasks, stream, table);
+  cudaError_t error = launch_part<Part::sums>(table, stream);
+  if (error == cudaSuccess) error = launch_part<Part::pairs>(table, stream);
+  if (error == cudaSuccess) error = launch_part<Part::finite>(table, stream);
+  return error;
 }
 
 }  // namespace fastagg::cuda
