@@ -28,6 +28,7 @@ test: $(VENV)/.stamp-test $(VENV)/.stamp-package ## run the tests, the CUDA kern
 
 test-all: $(VENV)/.stamp-test $(VENV)/.stamp-package ## also the tests of every value there is, and fuzzers (minutes)
 	python -m pytest --all $(ARGUMENTS)
+	bash tools/fuzz_sanitized.sh
 
 lint: $(VENV)/.stamp-lint ## check style, types, stubs and compiler warnings
 	ruff check
