@@ -6,6 +6,7 @@ ARGUMENTS ?=
 RESULTS ?= bench/results
 
 VENV := .venv
+FLOWER := build/flower-oldest
 INSTALL := $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet
 NATIVE_SOURCES := CMakeLists.txt $(shell find csrc -type f)
 PYTHON_SOURCES := $(shell find python $(wildcard bench) -type f -name '*.py*' -not -path '*/__pycache__/*')
@@ -15,7 +16,7 @@ MACHINE_PATH := $(PATH)
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint bench gpu-check sanitize format stubs lock clean
+.PHONY: help demo test test-flower test-all lint bench gpu-check sanitize format stubs lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +26,9 @@ demo: $(VENV)/.stamp-demo $(VENV)/.stamp-package ## train digits on 20 clients, 
 
 test: $(VENV)/.stamp-test $(VENV)/.stamp-package ## run the tests, the CUDA kernels on the CPU included
 	python -m pytest $(ARGUMENTS)
+
+test-flower: $(FLOWER)/.stamp-flower $(VENV)/.stamp-package ## run Flower's tests with the oldest version that is supported
+	$(FLOWER)/bin/python -m pytest tests/test_flower*.py -m "not real_run" $(ARGUMENTS)
 
 test-all: $(VENV)/.stamp-test $(VENV)/.stamp-package ## also the tests of every value there is, and fuzzers (minutes)
 	python -m pytest --all $(ARGUMENTS)
@@ -70,6 +74,15 @@ $(VENV)/.stamp-venv:
 
 $(VENV)/.stamp-%: requirements/%.txt $(VENV)/.stamp-venv
 	$(INSTALL) -r $<
+	@touch $@
+
+# An older Flower and what it asks for, before all that .venv has.
+$(FLOWER)/.stamp-flower: requirements/flower-oldest.txt $(VENV)/.stamp-test
+	rm -rf $(FLOWER)
+	$(VENV)/bin/python -m venv $(FLOWER)
+	$(FLOWER)/bin/python -m pip install --disable-pip-version-check --quiet -r $<
+	$(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  >$$($(FLOWER)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/rest.pth
 	@touch $@
 
 # Without build isolation the build folder is kept, so that only what changed is compiled.

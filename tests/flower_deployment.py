@@ -1,17 +1,23 @@
-"""A Flower server and its nodes as processes of this machine, started as docs/flower.md says."""
+"""A Flower server and its nodes as processes of this machine, started as docs/flower.md says.
+
+Older versions of Flower have a port for each of a server's interfaces; in the oldest, the app names the server.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import datetime
+import importlib.util
 import ipaddress
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -24,6 +30,9 @@ from cryptography.x509.oid import NameOID
 
 APP = Path(__file__).parents[1] / "examples" / "flower_digits"
 _SCRIPTS = Path(sys.executable).parent
+
+# Else newer versions install what the app depends on when it runs, in an environment of the run's own.
+NO_INSTALLATION = "--disable-runtime-dependency-installation"
 
 Config = Mapping[str, str | float | bool]
 
@@ -86,22 +95,29 @@ class Deployment:
         self, folder: Path, nodes: int = 2, *, certificates: Certificates | None = None, simulation: bool = False
     ) -> None:
         self.folder, self.certificates, self.simulation = folder, certificates, simulation
-        self.port, *self.node_ports = _free_ports(1 + nodes)
+        self.has_one_port = "--port" in options_of("flower-superlink")
+        self.app_names_server = importlib.util.find_spec("flwr.cli.flower_config") is None
+        self.port, self.fleet_port, self.app_port, *self.node_ports = _free_ports(3 + nodes)
+        self.app = self._app_that_names_the_server() if self.app_names_server else APP
         self.environment = {**os.environ, "FLWR_HOME": str(folder), "FLWR_TELEMETRY_ENABLED": "0"}
         self.environment["PATH"] = f"{_SCRIPTS}{os.pathsep}{os.environ['PATH']}"
         self.processes: list[subprocess.Popen[bytes]] = []
-        folder.joinpath("config.toml").write_text(self._configuration())
+        folder.joinpath("config.toml").write_text(
+            f'[superlink]\ndefault = "test"\n\n[superlink.test]\n{self._server()}'
+        )
 
     def __enter__(self) -> Deployment:
-        link = ["flower-superlink", "--port", str(self.port), "--disable-runtime-dependency-installation"]
+        link = ["flower-superlink", *self._link_ports()]
+        if NO_INSTALLATION in options_of("flower-superlink"):
+            link += [NO_INSTALLATION]
         link += ["--simulation"] if self.simulation else []
         self._start("link", [*link, *self._link_security()])
         self._wait_for(self.port)
         if not self.simulation:
             for index, port in enumerate(self.node_ports):
-                node = ["flower-supernode", "--superlink", f"127.0.0.1:{self.port}", "--port", str(port)]
                 share = f"partition-id={index} num-partitions={len(self.node_ports)}"
-                self._start(f"node{index}", [*node, "--node-config", share, *self._node_security()])
+                node = ["flower-supernode", *self._node_ports(port), "--node-config", share]
+                self._start(f"node{index}", [*node, *self._node_security()])
         return self
 
     def __exit__(
@@ -125,8 +141,8 @@ class Deployment:
     def begin(self, config: Config) -> subprocess.Popen[str]:
         """Starts the app and returns at once."""
         settings = " ".join(f"{name.replace('_', '-')}={_toml(value)}" for name, value in config.items())
-        command = [str(_SCRIPTS / "flwr"), "run", str(APP), "test", "--stream", "--run-config", settings]
-        if self.simulation:
+        command = [str(_SCRIPTS / "flwr"), "run", str(self.app), "test", "--stream", "--run-config", settings]
+        if self.simulation and not self.app_names_server:
             command += ["--federation-config", f"num-supernodes={len(self.node_ports)}"]
         return subprocess.Popen(
             command, env=self.environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -147,9 +163,30 @@ class Deployment:
         """What the servers wrote."""
         return "\n".join(f"== {path.name}\n{path.read_text()[-4000:]}" for path in self.folder.glob("*.log"))
 
-    def _configuration(self) -> str:
+    def _app_that_names_the_server(self) -> Path:
+        app = Path(shutil.copytree(APP, self.folder / "app"))
+        nodes = f"options.num-supernodes = {len(self.node_ports)}\n" if self.simulation else ""
+        with open(app / "pyproject.toml", "a") as settings:
+            settings.write(f'\n[tool.flwr.federations]\ndefault = "test"\n\n[tool.flwr.federations.test]\n{nodes}')
+            settings.write(self._server())
+        return app
+
+    def _server(self) -> str:
         security = f'root-certificates = "{self.certificates.authority}"' if self.certificates else "insecure = true"
-        return f'[superlink]\ndefault = "test"\n\n[superlink.test]\naddress = "127.0.0.1:{self.port}"\n{security}\n'
+        return f'address = "127.0.0.1:{self.port}"\n{security}\n'
+
+    def _link_ports(self) -> list[str]:
+        if self.has_one_port:
+            return ["--port", str(self.port)]
+        has_two_kinds = "--simulationio-api-address" in options_of("flower-superlink")
+        kind = "simulationio" if self.simulation and has_two_kinds else "serverappio"
+        ports = {"control": self.port, "fleet": self.fleet_port, kind: self.app_port}
+        return [part for name, port in ports.items() for part in (f"--{name}-api-address", f"127.0.0.1:{port}")]
+
+    def _node_ports(self, port: int) -> list[str]:
+        if self.has_one_port:
+            return ["--superlink", f"127.0.0.1:{self.port}", "--port", str(port)]
+        return ["--superlink", f"127.0.0.1:{self.fleet_port}", "--clientappio-api-address", f"127.0.0.1:{port}"]
 
     def _link_security(self) -> list[str]:
         if self.certificates is None:
@@ -160,7 +197,8 @@ class Deployment:
     def _node_security(self) -> list[str]:
         if self.certificates is None:
             return ["--insecure"]
-        return ["--root-certificates", str(self.certificates.authority), *self._link_security()]
+        root = ["--root-certificates", str(self.certificates.authority)]
+        return [*root, *self._link_security()] if self.has_one_port else root
 
     def _start(self, name: str, command: list[str]) -> None:
         with open(self.folder / f"{name}.log", "wb") as log:
@@ -183,6 +221,12 @@ class Deployment:
         """Signals a process and all that it has started: each has a session of its own."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)
+
+
+@cache
+def options_of(program: str) -> str:
+    """What a program of Flower says of its options."""
+    return subprocess.run([str(_SCRIPTS / program), "--help"], capture_output=True, text=True, check=True).stdout
 
 
 def load_model(path: Path) -> dict[str, np.ndarray]:

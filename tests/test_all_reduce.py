@@ -101,20 +101,44 @@ def test_overflow_nonfinite_strides_lists_and_subgroups(transport: str) -> None:
 
 
 FLOAT64 = """
+import hashlib
+import numpy as np
+from fastagg._codes import Code
+from fastagg._exchange import Exchange
+from fastagg._transports import channel_of
+from fastagg.communication import encoding_of
+if "TWO_HOSTS" in os.environ:
+    os.environ["FASTAGG_HOST"] = str(rank // 2)
+transport = channel_of(dist.group.WORLD).transport
 for count in (1000, 100000):
     torch.manual_seed(rank)
     x = torch.randn(count, dtype=torch.float64)
-    expected = torch.zeros(count, dtype=torch.float64)
-    for one in gathered(x):
-        expected += one
-    fastagg.all_reduce(x)
-    assert torch.equal(x, expected / world)
+    exact = sum(one.numpy().astype(np.longdouble) for one in gathered(x)) / world
+    magnitude = sum(np.abs(one.numpy()) for one in gathered(x)) / world
+    y = x.clone()
+    fastagg.all_reduce(y)
+    slack = magnitude * 2.0**-53 if "TWO_HOSTS" in os.environ else 0  # each host's mean is rounded too
+    assert (np.abs(y.numpy() - exact) <= np.spacing(np.abs(y.numpy())) + slack).all()
+    # The factor goes into the one rounding.
+    encoding = encoding_of("fp32", Code.FLOAT64, None, None)
+    transport.all_reduce(Exchange(x, Code.FLOAT64, encoding, True, factor=1 / 3))
+    exact = exact * np.longdouble(1 / 3)
+    assert (np.abs(x.numpy() - exact) <= np.spacing(np.abs(x.numpy())) + slack).all()
+    torch.manual_seed(7)
+    same = torch.randn(count, dtype=torch.float64)
+    same[:6] = torch.tensor([1.7e308, -1e308, 5e-324, -5e-324, 7.0, 0.1], dtype=torch.float64)
+    mean = same.clone()
+    fastagg.all_reduce(mean)
+    assert torch.equal(mean.view(torch.int64), same.view(torch.int64))
+    print(hashlib.sha256(y.numpy().tobytes() + x.numpy().tobytes()).hexdigest())
 """
 
 
-@by_transport
-def test_the_fp32_wire_keeps_every_bit_of_fp64(transport: str) -> None:
-    run_ranks(FLOAT64, 3, **on(transport))
+def test_float64_gradients_are_added_up_exactly_and_rounded_once() -> None:
+    shared = run_ranks(FLOAT64, 3)
+    assert shared == [shared[0]] * 3
+    assert shared == run_ranks(FLOAT64, 3, **on("backend"))
+    assert len(set(run_ranks(FLOAT64, 4, TWO_HOSTS="1"))) == 1
 
 
 SAME = """

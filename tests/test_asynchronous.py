@@ -49,7 +49,8 @@ def test_fedasync_by_hand() -> None:
     assert server.model["weight"].tolist() == [3, 3, 3]
     assert server.model["norm.running_var"].tolist() == [3, 3]
     assert server.model["norm.num_batches_tracked"] == 7
-    assert server.latest() == (server.model, 2)
+    model, version = server.latest()
+    assert (model["weight"].tolist(), version) == ([3, 3, 3], 2)
 
 
 @pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS.keys())
@@ -161,7 +162,7 @@ def test_updates_that_are_too_old_are_dropped(make: Callable[..., Any]) -> None:
     with pytest.warns(fastagg.DroppedUpdateWarning, match="update of version 0 dropped: its staleness is 2") as caught:
         assert server.add(np.ones(2), 0) == 2
     assert caught[0].filename == __file__
-    assert server.model is before
+    np.testing.assert_array_equal(server.model, before)
     assert server.dropped == [DroppedContribution(0, "its staleness is 2, above max_staleness=1")]
     assert server.add(np.ones(2), 1) == 3
 
@@ -253,6 +254,42 @@ def test_models_are_never_altered(make: Callable[..., Any]) -> None:
     assert first.tolist() == [0, 0, 0]
     assert update.tolist() == [1, 1, 1]
     assert server.model is not first
+
+
+@by_server
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_who_trains_what_was_handed_out_changes_nothing_here(make: Callable[..., Any], library: str) -> None:
+    server = make({"w": np.zeros(2) if library == "numpy" else torch.zeros(2)})
+    for handed_out in (server.latest()[0], server.model, server.state_dict()["model"]):
+        handed_out["w"][:] = 5
+    assert server.model["w"].tolist() == [0, 0]
+
+
+@by_server
+def test_a_mask_stays(make: Callable[..., Any]) -> None:
+    mask = np.float32([-np.inf, 0])
+    server = make({"w": np.zeros(2, np.float32), "mask": mask})
+    start, version = server.latest()
+    with np.errstate(invalid="ignore"):
+        trained = {"w": start["w"] + 1, "mask": start["mask"]}
+        difference = {name: trained[name] - start[name] for name in start}  # NaN, where the mask is infinite
+    server.add(trained if isinstance(server, FedAsync) else difference, version)
+    assert (server.version, server.dropped) == (1, [])
+    assert_same_bits(server.model["mask"], mask)
+    assert (server.model["w"] > 0).all()
+    restored = make({"w": np.zeros(2, np.float32), "mask": mask})
+    restored.load_state_dict(server.state_dict())
+    assert_same_bits(restored.model["mask"], mask)
+
+
+def test_fedbuffs_buffers_may_be_infinite_where_the_model_is() -> None:
+    mask = np.float32([-np.inf, 0])
+    server = FedBuff({"mask": mask}, buffer_size=2, buffers=["mask"])
+    for _ in range(4):
+        server.add({"mask": mask}, server.version)
+    assert_same_bits(server.model["mask"], mask)
+    with pytest.warns(fastagg.DroppedUpdateWarning):
+        server.add({"mask": -mask}, server.version)
 
 
 def test_torch_models() -> None:

@@ -146,6 +146,12 @@ for told, kind, *shapes in (("Adam", Adam, 2), ("(3,)", SGD, 3), ("parameter 1",
     optimizer = optimizer_of(kind, *shapes) if rank == 1 else optimizer_of(SGD, 2)
     message = error_of(lambda: fastagg.broadcast_optimizer_state(optimizer))
     assert "rank 1" in message and told in message, message
+try:
+    fastagg.broadcast_optimizer_state(None)
+except (TypeError, ValueError) as error:
+    assert "expected a torch.optim.Optimizer, got NoneType" in str(error), error
+else:
+    raise AssertionError
 """
 
 
@@ -153,16 +159,67 @@ def test_optimizers_get_the_roots_state_and_options() -> None:
     run_ranks(ERROR_OF + OPTIMIZER, 2)
 
 
+DIFFER = """
+if "TWO_HOSTS" in os.environ:
+    os.environ["FASTAGG_HOST"] = str(rank // 2)
+from fastagg.broadcasting import broadcast_object
+optimizer = torch.optim.SGD([torch.ones(3)], lr=0.1 + rank)
+x = torch.full((3,), float(rank))
+last = rank == world - 1
+for call in (
+    lambda root: fastagg.broadcast_parameters({"x": x}, root),
+    lambda root: fastagg.broadcast_optimizer_state(optimizer, root),
+    lambda root: broadcast_object(rank, root),
+):
+    assert "root_rank 1" in error_of(lambda: call(int(last)))
+# One rank's wrong arguments are an error of all; so is another collective.
+calls = (
+    (lambda: fastagg.broadcast_parameters({"x": None if last else x}), (TypeError, ValueError)),
+    (lambda: fastagg.broadcast_parameters({"x": x}, 99 if last else 0), ValueError),
+    (lambda: fastagg.all_reduce(x.int() if last else x), (TypeError, ValueError)),
+    (lambda: fastagg.all_reduce(x) if last else fastagg.broadcast_parameters({"x": x}), ValueError),
+)
+for call, kind in calls:
+    error_of(call, kind)
+# What cannot be pickled, or read where it arrives, is an error of all too.
+class Unreadable:
+    def __reduce__(self):
+        return Unreadable._read, (0,)
+    @staticmethod
+    def _read(_):
+        raise AttributeError("no such class here")
+import threading
+for value, told in ((threading.Lock(), "pickle"), (Unreadable(), "no such class here")):
+    assert told in error_of(lambda: broadcast_object(value), Exception)
+assert broadcast_object({"of": rank}, 1) == {"of": 1} and broadcast_object(b"", 0) == b""
+assert torch.all(x == rank)
+fastagg.all_reduce(x)
+assert torch.all(x == (world - 1) / 2)  # and the group still works
+"""
+
+
+@pytest.mark.parametrize(
+    "environment", [{}, {"FASTAGG_TRANSPORT": "backend"}, {"TWO_HOSTS": "1"}], ids=["memory", "backend", "both"]
+)
+def test_ranks_that_differ_are_told_so_and_nothing_is_written(environment: dict[str, str]) -> None:
+    run_ranks(ERROR_OF + DIFFER, 4 if environment.get("TWO_HOSTS") else 2, **environment)
+
+
 def test_what_cannot_be_broadcast_is_named() -> None:
     x = torch.ones(1)
     for given, message in (
         ([("x", x), ("x", x)], "'x' occurs twice"),
-        ({"far": torch.empty(1, device="meta")}, "'far': expected a dense CPU tensor, got torch.strided on meta"),
-        ({"thin": x.to_sparse()}, "'thin': expected a dense CPU tensor"),
+        ({"wide": x.expand(3)}, "'wide': expected an element at each place"),
         ({"x": x}, "torch.distributed is not initialised"),
     ):
         with pytest.raises(ValueError, match=message):
             fastagg.broadcast_parameters(given)
-    for given, message in (({"text": "1"}, "'text': expected a torch.Tensor, got str"), ([1], "pairs .* got int")):
+    for given, message in (
+        ({"text": "1"}, "'text': expected a torch.Tensor, got str"),
+        ([1], "pairs .* got int"),
+        (None, "expected a state_dict or pairs .*, got NoneType"),
+        ({"far": torch.empty(1, device="meta")}, "'far': expected a tensor on a CPU or CUDA device, got meta"),
+        ({"thin": x.to_sparse()}, r"'thin': expected a dense tensor, .*: pass its to_dense\(\)"),
+    ):
         with pytest.raises(TypeError, match=message):
             fastagg.broadcast_parameters(given)

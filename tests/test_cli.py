@@ -238,3 +238,41 @@ def test_the_package_runs_as_a_module():
     done = subprocess.run([sys.executable, "-m", "fastagg", "info"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert fastagg.__version__ in done.stdout
+
+
+IMPORTS = """
+import pkgutil, sys
+from importlib import import_module
+from importlib.abc import MetaPathFinder
+
+class Hide(MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name.partition(".")[0] in sys.argv[1:]:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Hide())
+import fastagg
+names = [found.name for found in pkgutil.iter_modules(fastagg.__path__) if not found.name.startswith("_")]
+for name in names:
+    if name == "bench":  # which `make` may have put there
+        continue
+    try:
+        import_module(f"fastagg.{name}")
+    except ImportError as error:
+        print(error)
+"""
+
+
+def test_what_lacks_its_packages_says_which_to_install():
+    hidden = ("torch", "flwr", "nvflare", "ray", "matplotlib", "sklearn", "jinja2")
+    done = subprocess.run([sys.executable, "-c", IMPORTS, *hidden], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert {"ddp", "flower", "horovod", "nvflare", "ranks", "ray"} <= {line.split()[0][8:] for line in lines}
+    for line in lines:
+        assert re.fullmatch(r"fastagg\.\w+ needs [\w. ]+: pip install 'fastagg\[\w+\]'", line), line
+
+
+def test_what_installs_the_cuda_backend_installs_it_anew():
+    for option in ("--force-reinstall", "--no-cache-dir", "--no-binary fastagg", "FASTAGG_CUDA=ON"):
+        assert option in _extras.CUDA_COMMAND

@@ -101,3 +101,20 @@ def test_a_lost_rank_is_a_peer_error_in_backward(transport: str) -> None:
     outputs = Ranks(LOST, 3, TIMEOUT="15", **on(transport)).outputs()
     assert [status for status, _, _ in outputs] == [0, -signal.SIGKILL, 0], outputs
     assert outputs[0][1] == outputs[2][1] == "1\n"
+
+
+NO_STATE = """
+from fastagg.ddp import all_reduce_hook
+model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
+model.register_comm_hook(None, all_reduce_hook)
+try:
+    model(torch.ones(1, 2)).sum().backward()
+except TypeError as error:
+    assert "state: expected an AllReduceState, got NoneType" in str(error)
+else:
+    raise AssertionError
+"""
+
+
+def test_a_hook_without_a_state_is_told() -> None:
+    run_ranks(NO_STATE, 1)

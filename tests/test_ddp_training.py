@@ -206,17 +206,18 @@ def test_several_models_have_states_of_their_own() -> None:
 
 
 JOIN = """
-def trained(state, **options):
+def trained(state, by_all, **options):
     model = distributed(network(), state, **options)
-    with model.join():
+    with model.join(divide_by_initial_world_size=by_all):
         train(model, range(4 + 3 * rank))
     return parameters_of(model)
 
-for options in ({}, {"gradient_as_bucket_view": True}, {"find_unused_parameters": True}):
-    plain = trained(None, **options)
-    assert torch.equal(trained(feedback("fp32"), **options), plain), options
-    near = trained(feedback("int8"), **options)
-    assert 0 < (near - plain).abs().max() < 0.02, options
+for by_all in (True, False):
+    for options in ({}, {"gradient_as_bucket_view": True}, {"find_unused_parameters": True}):
+        plain = trained(None, by_all, **options)
+        assert torch.equal(trained(feedback("fp32"), by_all, **options), plain), (by_all, options)
+        near = trained(feedback("int8"), by_all, **options)
+        assert 0 < (near - plain).abs().max() < 0.02, (by_all, options)
 """
 
 

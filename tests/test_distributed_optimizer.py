@@ -348,7 +348,6 @@ def parameters() -> dict[str, torch.nn.Parameter]:
         (lambda p: [*p.items(), ("tied", p["bias"])], "'bias' and 'tied' are one parameter"),
         (lambda p: [*p.items(), ("other", torch.nn.Parameter(torch.ones(1)))], "'other' is not in the optimizer"),
         (lambda p: [("weight", p["weight"])], r"no name for 'parameter 1', torch.float32 of shape \(2,\)"),
-        (lambda p: [*p.items(), ("far", torch.empty(1, device="meta"))], "'far': expected a dense CPU tensor"),
     ],
 )
 def test_names_are_checked(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 import types
@@ -16,7 +17,7 @@ import pytest
 import fastagg
 from backends import Backend
 from data import counts, generator, normal
-from reference import FLOATS, assert_mean, assert_same_bits, numpy_mean
+from reference import FLOATS, assert_mean, assert_same_bits
 
 torch = pytest.importorskip("torch")
 
@@ -335,8 +336,13 @@ def test_drop_counts_integers_of_the_others_only() -> None:
 
 
 def test_drop_of_everyone_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"every contributing client .* client 0, the array; client 1, the array"):
+    with pytest.raises(
+        ValueError, match=r"every contributing client .* client 0, the array; client 1, the array"
+    ) as caught:
         fastagg.fedavg([np.array([np.nan])] * 2, nan_policy="drop")
+    for error in (caught.value, pickle.loads(pickle.dumps(caught.value))):
+        assert error.dropped == {0: "the array", 1: "the array"}
+        assert str(error) == str(caught.value)
 
 
 def test_propagate_keeps_nan_where_it_is() -> None:
@@ -766,11 +772,19 @@ def test_int64_weighted_mean_rounds_instead_of_zeroing() -> None:
     assert fastagg.fedavg(columns, [1, 3], integer_policy="round").tolist() == [18, 19]
 
 
-def test_fp64_agrees_with_numpy_average_to_the_bit() -> None:
-    # Flower's own tests compare hashes of the bytes.
+def test_fp64_is_as_exact_as_numpy_or_more() -> None:
     random = generator(6)
-    columns = [random.normal(size=(7, 5)) for _ in range(3)]
-    assert_same_bits(fastagg.fedavg(columns, [5, 3, 2]), numpy_mean(columns, [5, 3, 2]))
+    columns, weights = [random.normal(size=(7, 5)) for _ in range(3)], [5, 3, 2]
+    result = fastagg.fedavg(columns, weights)
+    assert_mean(result, columns, weights)
+    rounding = np.spacing(np.average(np.abs(columns), axis=0, weights=weights))  # NumPy's, at every step
+    assert np.all(np.abs(result - np.average(columns, axis=0, weights=weights)) <= 2 * rounding)
+
+
+@pytest.mark.parametrize("weight", [3, 0.1, 1 / 3])
+def test_the_mean_of_equal_fp64_models_is_that_model(weight: float) -> None:
+    for clients in (3, 10, 49, 1000):
+        assert fastagg.fedavg([np.array([7.0])] * clients, [weight] * clients) == 7.0
 
 
 # What a reader found
@@ -828,7 +842,7 @@ def test_a_client_of_weight_0_leaves_no_trace_in_the_bits() -> None:
     contributing = np.flatnonzero(weights)
     alone = fastagg.fedavg([columns[k] for k in contributing], weights[contributing])
     assert_same_bits(fastagg.fedavg(columns, weights), alone)
-    assert_same_bits(alone, numpy_mean([columns[k] for k in contributing], weights[contributing]))
+    assert_mean(alone, [columns[k] for k in contributing], weights[contributing])
 
 
 @pytest.mark.parametrize("weights", [{0: 10, 1: 20}, b"ab", "12"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import pytest
 pytest.importorskip("flwr")
 pytest.importorskip("sklearn")
 
+import flower_deployment
 from flower_deployment import APP, Deployment, load_model, make_certificates
 
 pytestmark = pytest.mark.real_run
@@ -56,6 +58,16 @@ def assert_same_training(model: Model, other: Model) -> None:
     assert accuracy(model) == accuracy(other) > 0.85
 
 
+def test_the_documents_name_every_option_that_is_used_here() -> None:
+    used = set(re.findall(r"--[a-z]+[a-z-]*", Path(flower_deployment.__file__).read_text())) - {
+        "--help",
+        "--simulationio-api-address",
+    }
+    documented = (APP.parents[1] / "docs" / "flower.md").read_text()
+    assert len(used) > 10
+    assert [option for option in sorted(used) if option not in documented] == []
+
+
 def test_a_deployment_ends_as_flowers_own_fedavg_does(plain: Deployment, own_model: Model) -> None:
     rounds = {"num_server_rounds": ROUNDS}
     ours, theirs = plain.run(rounds, {**rounds, "strategy": "flower"})
@@ -66,6 +78,7 @@ def test_a_deployment_ends_as_flowers_own_fedavg_does(plain: Deployment, own_mod
 
 
 # Behind the test before, since it kills a node of its deployment.
+@pytest.mark.usefixtures("own_model")
 def test_a_round_whose_node_is_killed_completes_with_the_rest(plain: Deployment) -> None:
     mark, output = plain.folder / "training", plain.folder / "model.npz"
     config = {"num_server_rounds": 1, "timeout": 20.0, "pause": 60.0, "mark": str(mark), "output": str(output)}

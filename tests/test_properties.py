@@ -61,7 +61,7 @@ def rounds(draw: Any) -> tuple[list[dict[str, np.ndarray]], list[float]]:
 @given(rounds())
 def test_fedavg_agrees_with_the_reference(case: tuple[list[dict[str, np.ndarray]], list[float]]) -> None:
     updates, weights = case
-    result = fastagg.fedavg(updates, weights)
+    result = fastagg.fedavg(updates, weights, integer_policy="max")
     contributing = [k for k, one in enumerate(weights) if one > 0]
     assert list(result) == list(updates[0])
     for name, leaf in result.items():
@@ -101,7 +101,7 @@ def test_the_accumulator_agrees_with_fedavg(case: tuple[list[dict[str, np.ndarra
     updates, weights = case
     weights = scaled(weights)
     weights = [one if one > 1e-60 else 0.0 for one in weights]
-    accumulator = fastagg.Accumulator(batch=batch)
+    accumulator = fastagg.Accumulator(batch=batch, integer_policy="max")
     for update, one in zip(updates, weights, strict=True):
         accumulator.add(update, one)
     kept = [k for k, one in enumerate(weights) if one > 0]

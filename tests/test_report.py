@@ -8,6 +8,7 @@ import math
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,19 @@ def test_clients_are_in_natural_order() -> None:
     assert run.clients == [2, 11, "site 9", "site 10"]
 
 
+def test_clients_with_odd_digits_have_an_order(tmp_path: Path) -> None:
+    labels = ["²", "site ٣", "9" * 5000, "1" + "0" * 5000, "site 007", "site 8", "\ud800", ""]
+    statistics = fastagg.fedavg([np.ones(3)] * len(labels), stats=True)[1].with_clients(labels)
+    run = Run()
+    run.record(statistics=statistics)
+    run.save(tmp_path / "run.json")
+    assert Run.load(tmp_path / "run.json").clients == run.clients
+    in_order = [label for label in run.clients if label in labels[2:6]]
+    assert in_order == ["site 007", "site 8", "9" * 5000, "1" + "0" * 5000]
+    with pytest.raises(ValueError, match="client an integer of 16610 bits: expected a number of less than 4300 digits"):
+        run.record(statistics=statistics.with_clients([*labels[:-1], 10**5000]))
+
+
 def wrong_records() -> list[Any]:
     statistics = fastagg.fedavg([np.ones(3)] * 3, stats=True)[1]
     others = Explorer().explore(statistics.with_clients("abc"))
@@ -189,6 +203,14 @@ def test_what_does_not_fit_is_not_recorded(options: dict[str, Any], error: type[
         (b'{"format":"fastagg run","version":7}', "is of version 7, and this fastagg reads version 1"),
         (b'{"format":"fastagg run","version":1,"title":"x","rou', "is truncated, or no run of fastagg"),
         (b'{"format":"fastagg run","version":1}', "is damaged: KeyError: 'title'"),
+        (b'{"format":"fastagg run","version":1,"title":' + b"[" * 100_000, "is truncated, or no run of fastagg: "),
+        (b"[" * 100_000 + b"]" * 100_000, "is no run of fastagg: "),
+        (b'{"format":"fastagg run","version":1,"title":{"$float":[]}}', "is damaged: TypeError: expected a text, got"),
+        (
+            b'{"format":"fastagg run","version":1,"title":{"$float":"x"}}',
+            "is truncated, or no run of fastagg: could not",
+        ),
+        (b'{"format":"fastagg run","version":' + b"9" * 5000 + b"}", "is truncated, or no run of fastagg: Exceeds"),
     ],
 )
 def test_files_that_are_no_runs_are_named(tmp_path: Path, content: bytes, message: str) -> None:
@@ -206,7 +228,7 @@ def test_files_that_are_no_runs_are_named(tmp_path: Path, content: bytes, messag
         (("rounds", 1, "number"), 1, "round 1 has been recorded already"),
         (("rounds", 0, "metrics"), [1], "metrics: expected a mapping from names to numbers, got list"),
         (("rounds", 0, "cosines"), [[1.0]], r"cosines: expected shape \(8, 8\)"),
-        (("rounds", 0, "statistics", "elements", 0), math.inf, "cannot convert float infinity"),
+        (("rounds", 0, "statistics", "elements", 0), math.inf, "elements: expected integers, got NaN, infinity"),
         (("rounds", 0, "findings", "clients", 2), "stranger", "outliers: {'site 2'} are not among the clients"),
         (("rounds", 0, "findings", "scores"), [1.0], "cannot reshape array"),
         (("rounds", 0, "findings", "method"), "guess", "method: expected one of zscore"),
@@ -230,6 +252,49 @@ def test_what_is_damaged_is_told_before_a_page_is_drawn(
     path.write_text(json.dumps(plain))
     with pytest.raises(ValueError, match=f"{re.escape(str(path))} is damaged: .*{message}"):
         Run.load(path)
+
+
+ODD: list[Any] = [
+    *(None, True, -1, 2**70, 1.5, 1e308, "", "²", "1" * 5000, "\x1b[2J", [], [[1]], [None], {}),
+    *({"a": 1}, {"$float": "nan"}, {"$float": "-inf"}, {"$float": []}, [[[[]]]], ["a", "b"]),
+]
+
+
+def places_of(plain: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where there is a value in a run's file; of long lists the first two entries."""
+    if place:
+        yield place
+    entries = plain.items() if isinstance(plain, dict) else enumerate(plain[:2]) if isinstance(plain, list) else ()
+    for step, value in entries:
+        yield from places_of(value, (*place, step))
+
+
+def test_a_field_of_another_type_is_an_error_or_a_value(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("jinja2")
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "run.json"
+    small = Run(rounds=run.rounds[:1], models={"end": run.models["end"]}, comparisons=run.comparisons)
+    small.save(path)
+    whole = path.read_text()
+    random, places = generator(5), list(places_of(json.loads(whole)))
+    refusals = []
+    for turn in range(150):
+        holder = plain = json.loads(whole)
+        *steps, last = places[random.integers(len(places))]
+        for step in steps:
+            holder = holder[step]
+        holder[last] = ODD[random.integers(len(ODD))]
+        path.write_text(json.dumps(plain))
+        try:
+            loaded = Run.load(path)
+        except ValueError as error:
+            refusals.append(str(error))
+            continue
+        assert isinstance(loaded.clients, list)
+        if turn == 100:
+            write_report(loaded, tmp_path / "page.html", force=True)
+    assert len(refusals) > 60
+    assert all(text.startswith(f"{path} is") and len(text) < 1000 for text in refusals)
 
 
 def test_a_run_cut_short_anywhere_is_refused(run: Run, tmp_path: Path) -> None:

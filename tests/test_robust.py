@@ -511,7 +511,28 @@ def test_identical_clients_are_returned(seed: int, clients: int, dtype: str, nam
     x = np.tile(normal(generator(seed), 20, FLOATS[dtype]), (clients, 1))
     if name == "norm_clip":  # which shortens all of them alike
         x = (x / np.asarray(8, x.dtype)).astype(x.dtype)
-    assert_rule(RULES[name].rule(list(x), 1), wide(x)[0], wide(x))
+    assert_same_bits(RULES[name].rule(list(x), 1), x[0])
+
+
+@every_rule
+def test_identical_fp64_clients_are_returned_also_through_mixtures(rule: Rule) -> None:
+    x = np.tile(np.append(normal(generator(7), 30, np.dtype(np.float64)) / 8, [0.1, 1 / 3, -7.0]) / 8, (12, 1))
+    for updates in (
+        list(x),
+        robust.bucketing(list(x), 3, seed=1),
+        robust.nearest_neighbor_mixing(list(x), f=2),
+    ):
+        if rule is RULES["fltrust"] and not isinstance(updates, list):
+            continue  # its last update is the server's own
+        f = most_hostile(rule, 4 if not isinstance(updates, list) else 12)
+        assert_same_bits(rule.rule(updates, f), x[0])
+
+
+@every_coordinate_rule
+def test_windows_of_huge_fp64_values_stay_finite(rule: Rule) -> None:
+    largest, smallest = np.finfo(np.float64).max, np.finfo(np.float64).smallest_subnormal
+    x = np.tile([largest, -largest, smallest, 1e308], (10, 1))
+    assert_same_bits(rule.rule(list(x), 2), x[0])
 
 
 @by_hypothesis

@@ -205,7 +205,7 @@ def test_nothing_but_nan(rule: Rule) -> None:
         rule.rule(updates, 1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", fastagg.DroppedUpdateWarning)
-        with pytest.raises(ValueError, match="client"):
+        with pytest.raises(ValueError, match="client 0, the array; client 1, the array"):
             rule.rule(updates, 1, nan_policy="drop")
 
 

@@ -15,6 +15,7 @@ import pytest
 import fastagg
 from backends import threads
 from data import generator, normal
+from fastagg._one_thread import OneThread
 from processes import output_of
 from reference import assert_same_bits
 
@@ -234,3 +235,96 @@ worker.join()
 print("done")
 """
     assert output_of(program, timeout=20) == "done"
+
+
+LIMITED = """
+import os, resource
+import numpy as np, fastagg
+
+def used():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmSize")).split()[1]) << 10
+
+def limit(spare):
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY if spare is None else used() + spare, -1))
+
+def tasks():
+    return len(os.listdir("/proc/self/task"))
+
+updates = [np.full(1_000_000, value, np.float16) for value in range(6)]
+out = np.empty(1_000_000, np.float16)
+fastagg.set_num_threads(8)
+"""
+WITHOUT_THREADS = """
+limit(4 << 20)  # less than a thread's stack
+before = tasks()
+fastagg.fedavg(updates, out=out)
+assert (out == 2.5).all() and tasks() == before
+limit(24 << 20)  # enough for two of them
+fastagg.fedavg(updates, out=out)
+some = tasks()
+assert (out == 2.5).all() and before <= some < before + 7
+limit(None)
+fastagg.fedavg(updates, out=out)
+assert (out == 2.5).all() and tasks() == before + 7
+"""
+WITHOUT_MEMORY = """
+fastagg.fedavg(updates, out=out)  # starts the threads
+refused = 0
+for spare in range(0, 3 << 20, 32 << 10):
+    out[:] = 0
+    limit(spare)
+    try:
+        fastagg.robust.median(updates, out=out)
+    except MemoryError:
+        refused += 1
+        limit(None)
+        fastagg.robust.median(updates, out=out)
+    limit(None)
+    assert (out == 2.5).all()
+print(refused)
+"""
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc and limits addresses")
+
+
+@linux
+def test_where_threads_cannot_be_started_fewer_do_the_work() -> None:
+    output_of(LIMITED + WITHOUT_THREADS)
+
+
+@linux
+def test_memory_that_cannot_be_had_is_a_memory_error_and_the_next_call_works() -> None:
+    output_of(LIMITED + WITHOUT_MEMORY)
+
+
+def test_a_daemon_thread_inside_a_call_does_not_abort_the_end() -> None:
+    program = """
+import threading, time, numpy as np, fastagg
+fastagg.set_num_threads({threads})
+columns = [np.ones(3_000_000, np.float32)] * 4
+inside = threading.Semaphore(0)
+def average():
+    while True:
+        inside.release()
+        fastagg.fedavg(columns)
+for _ in range(3):
+    threading.Thread(target=average, daemon=True).start()
+for _ in range(9):
+    inside.acquire()
+"""
+    for count in (1, 3):
+        assert output_of(program.replace("{threads}", str(count))) == ""
+
+
+def test_work_is_done_at_once_where_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    done: list[int] = []
+    with OneThread("test") as thread:
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, "start", refuse)
+            assert thread.submit(done.append, 1).result() is None
+            failed = thread.submit(done.remove, 7)
+        assert isinstance(failed.exception(), ValueError)
+        thread.submit(done.append, 2).result()
+    assert done == [1, 2]

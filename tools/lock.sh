@@ -32,3 +32,8 @@ write lint --group lint pyproject.toml --extra test
 write demo --group build pyproject.toml --extra demo
 headers=1 write test --group build --group cuda-headers pyproject.toml --extra test
 write bench --group build pyproject.toml --extra bench --extra flower --extra nvflare
+
+# The oldest Flower needs older versions than the rest has: those stand before the rest, see the Makefile.
+sed -n 's/^flower = \["flwr>=\([0-9.]*\)".*/flwr==\1.0/p' pyproject.toml >"$pins"
+{ echo "# Written by tools/lock.sh: the oldest Flower that fastagg supports."; compile "$pins"; } \
+  >requirements/flower-oldest.txt

@@ -6,6 +6,7 @@
 #endif
 
 #include "cpu/dispatch.h"
+#include "cpu/mapped_file.h"
 #include "cpu/operations.h"
 #include "cpu/probe.h"
 #include "cpu/thread_pool.h"
@@ -20,7 +21,7 @@ std::vector<int64_t> weighted_sum(const py::list& described) {
   const Leaves leaves(described);
   const auto finite = std::make_unique<bool[]>(leaves.size());
   {
-    const py::gil_scoped_release release;
+    const ReleasedGil released;
     cpu::weighted_sum(leaves.data(), leaves.size(), finite.get());
   }
   return indices_of_false(finite.get(), leaves.size());
@@ -28,7 +29,7 @@ std::vector<int64_t> weighted_sum(const py::list& described) {
 
 bool cast(const py::tuple& described) {
   const Cast operands = cast_of(described);
-  const py::gil_scoped_release release;
+  const ReleasedGil released;
   return cpu::cast(operands);
 }
 
@@ -36,7 +37,7 @@ std::pair<bool, double> reduce_float64(const std::vector<uintptr_t>& sources, do
                                        uintptr_t out, int64_t count) {
   std::vector<const double*> pointers;
   for (const uintptr_t source : sources) pointers.push_back(reinterpret_cast<const double*>(source));
-  const py::gil_scoped_release release;
+  const ReleasedGil released;
   double squares = 0;
   const bool finite = cpu::reduce_float64(pointers.data(), static_cast<int32_t>(pointers.size()), count, divisor,
                                           factor, reinterpret_cast<double*>(out), &squares);
@@ -45,7 +46,7 @@ std::pair<bool, double> reduce_float64(const std::vector<uintptr_t>& sources, do
 
 std::pair<bool, double> reduce(const py::tuple& described, bool norm) {
   RangeReduction range(described);
-  const py::gil_scoped_release release;
+  const ReleasedGil released;
   double squares = 0;
   const bool finite = cpu::reduce(range.of_whole(), range.begin(), range.end(), norm ? &squares : nullptr);
   return {finite, squares};
@@ -54,7 +55,7 @@ std::pair<bool, double> reduce(const py::tuple& described, bool norm) {
 void server_step(const py::tuple& optimizer, const py::list& leaves) {
   const Optimizer rule = optimizer_of(optimizer);
   const std::vector<ModelLeaf> operands = model_leaves_of(leaves);
-  const py::gil_scoped_release release;
+  const ReleasedGil released;
   cpu::server_step(rule, operands.data(), static_cast<int64_t>(operands.size()));
 }
 
@@ -63,7 +64,7 @@ std::vector<int64_t> sorted_mean(const py::tuple& rule, const py::list& describe
   const Leaves leaves(described);
   const auto finite = std::make_unique<bool[]>(leaves.size());
   {
-    const py::gil_scoped_release release;
+    const ReleasedGil released;
     cpu::sorted_mean(window.operands(), leaves.data(), leaves.size(), finite.get());
   }
   return indices_of_false(finite.get(), leaves.size());
@@ -71,7 +72,7 @@ std::vector<int64_t> sorted_mean(const py::tuple& rule, const py::list& describe
 
 bool squared_distances(const py::list& described, int32_t clients, uintptr_t distances) {
   const Leaves leaves(described);
-  const py::gil_scoped_release release;
+  const ReleasedGil released;
   return cpu::squared_distances(leaves.data(), leaves.size(), clients, reinterpret_cast<double*>(distances));
 }
 
@@ -83,7 +84,7 @@ std::pair<std::vector<int64_t>, py::array_t<double>> statistics(const py::list& 
   std::vector<Moments*> of_leaves(leaves.size());
   for (int64_t leaf = 0; leaf < leaves.size(); ++leaf) of_leaves[leaf] = moments.data() + leaf * measurements.clients();
   {
-    const py::gil_scoped_release release;
+    const ReleasedGil released;
     cpu::statistics(leaves.data(), measurements.data(), leaves.size(), finite.get(), of_leaves.data());
   }
   py::array_t<double> found({leaves.size(), measurements.clients(), int64_t{kMoments}});
@@ -98,7 +99,7 @@ uint64_t stream_probe(const std::vector<uint64_t>& sources, int64_t source_bytes
   const cpu::Probe probe{sources.data(), static_cast<int64_t>(sources.size()),
                          source_bytes,   reinterpret_cast<uint8_t*>(out),
                          out_bytes,      chunk_bytes};
-  const py::gil_scoped_release release;
+  const ReleasedGil released;
   return cpu::stream_probe(probe);
 }
 
@@ -220,6 +221,13 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
         py::arg("out_bytes"), py::arg("chunk_bytes"),
         "Reads the sources side by side and overwrites `out`, without arithmetic: the benchmark's limit.");
 
+  py::class_<MappedFileGuard>(m, "MappedFileGuard",
+                              "While it lives, to read where a mapped file was cut off gives NaN, and no SIGBUS.")
+      .def(py::init([](uintptr_t address, uint64_t bytes) {
+             return std::make_unique<MappedFileGuard>(reinterpret_cast<const void*>(address), bytes);
+           }),
+           py::arg("address"), py::arg("bytes"), "Watches over memory that is a mapped file.")
+      .def("was_cut", &MappedFileGuard::was_cut, "Whether anything behind the file's end has been read.");
   bindings::define_shared_memory(m);
 
   m.def("isa", [] { return std::string(kernels().name); }, "The instruction set in use.");

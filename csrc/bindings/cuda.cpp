@@ -53,7 +53,7 @@ class DeviceLeaves {
 std::vector<int64_t> weighted_sum(const py::list& described, uintptr_t stream_address, bool check) {
   const Leaves leaves(described);
   const cudaStream_t stream = stream_at(stream_address);
-  const py::gil_scoped_release release;
+  const ReleasedGil released;
   const cuda::LeafTableBuilder builder(leaves.data(), leaves.size());
   if (builder.size() == 0) return {};
   if (check) check_waiting(stream, "looking for non-finite values (any nan_policy but \"propagate\")");
@@ -66,7 +66,7 @@ std::vector<int64_t> sorted_mean(const py::tuple& rule, const py::list& describe
   const WindowRule window(rule);
   const Leaves leaves(described);
   const cudaStream_t stream = stream_at(stream_address);
-  const py::gil_scoped_release release;
+  const ReleasedGil released;
   const cuda::LeafTableBuilder builder(leaves.data(), leaves.size());
   if (builder.size() == 0) return {};
   SortedMean op = window.operands();
@@ -91,7 +91,7 @@ std::vector<int64_t> sorted_mean(const py::tuple& rule, const py::list& describe
 bool squared_distances(const py::list& described, int32_t clients, uintptr_t distances, uintptr_t stream_address) {
   const Leaves leaves(described);
   const cudaStream_t stream = stream_at(stream_address);
-  const py::gil_scoped_release release;
+  const ReleasedGil released;
   const size_t entries = static_cast<size_t>(clients) * clients;
   const cuda::LeafTableBuilder builder(leaves.data(), leaves.size());
   std::fill_n(reinterpret_cast<double*>(distances), entries, 0.0);
@@ -114,7 +114,7 @@ bool squared_distances(const py::list& described, int32_t clients, uintptr_t dis
 void cast(const py::tuple& described, uintptr_t stream, uintptr_t nonfinite) {
   const Cast operands = cast_of(described);
   if (operands.count == 0) return;
-  const py::gil_scoped_release release;
+  const ReleasedGil released;
   const DeviceOf device(operands.source.data);
   check_status(cuda::cast(operands, reinterpret_cast<int32_t*>(nonfinite), stream_at(stream)), "cast");
 }
@@ -123,7 +123,7 @@ void server_step(const py::tuple& optimizer, const py::list& leaves, uintptr_t s
   const Optimizer rule = optimizer_of(optimizer);
   const std::vector<ModelLeaf> operands = model_leaves_of(leaves);
   const cudaStream_t stream = stream_at(stream_address);
-  const py::gil_scoped_release release;
+  const ReleasedGil released;
   cuda::StepTable table{};
   const auto entries = cuda::step_leaves_of(operands.data(), static_cast<int64_t>(operands.size()), &table.tasks);
   if (entries.empty()) return;
@@ -155,7 +155,7 @@ void reduce(const py::tuple& described, uintptr_t stream_address, uintptr_t nonf
   Cast& result = reduction.result;
   if (result.count == 0) return;
   const cudaStream_t stream = stream_at(stream_address);
-  const py::gil_scoped_release release;
+  const ReleasedGil released;
   const DeviceOf device(reduction.sources[0].data);
   const auto buffer = upload_stretches(result, device, stream);
   check_status(
@@ -171,7 +171,7 @@ void reduce_float64(const std::vector<uintptr_t>& sources, double divisor, doubl
   if (sources.size() > cuda::kMaximumRanks) throw py::value_error("more ranks than one reduction adds up");
   for (size_t rank = 0; rank < sources.size(); ++rank)
     reduction.sources[rank] = reinterpret_cast<const double*>(sources[rank]);
-  const py::gil_scoped_release release;
+  const ReleasedGil released;
   const DeviceOf device(reduction.out);
   check_status(cuda::reduce_float64(reduction, reinterpret_cast<int32_t*>(nonfinite),
                                     reinterpret_cast<double*>(squares), stream_at(stream)),
@@ -200,7 +200,7 @@ void all_reduce(const py::tuple& described, const py::tuple& peers, uint32_t des
   Exchange& op = exchange.exchange;
   if (op.count == 0) return;
   const cudaStream_t stream = stream_at(stream_address);
-  const py::gil_scoped_release release;
+  const ReleasedGil released;
   const DeviceOf device(op.data);
   const auto buffer = upload_stretches(op, device, stream);
   check_status(cuda::all_reduce(exchange, stream), "all_reduce");

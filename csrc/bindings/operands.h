@@ -11,6 +11,7 @@
 #include "core/sorted_mean.h"
 #include "core/sorting_network.h"
 #include "core/weighted_sum.h"
+#include "released_gil.h"
 
 namespace fastagg::bindings {
 
@@ -146,7 +147,7 @@ inline std::vector<Source> sources_of(py::handle described, py::handle code) {
 class Leaves {
  public:
   /// `described`: one tuple a leaf, (sources, code of the sources, weights, divisor, count, fold, out, companion, code
-  /// of the result, dither), the sources as `sources_of` takes them.
+  /// of the result, dither, divisor's rest), the sources as `sources_of` takes them.
   explicit Leaves(const py::list& described) {
     for (py::handle leaf : described) add(py::reinterpret_borrow<py::tuple>(leaf));
   }
@@ -168,6 +169,7 @@ class Leaves {
     result.companion = pointer(leaf[7]);
     result.code = static_cast<Code>(leaf[8].cast<int>());
     result.dither = leaf[9].cast<uint16_t>();
+    result.divisor_rest = leaf[10].cast<double>();
     leaves_.push_back(result);
   }
 

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "device.h"
+#include "released_gil.h"
 
 namespace fastagg::bindings {
 
@@ -13,7 +14,7 @@ namespace fastagg::bindings {
 class PeerMemory {
  public:
   PeerMemory(int64_t bytes, int device) : device_(device) {
-    const py::gil_scoped_release release;
+    const ReleasedGil released;
     const CurrentDevice current(device_);
     check_status(cudaHostAlloc(reinterpret_cast<void**>(&lost_), sizeof *lost_, cudaHostAllocPortable),
                  "allocating a word of the host's for a device");
@@ -27,7 +28,7 @@ class PeerMemory {
 
   /// Waits for the device, which may still be at the last exchange.
   ~PeerMemory() {
-    const py::gil_scoped_release release;
+    const ReleasedGil released;
     try {
       const CurrentDevice current(device_);
       cudaDeviceSynchronize();

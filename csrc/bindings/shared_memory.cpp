@@ -1,6 +1,9 @@
 // The same-host transport for Python.
 #include "comm/shared_memory.h"
 
+#include <sys/syscall.h>
+#include <unistd.h>
+
 #include <system_error>
 
 #include "operands.h"
@@ -18,6 +21,28 @@ using comm::SharedMemory;
   throw py::error_already_set();
 }
 
+/// Whether a signal's handler wants to leave; it has run, and left its exception, in the main thread alone.
+bool is_interrupted() {
+  if (static_cast<pid_t>(syscall(SYS_gettid)) != getpid()) return false;
+  const py::gil_scoped_acquire acquire;
+  return PyErr_CheckSignals() != 0;
+}
+
+/// Does what may wait for others, without the GIL.
+template <typename Call>
+auto waiting(double timeout, const Call& call) {
+  const auto wait = std::chrono::nanoseconds(static_cast<int64_t>(timeout * 1e9));
+  try {
+    const ReleasedGil released;
+    return call(comm::Patience{wait, is_interrupted});
+  } catch (const comm::PeerLost& lost) {
+    if (PyErr_Occurred() != nullptr) throw py::error_already_set();  // the signal's
+    raise_peer_error(lost);
+  } catch (const comm::Mismatch& mismatch) {
+    throw py::value_error(mismatch.what());
+  }
+}
+
 std::shared_ptr<comm::Segment> share(comm::Segment segment) {
   return std::make_shared<comm::Segment>(std::move(segment));
 }
@@ -29,24 +54,24 @@ class SharedMemoryGroup {
                     const std::vector<int>& names, int rank)
       : transport_(std::move(segment), processes, names, rank) {}
 
-  using Phase = comm::Outcome (SharedMemory::*)(const comm::Exchange&, std::chrono::nanoseconds);
+  using Phase = comm::Outcome (SharedMemory::*)(const comm::Exchange&, const comm::Patience&);
 
   template <Phase phase>
   std::tuple<bool, int64_t, double> exchange(const py::tuple& described, double timeout) {
     std::vector<Stretch> stretches;
     const comm::Exchange exchange{exchange_of(described, stretches), described[15].cast<std::string>()};
-    const auto wait = std::chrono::nanoseconds(static_cast<int64_t>(timeout * 1e9));
-    try {
-      const py::gil_scoped_release release;
-      const comm::Outcome outcome = (transport_.*phase)(exchange, wait);
-      return {outcome.finite, outcome.wire_bytes, outcome.squares};
-    } catch (const comm::PeerLost& lost) {
-      raise_peer_error(lost);
-    } catch (const comm::Mismatch& mismatch) {
-      throw py::value_error(mismatch.what());
-    }
+    const comm::Outcome outcome =
+        waiting(timeout, [&](const comm::Patience& patience) { return (transport_.*phase)(exchange, patience); });
+    return {outcome.finite, outcome.wire_bytes, outcome.squares};
   }
 
+  void broadcast(uintptr_t data, int64_t bytes, int root, const std::string& description, double timeout) {
+    waiting(timeout, [&](const comm::Patience& patience) {
+      transport_.broadcast(reinterpret_cast<void*>(data), bytes, root, description, patience);
+    });
+  }
+
+  void interrupt() { transport_.interrupt(); }
   int descriptor() const { return transport_.segment().descriptor(); }
   int tell_lost(int name) { return transport_.tell_lost(name); }
   void close_descriptor() { transport_.segment().close_descriptor(); }
@@ -95,6 +120,9 @@ void define_shared_memory(py::module_& m) {
            py::arg("timeout"), "The same for this rank's slice alone.")
       .def("all_gather", &SharedMemoryGroup::exchange<&SharedMemory::all_gather>, py::arg("operands"),
            py::arg("timeout"), "Copies each rank's slice to all ranks.")
+      .def("broadcast", &SharedMemoryGroup::broadcast, py::arg("data"), py::arg("bytes"), py::arg("root"),
+           py::arg("description"), py::arg("timeout"), "Copies a rank's bytes, at an address, to all ranks.")
+      .def("interrupt", &SharedMemoryGroup::interrupt, "Ends the wait of another thread, and every later one.")
       .def("tell_lost", &SharedMemoryGroup::tell_lost, py::arg("name"),
            "All ranks will raise PeerError for this one, or for the returned one, of which they were told before.");
   m.def(

@@ -28,10 +28,14 @@ int open_process(pid_t process) {
 Peers::Peers(const std::vector<pid_t>& processes, std::vector<int> names, int rank)
     : descriptors_(processes.size(), -1), names_(std::move(names)), rank_(rank) {
   for (size_t peer = 0; peer < processes.size(); ++peer) {
-    if (static_cast<int>(peer) == rank) continue;
+    if (static_cast<int>(peer) == rank || processes[peer] == 0) continue;
     descriptors_[peer] = open_process(processes[peer]);
     if (descriptors_[peer] < 0) {
       const int error = errno;
+      if (error == ESRCH) {
+        ended_ = static_cast<int>(peer);
+        continue;
+      }
       for (const int descriptor : descriptors_)
         if (descriptor >= 0) close(descriptor);
       throw std::system_error(error, std::generic_category(),
@@ -46,6 +50,7 @@ Peers::~Peers() {
 }
 
 int Peers::ended() const {
+  if (ended_ >= 0) return ended_;
   std::vector<pollfd> polled;
   for (const int descriptor : descriptors_) polled.push_back({descriptor, POLLIN, 0});  // poll skips negative ones
   if (poll(polled.data(), polled.size(), 0) <= 0) return -1;

@@ -20,7 +20,7 @@ struct Mismatch : std::runtime_error { using std::runtime_error::runtime_error; 
 /// The processes of a group, in the order of their ranks.
 class Peers {
  public:
-  /// `names` are what errors call the ranks. Throws std::system_error if a process has gone already.
+  /// `names` are what errors call the ranks; a process 0 is not watched. Throws std::system_error.
   Peers(const std::vector<pid_t>& processes, std::vector<int> names, int rank);
   ~Peers();
   Peers(const Peers&) = delete;
@@ -36,6 +36,7 @@ class Peers {
   std::vector<int> descriptors_;  // of the processes; -1 for this one
   std::vector<int> names_;
   int rank_;
+  int ended_ = -1;  // a rank whose process had gone before it could be watched
 };
 
 }  // namespace fastagg::comm

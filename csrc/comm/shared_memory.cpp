@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <cstring>
 #include <string>
 #include <thread>
 
@@ -25,6 +26,7 @@ constexpr int64_t kStreamBytes = 4 << 20;
 constexpr int kSpins = 256, kYields = 2000;
 constexpr auto kNap = std::chrono::microseconds(50);
 constexpr auto kCheckEvery = std::chrono::milliseconds(2);
+constexpr int64_t kChecksBetweenSignals = 50;
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -101,10 +103,10 @@ int64_t SharedMemory::chunks_of(const Exchange& exchange) const {
   return std::max<int64_t>((largest + piece_elements_ - 1) / piece_elements_, 1);
 }
 
-Outcome SharedMemory::all_reduce(const Exchange& exchange, std::chrono::nanoseconds timeout) {
+Outcome SharedMemory::all_reduce(const Exchange& exchange, const Patience& patience) {
   const FloatEnvironment environment;
   const bool one_shot = in_one_shot(exchange.count, peers_.size());
-  begin(exchange, one_shot ? Phases::one_shot : Phases::all_reduce, timeout);
+  begin(exchange, one_shot ? Phases::one_shot : Phases::all_reduce, patience);
   return end(exchange, one_shot ? reduce_slices_of(exchange, 0, peers_.size()) : share_slices(exchange));
 }
 
@@ -112,7 +114,7 @@ bool SharedMemory::share_slices(const Exchange& exchange) {
   bool finite = true;
   const int64_t chunks = chunks_of(exchange);
   publish(exchange, 0);
-  compare(exchange);
+  compare(exchange.description);
   for (int64_t chunk = 0; chunk <= chunks; ++chunk) {
     if (chunk + 1 < chunks) publish(exchange, chunk + 1);
     if (chunk < chunks) reduce_to_means(exchange, chunk);
@@ -125,7 +127,7 @@ bool SharedMemory::reduce_slices_of(const Exchange& exchange, int first, int las
   bool finite = true;
   const int64_t chunks = chunks_of(exchange);
   publish(exchange, 0);
-  compare(exchange);
+  compare(exchange.description);
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     if (chunk + 1 < chunks) publish(exchange, chunk + 1);
     wait_for_all(&Member::published, chunk + 1);
@@ -135,19 +137,19 @@ bool SharedMemory::reduce_slices_of(const Exchange& exchange, int first, int las
   return finite;
 }
 
-Outcome SharedMemory::reduce_scatter(const Exchange& exchange, std::chrono::nanoseconds timeout) {
+Outcome SharedMemory::reduce_scatter(const Exchange& exchange, const Patience& patience) {
   const FloatEnvironment environment;
-  begin(exchange, Phases::reduce_scatter, timeout);
+  begin(exchange, Phases::reduce_scatter, patience);
   return end(exchange, reduce_slices_of(exchange, peers_.rank(), peers_.rank() + 1));
 }
 
-Outcome SharedMemory::all_gather(const Exchange& exchange, std::chrono::nanoseconds timeout) {
+Outcome SharedMemory::all_gather(const Exchange& exchange, const Patience& patience) {
   const FloatEnvironment environment;
-  begin(exchange, Phases::all_gather, timeout);
+  begin(exchange, Phases::all_gather, patience);
   bool finite = true;
   const int64_t chunks = chunks_of(exchange);
   publish_slice(exchange, 0);
-  compare(exchange);
+  compare(exchange.description);
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     if (chunk + 1 < chunks) publish_slice(exchange, chunk + 1);
     finite &= gather(exchange, chunk);
@@ -155,19 +157,48 @@ Outcome SharedMemory::all_gather(const Exchange& exchange, std::chrono::nanoseco
   return end(exchange, finite);
 }
 
-void SharedMemory::begin(const Exchange& exchange, Phases phases, std::chrono::nanoseconds timeout) {
-  deadline_ = Clock::now() + timeout;
+void SharedMemory::broadcast(void* data, int64_t bytes, int root, const std::string& description,
+                             const Patience& patience) {
+  begin(description, bytes, Phases::broadcast, patience);
+  const int ranks = peers_.size();
+  const int64_t size = slot_stride(ranks);
+  const int64_t chunks = std::max<int64_t>((bytes + size - 1) / size, 1);
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    const int64_t index = kSlots * root + static_cast<int64_t>(exchanged_ + chunk) % kSlots;
+    char* slot = segment_->data() + ranks * sizeof(Member) + index * size;
+    char* piece = static_cast<char*>(data) + chunk * size;
+    const auto length = static_cast<size_t>(std::min(bytes - chunk * size, size));
+    const bool sends = peers_.rank() == root;
+    if (sends) wait_for_all(&Member::reduced, chunk + 1 - kSlots);  // nobody reads the slot any more
+    if (sends && length > 0) memcpy(slot, piece, length);
+    finish(chunk, {&Member::published});
+    if (chunk == 0) compare(description);
+    if (!sends) wait_for_one(root, &Member::published, chunk + 1);
+    if (!sends && length > 0) memcpy(piece, slot, length);
+    finish(chunk, {&Member::reduced, &Member::gathered});
+  }
+  exchanged_ += chunks;
+  ++calls_;
+}
+
+void SharedMemory::begin(const Exchange& exchange, Phases phases, const Patience& patience) {
+  begin(exchange.description, exchange.count, phases, patience);
+  squares_ = exchange.norm ? &member(peers_.rank()).squares[calls_ & 1] : nullptr;
+}
+
+void SharedMemory::begin(const std::string& description, int64_t count, Phases phases, const Patience& patience) {
+  patience_ = &patience;
+  deadline_ = Clock::now() + patience.timeout;
   phases_ = phases;
   Member& own = member(peers_.rank());
   if (const int lost = own.lost; lost != 0) throw_lost(lost - 1, "was lost before");
-  snprintf(own.descriptions[calls_ & 1], kDescriptionBytes, "%s", exchange.description.c_str());
+  snprintf(own.descriptions[calls_ & 1], kDescriptionBytes, "%s", description.c_str());
   own.phases[calls_ & 1] = phases;
-  own.counts[calls_ & 1] = exchange.count;
+  own.counts[calls_ & 1] = count;
   own.squares[calls_ & 1] = 0;
-  squares_ = exchange.norm ? &own.squares[calls_ & 1] : nullptr;
 }
 
-void SharedMemory::compare(const Exchange& exchange) {
+void SharedMemory::compare(const std::string& description) {
   wait_for_all(&Member::published, 1);
   const int slot = calls_ & 1;
   const Member& own = member(peers_.rank());
@@ -180,7 +211,7 @@ void SharedMemory::compare(const Exchange& exchange) {
     finish(0, {&Member::reduced, &Member::gathered});
     ++calls_, ++exchanged_;  // every rank sees a difference, and so ends here: the next call begins anew
     throw Mismatch("rank " + std::to_string(peers_.name(peer)) + " has " + theirs + "; rank " +
-                   std::to_string(peers_.name(peers_.rank())) + " has " + exchange.description);
+                   std::to_string(peers_.name(peers_.rank())) + " has " + description);
   }
 }
 
@@ -190,7 +221,7 @@ Outcome SharedMemory::end(const Exchange& exchange, bool finite) {
     outcome.squares = member(peers_.rank()).squares[calls_ & 1];  // of everything, and final
   } else {
     for (int rank = 0; rank < peers_.size(); ++rank) outcome.squares += member(rank).squares[calls_ & 1];
-    outcome.squares *= exchange.factor * exchange.factor;
+    if (exchange.wire != Code::float64) outcome.squares *= exchange.factor * exchange.factor;
   }
   exchanged_ += chunks_of(exchange);
   ++calls_;
@@ -238,7 +269,7 @@ void SharedMemory::publish_slice(const Exchange& exchange, int64_t chunk) {
   const Cast encoded = encoded_in(exchange, piece, 1, kMeansRank);
   if (exchange.wire == Code::float64) {
     sources_.assign(1, encoded.source);
-    add_up_float64(piece, 1, 1, static_cast<double*>(encoded.out));
+    add_up_float64(piece, 1, exchange.factor, static_cast<double*>(encoded.out));
   } else {
     kernels().reduce({&encoded.source, 1, 1, {}, encoded}, piece.begin, piece.end, squares_);
   }
@@ -250,7 +281,8 @@ void SharedMemory::reduce_to_means(const Exchange& exchange, int64_t chunk) {
   wait_for_all(&Member::gathered, chunk + 1 - kSlots);
   const Piece piece = piece_of(exchange, peers_.rank(), chunk, peers_.size());
   // The means have random numbers of their own, the same whoever rounds them.
-  add_up(exchange, chunk, peers_.rank(), encoded_in(exchange, piece, 1, kMeansRank), 1, exchange.error);
+  const double factor = exchange.wire == Code::float64 ? exchange.factor : 1;  // into the one rounding; others gather
+  add_up(exchange, chunk, peers_.rank(), encoded_in(exchange, piece, 1, kMeansRank), factor, exchange.error);
   finish(chunk, {&Member::reduced});
 }
 
@@ -303,7 +335,7 @@ bool SharedMemory::gather_piece(const Exchange& exchange, const Piece& piece) co
   if (exchange.wire == Code::float64) {
     const double* means = static_cast<const double*>(piece.codes) + piece.begin;
     double* out = static_cast<double*>(exchange.data) + piece.begin;
-    return cpu::reduce_float64(&means, 1, piece.end - piece.begin, 1, exchange.factor, out, nullptr);
+    return cpu::reduce_float64(&means, 1, piece.end - piece.begin, 1, 1, out, nullptr);
   }
   Cast cast{};
   cast.source = {piece.codes, piece.scales, exchange.wire, exchange.block_shift};
@@ -353,6 +385,10 @@ void SharedMemory::wait_for_all(Counter counter, int64_t chunks) {
       wait_for(peer, counter, static_cast<uint64_t>(value));
 }
 
+void SharedMemory::wait_for_one(int peer, Counter counter, int64_t chunks) {
+  wait_for(peer, counter, exchanged_ + static_cast<uint64_t>(chunks));
+}
+
 void SharedMemory::wait_for(int peer, Counter counter, uint64_t value) {
   const auto& awaited = member(peer).*counter;
   const auto has_come = [&] { return awaited.load(std::memory_order_acquire) >= value; };
@@ -361,6 +397,7 @@ void SharedMemory::wait_for(int peer, Counter counter, uint64_t value) {
   Member& own = member(peers_.rank());
   own.waits_for = peer + 1;
   auto next_check = Clock::now() + kCheckEvery;
+  int64_t checks = 0;
   for (int64_t turn = 0; !has_come(); ++turn) {
     if (turn < kYields) sched_yield();
     else std::this_thread::sleep_for(kNap);
@@ -369,6 +406,8 @@ void SharedMemory::wait_for(int peer, Counter counter, uint64_t value) {
     ++own.beats;
     if (const int lost = own.lost; lost != 0) throw_lost(lost - 1, "was lost");
     if (const int ended = peers_.ended(); ended >= 0 && !has_come()) give_up(ended, "has ended");
+    if (interrupted_ || (++checks % kChecksBetweenSignals == 0 && patience_->is_interrupted()))
+      give_up(peers_.rank(), "was interrupted");
     if (Clock::now() > deadline_) give_up(culprit(peer), "did not come within the timeout");
   }
   own.waits_for = 0;
@@ -379,6 +418,11 @@ int SharedMemory::tell_lost(int name) {
   if (member(0).lost.compare_exchange_strong(first, name + 1)) first = name + 1;
   for (int rank = 1; rank < peers_.size(); ++rank) member(rank).lost = first;
   return first - 1;
+}
+
+void SharedMemory::interrupt() {
+  interrupted_ = true;
+  tell_lost(peers_.name(peers_.rank()));
 }
 
 void SharedMemory::give_up(int peer, const std::string& reason) {

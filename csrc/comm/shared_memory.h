@@ -8,6 +8,7 @@
 #pragma once
 #include <atomic>
 #include <chrono>
+#include <functional>
 #include <initializer_list>
 #include <memory>
 #include <string>
@@ -36,6 +37,12 @@ struct Outcome {
   double squares;      // of the result, if wanted
 };
 
+/// How long a call waits for others.
+struct Patience {
+  std::chrono::nanoseconds timeout;
+  std::function<bool()> is_interrupted;  // asked ten times a second: the user wants to leave
+};
+
 class SharedMemory {
  public:
   using Clock = std::chrono::steady_clock;
@@ -45,25 +52,29 @@ class SharedMemory {
 
   SharedMemory(std::shared_ptr<Segment> segment, const std::vector<pid_t>& processes, std::vector<int> names, int rank);
 
-  // All throw PeerLost (from then on at every call) or Mismatch.
+  // All throw PeerLost (from then on at every call), which names this rank if it was interrupted, or Mismatch.
 
   /// Sums or averages in place.
-  Outcome all_reduce(const Exchange& exchange, std::chrono::nanoseconds timeout);
+  Outcome all_reduce(const Exchange& exchange, const Patience& patience);
   /// The same, but each rank's slice alone holds the result; the rest is left as it is.
-  Outcome reduce_scatter(const Exchange& exchange, std::chrono::nanoseconds timeout);
+  Outcome reduce_scatter(const Exchange& exchange, const Patience& patience);
   /// Copies each rank's slice to all ranks.
-  Outcome all_gather(const Exchange& exchange, std::chrono::nanoseconds timeout);
+  Outcome all_gather(const Exchange& exchange, const Patience& patience);
+  /// Copies one rank's bytes to all.
+  void broadcast(void* data, int64_t bytes, int root, const std::string& description, const Patience& patience);
 
   /// All ranks will throw PeerLost that names this one, which may be on another host; or the one that is returned, of
   /// which they were told before.
   int tell_lost(int name);
+  /// Ends the wait of another thread, and every later one: this rank is lost to the others.
+  void interrupt();
 
   Segment& segment() { return *segment_; }
 
  private:
   struct Member;
   struct Piece;
-  enum class Phases : int32_t { all_reduce, one_shot, reduce_scatter, all_gather };
+  enum class Phases : int32_t { all_reduce, one_shot, reduce_scatter, all_gather, broadcast };
   using Counter = std::atomic<uint64_t> Member::*;
 
   Member& member(int rank) const;
@@ -74,8 +85,9 @@ class SharedMemory {
   /// the result is finite.
   bool share_slices(const Exchange& exchange);
   bool reduce_slices_of(const Exchange& exchange, int first, int last);
-  void begin(const Exchange& exchange, Phases phases, std::chrono::nanoseconds timeout);
-  void compare(const Exchange& exchange);
+  void begin(const Exchange& exchange, Phases phases, const Patience& patience);
+  void begin(const std::string& description, int64_t count, Phases phases, const Patience& patience);
+  void compare(const std::string& description);
   Outcome end(const Exchange& exchange, bool finite);
   void finish(int64_t chunk, std::initializer_list<Counter> phases);
 
@@ -94,6 +106,7 @@ class SharedMemory {
 
   /// Waits until all ranks have passed a phase of this call's first `chunks` chunks.
   void wait_for_all(Counter counter, int64_t chunks);
+  void wait_for_one(int peer, Counter counter, int64_t chunks);
   void wait_for(int peer, Counter counter, uint64_t value);
   [[noreturn]] void give_up(int peer, const std::string& reason);
   int culprit(int peer) const;
@@ -102,7 +115,9 @@ class SharedMemory {
   Peers peers_;
   int64_t piece_elements_;
   std::vector<Source> sources_;  // of the piece that is being reduced
+  const Patience* patience_;     // of this call
   Clock::time_point deadline_;   // of this call
+  std::atomic<bool> interrupted_{false};
   Phases phases_;
   double* squares_ = nullptr;           // of what this rank has reduced in this call; null: not wanted
   uint64_t calls_ = 0, exchanged_ = 0;  // calls, and their chunks, before this one: the same on every rank

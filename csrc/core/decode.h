@@ -28,17 +28,6 @@ FASTAGG_INLINE typename Lanes::F load(const void* data, int64_t i) {
   if constexpr (code == Code::wire_sign) return bit_cast<F>(Lanes::load_sign(data, i) | 0x3f800000);
 }
 
-/// The same as doubles, and the codes that only doubles hold.
-template <class Lanes, Code code>
-FASTAGG_INLINE void load_wide(const Source& source, int64_t i, typename Lanes::D (&x)[Lanes::halves]) {
-  const void* data = source.data;
-  if constexpr (code == Code::float64) return Lanes::template load_wide<double>(data, i, x);
-  if constexpr (code == Code::float32) return Lanes::template load_wide<float>(data, i, x);
-  if constexpr (code == Code::state48) return Lanes::load_state48(data, source.companion, i, x);
-  if constexpr (is_integer(code)) return Lanes::template load_wide<Element<code>>(data, i, x);
-  if constexpr (has_scales(code) || is_narrow_float(code)) Lanes::widen(load<Lanes, code>(data, i), x);
-}
-
 /// The scale of the block that holds element i; 1 for codes without scales.
 template <Code code>
 FASTAGG_INLINE float scale_at(const Source& source, int64_t i) {
@@ -46,11 +35,30 @@ FASTAGG_INLINE float scale_at(const Source& source, int64_t i) {
   return 1.0f;
 }
 
-/// The elements from index i on as float32, which are within one block.
+/// Whether a scale may multiply a weight in the place of codes: their products need no rounding, and none is infinite.
+template <Code code>
+FASTAGG_INLINE bool may_join_weight(float scale) {
+  return code == Code::wire_sign ||
+         ((bit_cast<int32_t>(scale) & 0x7fffff) == 0 && 0x1p-100f <= scale && scale <= 0x1p110f);
+}
+
+/// The elements from index i on, which are within one block, as what `dequantize` gives: float32, where codes times a
+/// scale may be infinite.
 template <class Lanes, Code code>
 FASTAGG_INLINE typename Lanes::F load_scaled(const Source& source, int64_t i) {
   if constexpr (has_scales(code)) return load<Lanes, code>(source.data, i) * scale_at<code>(source, i);
   return load<Lanes, code>(source.data, i);
+}
+
+/// The same as doubles, and the codes that only doubles hold; of sums in pairs the first halves.
+template <class Lanes, Code code>
+FASTAGG_INLINE void load_wide(const Source& source, int64_t i, typename Lanes::D (&x)[Lanes::halves]) {
+  const void* data = source.data;
+  if constexpr (code == Code::float64 || code == Code::state128) return Lanes::template load_wide<double>(data, i, x);
+  if constexpr (code == Code::float32) return Lanes::template load_wide<float>(data, i, x);
+  if constexpr (code == Code::state48) return Lanes::load_state48(data, source.companion, i, x);
+  if constexpr (is_integer(code)) return Lanes::template load_wide<Element<code>>(data, i, x);
+  if constexpr (has_scales(code) || is_narrow_float(code)) Lanes::widen(load_scaled<Lanes, code>(source, i), x);
 }
 
 /// A code as a type, for `with_code`.

@@ -61,6 +61,8 @@ struct Lane {
     return x > y ? x : y;
   }
   static FASTAGG_INLINE F convert(I x) { return static_cast<float>(x); }
+  /// x * y + sum, rounded once.
+  static FASTAGG_INLINE D multiply_add(D x, D y, D sum) { return ::fma(x, y, sum); }
   /// sum + weight * x, whose product needs no rounding: however it is computed.
   static FASTAGG_INLINE D add_exact_product(D sum, D weight, D x) { return sum + weight * x; }
   static FASTAGG_INLINE void widen(F x, D (&wide)[halves]) { wide[0] = x; }

@@ -30,8 +30,6 @@ FASTAGG_INLINE Numbers<Lanes, work> decoded(const Source& source, int64_t i) {
   Numbers<Lanes, work> x;
   if constexpr (work == Code::float64) {
     load_wide<Lanes, code>(source, i, x.values);
-    if constexpr (has_scales(code))
-      for (auto& part : x.values) part = part * static_cast<double>(scale_at<code>(source, i));
   } else {
     x.values[0] = load_scaled<Lanes, code>(source, i);
   }

@@ -36,13 +36,14 @@ enum class Code : uint8_t {
   wire_int8,
   wire_int4,
   wire_sign,
+  state128,  // the accumulator's sums of float64: core/pair.h; the last one, for checkpoints keep codes as numbers
 };
-constexpr int kCodes = 18;
+constexpr int kCodes = 19;
 
 /// One client's leaf, or any other encoded array.
 struct Source {
   const void* data;
-  const void* companion;  // a float32 scale a block (wires that have one), the low halves (state48), else null
+  const void* companion;  // a float32 scale a block (wires that have one), the second plane of sums, else null
   Code code;
   uint8_t block_shift;  // log2 of the elements that share a scale
 };
@@ -60,8 +61,9 @@ struct Leaf {
   double divisor;
   uint16_t dither;  // of a state48 result: core/state48.h
   int64_t count;
-  void* out;        // null: only look for non-finite values
-  void* companion;  // the low halves of a state48 result
+  void* out;                // null: only look for clients' non-finite values
+  void* companion;          // the second plane of sums
+  double divisor_rest = 0;  // what the divisor of a float64 result lacks
 };
 
 enum class Rounding : uint8_t { nearest, stochastic };
@@ -187,6 +189,7 @@ FASTAGG_INLINE int64_t encoded_bytes(Code code, int64_t count) {
     case Code::float64:
     case Code::int64:
     case Code::uint64:
+    case Code::state128:
       return 8 * count;
     case Code::float32:
     case Code::state48:
@@ -216,7 +219,10 @@ FASTAGG_INLINE T* shifted(T* data, Code code, int64_t begin) {
 }
 
 /// Whether a float32 scale belongs to each block of the code's elements.
-constexpr FASTAGG_INLINE bool has_scales(Code code) { return code >= Code::wire_fp8_e4m3; }
+constexpr FASTAGG_INLINE bool has_scales(Code code) { return code >= Code::wire_fp8_e4m3 && code <= Code::wire_sign; }
+
+/// The accumulator's sums, in two planes.
+constexpr FASTAGG_INLINE bool is_state(Code code) { return code == Code::state48 || code == Code::state128; }
 
 constexpr FASTAGG_INLINE bool is_integer(Code code) { return code >= Code::int8 && code <= Code::uint64; }
 
@@ -229,6 +235,7 @@ template <> struct ElementOf<Code::float32> { using type = float; };
 template <> struct ElementOf<Code::float16> { using type = uint16_t; };
 template <> struct ElementOf<Code::bfloat16> { using type = uint16_t; };
 template <> struct ElementOf<Code::state48> { using type = uint32_t; };
+template <> struct ElementOf<Code::state128> { using type = double; };
 template <> struct ElementOf<Code::int8> { using type = int8_t; };
 template <> struct ElementOf<Code::int16> { using type = int16_t; };
 template <> struct ElementOf<Code::int32> { using type = int32_t; };
@@ -240,6 +247,10 @@ template <> struct ElementOf<Code::uint64> { using type = uint64_t; };
 /// The C++ type whose array holds a code's elements.
 template <Code code>
 using Element = typename ElementOf<code>::type;
+
+/// That of the second plane of sums.
+template <Code code>
+using CompanionElement = std::conditional_t<code == Code::state128, double, uint16_t>;
 
 /// The bits of `from` read as another type of the same size: scalars and lanes.
 template <class To, class From>

@@ -1,12 +1,14 @@
 // The arithmetic of `weighted_sum`: out = sum_k weight_k * x_k / divisor.
 //
 // The sum runs in float64, in client order, one rounding a product and one a sum: products of float32 values with
-// counts are exact there. Two shortcuts spare the float64 unit where narrow codes would wait for it:
+// counts are exact there. That of a float64 result runs in twice float64's precision (pair.h). Two shortcuts spare the
+// float64 unit where narrow codes would wait for it:
 // - For a result of 16 bits, runs of 16-bit clients are added up in float32 before they join the sum.
 // - Scaled integers of a group of clients are added up before they join the sum: as integers where that is exact, else
 //   in float64. Both are the same number.
 #pragma once
 #include "decode.h"
+#include "pair.h"
 
 namespace fastagg {
 
@@ -124,14 +126,14 @@ FASTAGG_INLINE T to_integer(double x) {
 }
 
 /// Where means go, and what the sums are divided by: by way of a reciprocal, whose error is float64's, but for
-/// integers.
+/// integers and float64.
 struct Result {
   FASTAGG_INLINE Result(const Leaf& leaf, void* out, void* companion)
-      : out(out), companion(companion), divisor(leaf.divisor), scale(1.0 / leaf.divisor), dither(leaf.dither) {}
+      : out(out), companion(companion), divisor(leaf.divisor, leaf.divisor_rest), dither(leaf.dither) {}
 
   void* out;
   void* companion;
-  double divisor, scale;
+  Divisor divisor;
   uint16_t dither;
 };
 
@@ -168,11 +170,14 @@ FASTAGG_INLINE auto store_bfloat16(const Result& result, int64_t i, const typena
 template <class Lanes, Code code, bool stream>
 FASTAGG_INLINE auto store_mean(const Result& result, int64_t i, const typename Lanes::D (&sum)[Lanes::halves]) {
   if constexpr (is_integer(code)) {  // a quotient that is a tie must stay one
-    static_cast<Element<code>*>(result.out)[i] = to_integer<Element<code>>(sum[0] / result.divisor);
+    static_cast<Element<code>*>(result.out)[i] = to_integer<Element<code>>(sum[0] / result.divisor.high);
     return not_finite(sum[0]);
   } else {
     typename Lanes::D x[Lanes::halves];
-    for (int h = 0; h < Lanes::halves; ++h) x[h] = sum[h] * result.scale;
+    for (int h = 0; h < Lanes::halves; ++h) {
+      if constexpr (code == Code::float64) x[h] = quotient<Lanes>(Pair<typename Lanes::D>{sum[h], {}}, result.divisor);
+      else x[h] = sum[h] * result.divisor.inverse;
+    }
     if constexpr (code == Code::float64 || code == Code::state48) return store_wide<Lanes, code, stream>(result, i, x);
     if constexpr (code == Code::bfloat16) return store_bfloat16<Lanes, stream>(result, i, x);
     if constexpr (code == Code::float32 || code == Code::float16) {
@@ -182,6 +187,40 @@ FASTAGG_INLINE auto store_mean(const Result& result, int64_t i, const typename L
       return not_finite(mean);
     }
   }
+}
+
+/// Whether sums of a result are pairs.
+constexpr FASTAGG_INLINE bool has_pairs(Code result) { return result == Code::float64 || result == Code::state128; }
+
+/// By what weights are larger in the sums of such a result: sums that are kept are as the weights make them.
+constexpr FASTAGG_INLINE double raise_of(Code result) { return result == Code::float64 ? kRaised : 1.0; }
+
+/// sum += weight * x for a source's elements from index i on.
+template <class Lanes, Code code, class D>
+FASTAGG_INLINE void add_elements(Pair<D> (&sum)[Lanes::halves], D weight, const Source& source, int64_t i) {
+  D x[Lanes::halves];
+  load_wide<Lanes, code>(source, i, x);
+  if constexpr (code == Code::state128) {
+    D rest[Lanes::halves];
+    Lanes::template load_wide<double>(source.companion, i, rest);
+    for (int h = 0; h < Lanes::halves; ++h) add_exact<Lanes>(sum[h], weight, Pair<D>{x[h], rest[h]});
+  } else {
+    for (int h = 0; h < Lanes::halves; ++h) add_exact<Lanes>(sum[h], weight, x[h]);
+  }
+}
+
+/// The mean of a float64 element whose sum left the range of float64: finite, where the clients' values are.
+template <class Lanes>
+FASTAGG_INLINE double mean_of_huge(const Leaf& leaf, int64_t i) {
+  static_assert(Lanes::width == 1, "such elements are few");
+  Pair<double> sum = empty_sum<double>();
+  for (int k = 0; k < leaf.clients; ++k)
+    with_code(leaf.sources[k].code, [&](auto constant) {
+      Pair<double> x[1] = {empty_sum<double>()};
+      add_elements<Lanes, decltype(constant)::value>(x, kLowered, leaf.sources[k], i);
+      add_exact<Lanes>(sum, leaf.weights[k], x[0]);
+    });
+  return quotient<Lanes>(sum, Divisor(leaf.divisor, leaf.divisor_rest)) * kRaised;
 }
 
 }  // namespace fastagg

@@ -18,6 +18,7 @@ FASTAGG_BEGIN_TARGET("avx2,f16c,fma")
 #include "kernels.h"
 #include "lanes_avx2.h"
 #include "reduce.h"
+#include "reduce_float64.h"
 #include "server_step.h"
 #include "sorted_mean.h"
 #include "squared_distances.h"
@@ -30,6 +31,7 @@ constexpr Kernels kernels{"avx2",
                           &weighted_sum<Lanes>,
                           &cast<Lanes>,
                           &reduce<Lanes>,
+                          &reduce_float64<Lanes>,
                           &server_step<Lanes>,
                           &sorted_mean<Lanes>,
                           &squared_distances<Lanes>,

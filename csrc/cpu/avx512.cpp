@@ -23,6 +23,7 @@ FASTAGG_BEGIN_TARGET("avx2,f16c,fma,avx512f,avx512bw,avx512dq,avx512vl")
 #include "kernels.h"
 #include "lanes_avx512.h"
 #include "reduce.h"
+#include "reduce_float64.h"
 #include "server_step.h"
 #include "sorted_mean.h"
 #include "squared_distances.h"
@@ -35,6 +36,7 @@ constexpr Kernels kernels{"avx512",
                           &weighted_sum<Lanes>,
                           &cast<Lanes>,
                           &reduce<Lanes>,
+                          &reduce_float64<Lanes>,
                           &server_step<Lanes>,
                           &sorted_mean<Lanes>,
                           &squared_distances<Lanes>,

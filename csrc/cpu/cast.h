@@ -276,7 +276,7 @@ int32_t decode_any(const Cast& op, float* out, int64_t begin, int64_t at, int64_
   int32_t largest = 0;
   with_code(op.source.code, [&](auto constant) {
     constexpr Code from = constant.value;
-    if constexpr (!is_integer(from) && from != Code::state48) {
+    if constexpr (!is_integer(from) && !is_state(from)) {
       largest = stream ? decode_chunk<Lanes, from, true>(op, out, begin, at, count)
                        : decode_chunk<Lanes, from, false>(op, out, begin, at, count);
     }

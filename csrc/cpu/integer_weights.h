@@ -35,7 +35,8 @@ class ShortWeights {
     bool fits = true;
     for (int k = 0; k < group.clients; ++k) {
       const int32_t bits = bit_cast<int32_t>(scale_at<code>(group.sources[k], i));
-      fits &= bits - 0x00800000u < 0x7f000000u && (bits & 0x7fffff) == 0;  // a normal power of two
+      fits &= bits - 0x00800000u <= 0x7b000000u && (bits & 0x7fffff) == 0;  // a normal power of two: at most 2^120,
+                                                                            // so that no code's value is infinite
       exponents[k] = exponents_[k] + (bits >> 23) - 127;
       least = exponents[k] < least ? exponents[k] : least;
     }

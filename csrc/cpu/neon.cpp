@@ -7,6 +7,7 @@
 #include "cast.h"
 #include "lanes_neon.h"
 #include "reduce.h"
+#include "reduce_float64.h"
 #include "server_step.h"
 #include "sorted_mean.h"
 #include "squared_distances.h"
@@ -19,6 +20,7 @@ constexpr Kernels kernels{"neon",
                           &weighted_sum<Lanes>,
                           &cast<Lanes>,
                           &reduce<Lanes>,
+                          &reduce_float64<Lanes>,
                           &server_step<Lanes>,
                           &sorted_mean<Lanes>,
                           &squared_distances<Lanes>,

@@ -1,7 +1,6 @@
 #include "operations.h"
 
 #include <algorithm>
-#include <cmath>
 #include <memory>
 #include <vector>
 
@@ -115,17 +114,7 @@ bool reduce(const Reduction& reduction, int64_t begin, int64_t end, double* squa
 bool reduce_float64(const double* const* sources, int32_t ranks, int64_t count, double divisor, double factor,
                     double* out, double* squares) {
   const FloatEnvironment environment;
-  bool finite = true;
-  double sum_of_squares = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    double sum = -0.0;
-    for (int32_t rank = 0; rank < ranks; ++rank) sum += sources[rank][i];
-    out[i] = sum / divisor * factor;
-    finite &= std::isfinite(out[i]);
-    sum_of_squares += out[i] * out[i];
-  }
-  if (squares != nullptr) *squares += sum_of_squares;
-  return finite;
+  return kernels().reduce_float64(sources, ranks, count, divisor, factor, out, squares);
 }
 
 void server_step(const Optimizer& optimizer, const ModelLeaf* leaves, int64_t count) {

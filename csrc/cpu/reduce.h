@@ -56,7 +56,7 @@ int32_t add_up(const Reduction& op, float* out, int64_t begin, int64_t count) {
   int32_t largest = 0;
   with_code(op.sources[0].code, [&](auto constant) {
     constexpr Code code = constant.value;
-    if constexpr (code != Code::state48 && !is_integer(code)) {
+    if constexpr (!is_state(code) && !is_integer(code)) {
       const int64_t done = add_vectors<Lanes, code, 4>(op, out, begin, 0, count, largest);
       add_vectors<Lane, code, 1>(op, out, begin, done, count, largest);
     }

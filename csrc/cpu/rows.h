@@ -41,7 +41,7 @@ bool decode_rows(const Leaf& leaf, int64_t begin, int64_t count, Element<work>* 
     int64_t filled = 0;
     with_code(source.data == nullptr ? Code::state48 : source.code, [&](auto constant) {
       constexpr Code code = constant.value;
-      if constexpr (code != Code::state48 && (work == Code::float64 || !is_wide(code))) {
+      if constexpr (!is_state(code) && (work == Code::float64 || !is_wide(code))) {
         finite &= decode_row<Lanes, code, work>(source, begin, count, row);
         filled = count;
       }

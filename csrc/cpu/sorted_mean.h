@@ -8,7 +8,7 @@
 namespace fastagg {
 namespace {  // the loops of another instruction set must never be linked in these ones' place
 
-/// rows[r] = sum_k mixing[r][k] * clients[k], in float64, in the order of the clients.
+/// The mixtures of the clients, row by row.
 template <class Lanes, Code work>
 void mix_rows(const SortedMean& op, int32_t clients, const Element<work>* values, Element<work>* rows, int64_t stride,
               int64_t count) {
@@ -17,13 +17,8 @@ void mix_rows(const SortedMean& op, int32_t clients, const Element<work>* values
     const double* shares = op.mixing + int64_t{r} * clients;
     for (int64_t i = 0; i < count; i += Lanes::width) {
       const SortedColumn<Lanes, work> column{values + i, stride};
-      D sum[Lanes::halves] = {};
-      for (int32_t k = 0; k < clients; ++k) {
-        if (shares[k] == 0) continue;
-        D x[Lanes::halves];
-        column.row(k, x);
-        for (int h = 0; h < Lanes::halves; ++h) sum[h] = add_product(sum[h], broadcast<D>(shares[k]), x[h]);
-      }
+      D sum[Lanes::halves];
+      mix<Lanes, work>(shares, clients, [&](int32_t k, D(&x)[Lanes::halves]) { column.row(k, x); }, sum);
       if constexpr (work == Code::float64) Lanes::template store_float64<false>(rows, r * stride + i, sum);
       else Lanes::template store_float32<false>(rows, r * stride + i, Lanes::narrow(sum));
     }
@@ -147,6 +142,7 @@ inline bool are_plain(const Leaf& leaf, Code work) {
 /// `sorted_mean` of few clients whose values need neither mixing nor decoding: every vector stays in registers.
 template <class Lanes, Code work>
 bool sort_where_they_lie(const SortedMean& op, const Leaf& leaf, int64_t begin, int64_t end, bool stream) {
+  const Leaf means = leaf_of_windows(leaf, work);
   double sums[kMostColumns];
   const Element<work>* values[kRegisterRows];
   bool finite = true;
@@ -164,7 +160,7 @@ bool sort_where_they_lie(const SortedMean& op, const Leaf& leaf, int64_t begin, 
       }
       finite &= sum_few_rows<Lanes, work>(op, values, Lanes::width, sums + whole);
     }
-    store_sums<Lanes>({leaf, begin, count, sums, false}, stream);
+    store_sums<Lanes>({means, begin, count, sums, false}, stream);
   }
   return finite;
 }
@@ -178,6 +174,7 @@ bool sort_tiles(const SortedMean& op, const Leaf& leaf, int64_t begin, int64_t e
   Element<work>* const decoded = rows + (clients == 0 ? 0 : op.rows * columns);
   const Element<work>* few_rows[kRegisterRows];
   for (int32_t r = 0; r < op.rows && r < kRegisterRows; ++r) few_rows[r] = rows + r * columns;
+  const Leaf means = leaf_of_windows(leaf, work);
   double sums[kMostColumns];
   bool finite = true;
   for (; begin < end; begin += columns) {
@@ -195,7 +192,7 @@ bool sort_tiles(const SortedMean& op, const Leaf& leaf, int64_t begin, int64_t e
       sort_in_cache<Lanes, work>(op, rows, columns, whole);
       sum_windows<Lanes, work>(op, rows, columns, whole, sums);
     }
-    store_sums<Lanes>({leaf, begin, count, sums, false}, stream);
+    store_sums<Lanes>({means, begin, count, sums, false}, stream);
   }
   return finite;
 }

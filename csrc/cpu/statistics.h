@@ -178,8 +178,7 @@ const T* values_of(const Source& source, double factor, int64_t begin, int64_t c
         for (; i + Own::width <= end; i += Own::width) {
           typename Own::D x[Own::halves];
           load_wide<Own, code>(source, begin + i, x);
-          const double scale = factor * static_cast<double>(scale_at<code>(source, begin + i));
-          for (int h = 0; h < Own::halves; ++h) x[h] = x[h] * scale;
+          for (int h = 0; h < Own::halves; ++h) x[h] = x[h] * factor;
           if constexpr (is_wide) Own::template store_float64<false>(room, i, x);
           else Own::template store_float32<false>(room, i, Own::narrow(x));
         }
@@ -206,7 +205,7 @@ template <class Lanes, class T>
 bool measure(Leaf leaf, const Measurement& measurement, int64_t begin, int64_t end, bool stream, Moments* moments) {
   alignas(64) uint8_t result[kSums * sizeof(double)];
   alignas(64) T room_of_reference[kSums], room[kSums];
-  const bool staged = stream && leaf.code != Code::state48;
+  const bool staged = stream && !is_state(leaf.code);
   uint8_t* const out = static_cast<uint8_t*>(leaf.out);
   bool finite = true;
   for (; begin < end; begin += kSums) {
@@ -232,7 +231,7 @@ bool measure(Leaf leaf, const Measurement& measurement, int64_t begin, int64_t e
 template <class Lanes>
 bool statistics(const Leaf& leaf, const Measurement& measurement, int64_t begin, int64_t end, bool stream,
                 Moments* moments) {
-  bool wide = leaf.code == Code::float64;
+  bool wide = has_pairs(leaf.code);
   for (int32_t k = 0; k < measurement.clients; ++k) wide |= measurement.sources[k].code == Code::float64;
   return wide ? measure<Lanes, double>(leaf, measurement, begin, end, stream, moments)
               : measure<Lanes, float>(leaf, measurement, begin, end, stream, moments);

@@ -15,7 +15,8 @@ void set_num_threads(int count);
 int available_processors();
 
 /// Calls body(task) once for each task in [0, tasks), on at most `threads` threads, the caller's own among them. One
-/// caller uses the pool at a time; a second one, meanwhile, does its tasks alone.
+/// caller uses the pool at a time; a second one, meanwhile, does its tasks alone. What a task throws, the caller
+/// throws, once no task is under way.
 void parallel_for(int64_t tasks, int threads, void (*body)(void* context, int64_t task), void* context);
 
 template <class Body>

@@ -96,6 +96,7 @@ struct VectorLanes {
     return Isa::maximum(x, y);
   }
   static FASTAGG_INLINE F convert(I x) { return __builtin_convertvector(x, F); }
+  static FASTAGG_INLINE D multiply_add(D x, D y, D sum) { return Isa::multiply_add(x, y, sum); }
   static FASTAGG_INLINE D add_exact_product(D sum, D weight, D x) { return Isa::multiply_add(weight, x, sum); }
   static FASTAGG_INLINE void widen(F x, D (&wide)[halves]) {
     wide[0] = Isa::widen(Isa::low(x));

@@ -4,6 +4,7 @@
 #pragma once
 #include "core/rows.h"
 #include "integer_weights.h"
+#include "pair_sum.h"
 #include "stream.h"
 #include "unaligned.h"
 
@@ -12,12 +13,6 @@ namespace {  // the loops of another instruction set must never be linked in the
 
 /// Sums of a chunk: half of a first-level cache, which the clients' streams share.
 constexpr int64_t kSums = 2048;
-/// Vectors of sums that stay in registers while a group is added.
-constexpr int kRegisters = 2;
-
-template <class Lanes>
-constexpr int registers_of = Lanes::width == 1 ? 1 : kRegisters;
-
 /// A part of a leaf and its sums so far.
 struct Chunk {
   const Leaf& leaf;
@@ -86,14 +81,6 @@ FASTAGG_INLINE int64_t head_of(const Chunk& chunk) {
   return until_aligned(chunk.leaf.companion, chunk.begin, sizeof(uint16_t), chunk.count);
 }
 
-/// Calls loop(lanes, i, end), which returns where it stopped, for a head in lanes of one, then vectors, then the tail.
-template <class Lanes, class Loop>
-FASTAGG_INLINE void walk(int64_t i, int64_t head, int64_t end, Loop&& loop) {
-  i = loop(Lane{}, i, head);
-  i = loop(Lanes{}, i, end);
-  loop(Lane{}, i, end);
-}
-
 /// Whether float64 holds the group's weights times any float32: 24 bits times 29, and far from its bounds.
 inline bool are_exact(const Group& group) {
   for (int k = 0; k < group.clients; ++k) {
@@ -116,7 +103,7 @@ FASTAGG_INLINE int64_t add_products(const Chunk& chunk, const Group& group, int6
     for (int k = 0; k < group.clients; ++k) {
       const Source& source = group.sources[k];
       const int64_t at = chunk.begin + i;
-      const auto weight = broadcast<D>(group.weights[k] * static_cast<double>(scale_at<code>(source, at)));
+      const auto weight = broadcast<D>(group.weights[k]);
       for (int r = 0; r < registers; ++r) {
         D x[Lanes::halves];
         load_wide<Lanes, code>(source, at + r * Lanes::width, x);
@@ -260,14 +247,15 @@ bool add_last_group(const Chunk& chunk, const Group& group) {
 /// Whether a loop over clients of this code can store the result itself: those that such clients usually have.
 constexpr bool has_result(Code code, Code result) {
   if (is_integer(code)) return false;
-  return result == (has_scales(code) ? Code::float32 : code) || (result == Code::state48 && code != Code::float64);
+  if (has_pairs(code) || has_pairs(result)) return false;
+  return result == (has_scales(code) ? Code::float32 : code) || result == Code::state48;
 }
 
 /// The same if the leaf's result is one that the loop can store. Returns false if it is not, and nothing was done.
 template <class Lanes, Code code, Code result>
 bool add_and_store(const Chunk& chunk, const Group& group, bool stream, bool& finite) {
   if constexpr (has_result(code, result)) {
-    if (chunk.leaf.code != result || chunk.leaf.out == nullptr) return false;
+    if (chunk.leaf.code != result) return false;
     // Blocks with scales, and two planes, leave no choice of where vectors start.
     const bool fixed_start = has_scales(code) || result == Code::state48;
     stream = stream && !(fixed_start && head_of<result>(chunk) != 0);
@@ -278,26 +266,13 @@ bool add_and_store(const Chunk& chunk, const Group& group, bool stream, bool& fi
   return false;
 }
 
-/// Whether a chunk's sums are finite, for a leaf without a destination.
-template <class Lanes>
-bool all_finite(const Chunk& chunk) {
-  using D = typename Lanes::D;
-  constexpr int parts = Lanes::width / Lanes::halves;
-  auto mask = not_finite(D{});
-  bool rest = false;
-  int64_t i = 0;
-  for (; i + parts <= chunk.count; i += parts) mask |= not_finite(load_bytes<D>(chunk.sums + i));
-  for (; i < chunk.count; ++i) rest |= not_finite(chunk.sums[i]);
-  return !rest && !Lanes::any(mask);
-}
-
 /// Stores the means of a chunk from its sums; true if every sum is finite.
 template <class Lanes>
 bool store_sums(const Chunk& chunk, bool stream) {
   bool finite = true;
   with_code(chunk.leaf.code, [&](auto constant) {
     constexpr Code code = constant.value;
-    if constexpr (!has_scales(code)) {
+    if constexpr (!has_scales(code) && code != Code::state128) {
       finite = stream && code != Code::state48 ? store_means<Lanes, code, true>(chunk)
                                                : store_means<Lanes, code, false>(chunk);
     }
@@ -323,7 +298,7 @@ bool store_chunk(Chunk chunk, bool stream) {
     });
   }
   if (stored) return finite;
-  return leaf.out == nullptr ? all_finite<Lanes>(chunk) : store_sums<Lanes>(chunk, stream);
+  return store_sums<Lanes>(chunk, stream);
 }
 
 /// out[i] = max_k x_k[i] for integers.
@@ -338,13 +313,13 @@ void store_maximum(const Leaf& leaf, int64_t begin, int64_t end) {
   }
 }
 
-/// Whether a client's elements [begin, end) are finite: all that a leaf without a destination asks for.
+/// Whether a client's elements [begin, end), as `dequantize` gives them, are finite.
 template <class Lanes>
 bool all_finite(const Source& source, int64_t begin, int64_t end) {
   bool finite = true;
   with_code(source.code, [&](auto constant) {
     constexpr Code code = constant.value, work = code == Code::float64 ? code : Code::float32;
-    if constexpr (!is_integer(code) && code != Code::state48) {
+    if constexpr (!is_integer(code) && !is_state(code)) {
       walk<Lanes>(begin, begin, end, [&](auto lanes, int64_t i, int64_t to) {
         using Own = decltype(lanes);
         auto mask = not_finite(typename Numbers<Own, work>::Part{});
@@ -359,7 +334,7 @@ bool all_finite(const Source& source, int64_t begin, int64_t end) {
 }
 
 /// `weighted_sum` of the elements [begin, end) of a leaf, `begin` a multiple of kSums; true if every sum is finite.
-/// With `stream`, the result bypasses the cache.
+/// With `stream`, the result bypasses the cache. Of a leaf without a destination: true if every client's are.
 template <class Lanes>
 bool weighted_sum(const Leaf& leaf, int64_t begin, int64_t end, bool stream) {
   if (leaf.fold == Fold::maximum) {
@@ -368,9 +343,12 @@ bool weighted_sum(const Leaf& leaf, int64_t begin, int64_t end, bool stream) {
     });
     return true;
   }
-  if (leaf.out == nullptr && leaf.clients == 1 && leaf.sources[0].code != Code::state48)
-    return all_finite<Lanes>(leaf.sources[0], begin, end);
   bool finite = true;
+  if (leaf.out == nullptr) {
+    for (int k = 0; k < leaf.clients; ++k) finite &= all_finite<Lanes>(leaf.sources[k], begin, end);
+    return finite;
+  }
+  if (has_pairs(leaf.code)) return pair_sum<Lanes>(leaf, begin, end, stream);
   alignas(64) double sums[kSums];
   for (; begin < end; begin += kSums) {
     const int64_t count = end - begin < kSums ? end - begin : kSums;

@@ -119,7 +119,8 @@ class Exchanger {
       const Source row = encoded_at<wire>(launch_, call_, rank(), launch_.peers.ranks, owner);
       if constexpr (wire == Code::float64) {
         Found unused;
-        add_up_float64(values, share(), 1, doubles(row.data), elements.begin, elements.end, this_block(), unused);
+        add_up_float64(values, share(), op().factor, doubles(row.data), elements.begin, elements.end, this_block(),
+                       unused);  // the factor goes into the one rounding
       } else {
         const float divisor = share() * op().encoded_factor;
         const SumWork<Published<wire>> work{encoded(row, kMeansRank),
@@ -212,9 +213,9 @@ class Exchanger {
   __device__ void write(const Published<wire>& values, float divisor, float inverse, const Feedback& feedback,
                         Slice elements) {
     if constexpr (wire == Code::float64) {
-      const double share64 = launch_.one_shot ? share() : 1.0;
-      add_up_float64(values, share64, op().factor, doubles(op().data), elements.begin, elements.end, this_block(),
-                     found_);
+      const bool reduces = launch_.one_shot;
+      add_up_float64(values, reduces ? share() : 1.0, reduces ? op().factor : 1.0, doubles(op().data), elements.begin,
+                     elements.end, this_block(), found_);
     } else {
       Cast result{{}, op().code, 0, Rounding::nearest, {}, op().count, op().data, nullptr};
       const SumWork<Published<wire>> work{result,  launch_.aligned, nullptr, nullptr, feedback,

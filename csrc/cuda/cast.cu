@@ -42,7 +42,7 @@ struct CastWork {
   FASTAGG_INLINE void with_values(Function&& function) const {
     with_code(result.source.code, [&](auto constant) {
       constexpr Code from = decltype(constant)::value;
-      if constexpr (!is_integer(from) && from != Code::state48) function(Values<from>{*this});
+      if constexpr (!is_integer(from) && !is_state(from)) function(Values<from>{*this});
     });
   }
 };

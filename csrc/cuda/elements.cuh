@@ -30,7 +30,7 @@ template <Code code, int n>
 struct Elements {
   static constexpr int per_entry = elements_per_entry(code), count = n < per_entry ? 1 : n / per_entry;
   using Entries = Vector<Element<code>, count>;
-  using Companion = Vector<uint16_t, code == Code::state48 ? n : 1>;
+  using Companion = Vector<CompanionElement<code>, is_state(code) ? n : 1>;
   Entries entries;
   Companion companion;
 };
@@ -43,7 +43,7 @@ FASTAGG_INLINE Elements<code, n> load_elements(const Source& source, int64_t i) 
   const auto* from = global(static_cast<const Element<code>*>(source.data)) + i / Whole::per_entry;
   elements.entries = *reinterpret_cast<const typename Whole::Entries*>(from);
   if constexpr (n < Whole::per_entry) elements.entries.values[0] >>= i % Whole::per_entry * (8 / Whole::per_entry);
-  if constexpr (code == Code::state48)
+  if constexpr (is_state(code))
     elements.companion = global(reinterpret_cast<const typename Whole::Companion*>(source.companion))[i / n];
   return elements;
 }
@@ -60,11 +60,11 @@ template <Code code, int n>
 FASTAGG_INLINE void store_elements(void* out, void* companion, int64_t i, const Elements<code, n>& elements) {
   using Whole = Elements<code, n>;
   global(reinterpret_cast<typename Whole::Entries*>(out))[i / n] = elements.entries;
-  if constexpr (code == Code::state48)
+  if constexpr (is_state(code))
     global(reinterpret_cast<typename Whole::Companion*>(companion))[i / n] = elements.companion;
 }
 
-/// Element j of those loaded: as float32 before its block's scale, or as float64.
+/// Element j of those loaded, before its block's scale: as float32 or as float64.
 template <class T, Code code, int n>
 FASTAGG_INLINE T value_of(const Elements<code, n>& elements, int j) {
   if constexpr (std::is_same_v<T, float>) {
@@ -73,6 +73,8 @@ FASTAGG_INLINE T value_of(const Elements<code, n>& elements, int j) {
     return widen_integer(static_cast<int8_t>(elements.entries.values[j]));
   } else if constexpr (code == Code::wire_int4) {
     return widen_integer(static_cast<int8_t>(ThreadLane::load_int4(elements.entries.values, j)));
+  } else if constexpr (has_scales(code)) {
+    return static_cast<double>(load<ThreadLane, code>(elements.entries.values, j));
   } else {
     double x[1];
     load_wide<ThreadLane, code>(Source{elements.entries.values, elements.companion.values, code, 0}, j, x);

@@ -68,11 +68,11 @@ class LeafTableBuilder {
 
   static bool is_aligned(const Leaf& leaf) {
     uintptr_t bits = reinterpret_cast<uintptr_t>(leaf.out);
-    if (leaf.code == Code::state48) bits |= reinterpret_cast<uintptr_t>(leaf.companion);
+    if (is_state(leaf.code)) bits |= reinterpret_cast<uintptr_t>(leaf.companion);
     for (int32_t k = 0; k < leaf.clients; ++k) {
       const Source& source = leaf.sources[k];
       bits |= reinterpret_cast<uintptr_t>(source.data);
-      if (source.code == Code::state48) bits |= reinterpret_cast<uintptr_t>(source.companion);
+      if (is_state(source.code)) bits |= reinterpret_cast<uintptr_t>(source.companion);
     }
     return bits % kAlignment == 0;
   }

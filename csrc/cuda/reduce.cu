@@ -14,7 +14,7 @@ struct Arrays {
 
   /// Floats are added up for anything, a wire for itself and for floats.
   static constexpr FASTAGG_INLINE bool takes(Code from, Code to) {
-    return from != Code::state48 && !is_integer(from) && (!has_scales(from) || from == to || !has_scales(to));
+    return !is_state(from) && !is_integer(from) && (!has_scales(from) || from == to || !has_scales(to));
   }
 };
 

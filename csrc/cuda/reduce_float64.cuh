@@ -1,6 +1,6 @@
-// Adding up float64 arrays, which travel as they are: sum / divisor * factor, as csrc/cpu/operations.cpp does.
+// Adding up float64 arrays, which travel as they are: sum * factor / divisor, as csrc/cpu/reduce_float64.h does.
 #pragma once
-#include "core/weighted_sum.h"
+#include "core/reduce.h"
 #include "encode.cuh"
 
 namespace fastagg::cuda {
@@ -15,14 +15,14 @@ struct Found {
 template <class Sources>
 __device__ inline void add_up_float64(const Sources& sources, double divisor, double factor, double* out, int64_t begin,
                                       int64_t end, Team team, Found& found) {
+  const Reduction64Of<ThreadLane> op(sources.ranks(), divisor, factor);
   for (int64_t i = begin + team.thread; i < end; i += team.threads) {
-    double sum = -0.0;
-    for (int rank = 0; rank < sources.ranks(); ++rank)
-      sum = sum + global(static_cast<const double*>(sources[rank].data))[i];
-    const double result = sum / divisor * factor;
-    global(out)[i] = result;
-    if (not_finite(result)) found.largest = kInfinity;
-    found.squares += result * result;
+    double result[1];
+    op.results([&](int rank, double (&x)[1]) { x[0] = global(static_cast<const double*>(sources[rank].data))[i]; },
+               result);
+    global(out)[i] = result[0];
+    if (not_finite(result[0])) found.largest = kInfinity;
+    found.squares += result[0] * result[0];
   }
 }
 

@@ -24,7 +24,7 @@ FASTAGG_INLINE bool decode_column(const Leaf& leaf, int64_t i, Element<work>* co
     const Source source = leaf.sources[k];
     with_code(source.code, [&](auto constant) {
       constexpr Code code = decltype(constant)::value;
-      if constexpr (code != Code::state48 && (work == Code::float64 || !is_wide(code))) {
+      if constexpr (!is_state(code) && (work == Code::float64 || !is_wide(code))) {
         const Element<work> x = decoded<ThreadLane, code, work>(source, i).values[0];
         finite &= !not_finite(x);
         column[k * stride] = sortable(x);
@@ -34,17 +34,16 @@ FASTAGG_INLINE bool decode_column(const Leaf& leaf, int64_t i, Element<work>* co
   return finite;
 }
 
-/// column[r] = sum_k mixing[r][k] * clients[k], in float64, in the order of the clients.
+/// The mixtures of the clients' elements.
 template <Code work>
 FASTAGG_INLINE void mix_column(const SortedMean& op, int32_t count, const Element<work>* clients, Element<work>* column,
                                int stride) {
   for (int32_t r = 0; r < op.rows; ++r) {
-    double sum = 0;
-    for (int32_t k = 0; k < count; ++k) {
-      const double share = op.mixing[int64_t{r} * count + k];
-      if (share != 0) sum = add_product(sum, share, static_cast<double>(clients[k * stride]));
-    }
-    column[r * stride] = static_cast<Element<work>>(sum);
+    double sum[1];
+    mix<ThreadLane, work>(
+        op.mixing + int64_t{r} * count, count,
+        [&](int32_t k, double (&x)[1]) { x[0] = static_cast<double>(clients[k * stride]); }, sum);
+    column[r * stride] = static_cast<Element<work>>(sum[0]);
   }
 }
 
@@ -63,8 +62,8 @@ FASTAGG_INLINE bool mean_of_window(const SortedMean& op, const Leaf& leaf, int64
   sum_of_window<ThreadLane, work>(op, SortedColumn<ThreadLane, work>{column, stride}, sum);
   with_code(leaf.code, [&](auto constant) {
     constexpr Code code = decltype(constant)::value;
-    if constexpr (!has_scales(code) && code != Code::state48)
-      store_mean<ThreadLane, code, false>(Result(leaf, leaf.out, leaf.companion), i, sum);
+    if constexpr (!has_scales(code) && !is_state(code))
+      store_mean<ThreadLane, code, false>(Result(leaf_of_windows(leaf, work), leaf.out, leaf.companion), i, sum);
   });
   return finite;
 }

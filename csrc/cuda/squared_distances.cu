@@ -21,7 +21,7 @@ FASTAGG_INLINE bool decode_tile(const Leaf& leaf, int64_t begin, int count, int 
     if (source.data != nullptr && i < count)
       with_code(source.code, [&](auto constant) {
         constexpr Code code = decltype(constant)::value;
-        if constexpr (code != Code::state48) x = decoded<ThreadLane, code, Code::float64>(source, begin + i).values[0];
+        if constexpr (!is_state(code)) x = decoded<ThreadLane, code, Code::float64>(source, begin + i).values[0];
       });
     finite &= !not_finite(x);
     tile[k * columns + i] = x;

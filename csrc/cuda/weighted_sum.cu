@@ -14,16 +14,37 @@ constexpr int kInFlight = sizeof(Element<code>) == 1 ? 8 : 4;
 /// Blocks that a multiprocessor shall hold at least: with kBlocks, too few registers were left for the loads of float32
 /// clients, of which then only two were under way, and 8-bit clients spilled.
 constexpr int kSumBlocks = 5;
+/// A thread's elements at most whose sums are pairs.
+constexpr int kPairElements = 4;
+
+/// Element j of those loaded, as `dequantize` gives it.
+template <Code code, int n>
+FASTAGG_INLINE double decoded_value(const Elements<code, n>& elements, float scale, int j) {
+  if constexpr (has_scales(code)) return static_cast<double>(value_of<float>(elements, j) * scale);
+  else return value_of<double>(elements, j);
+}
 
 /// sums += weight_k * x_k for neighbouring clients, from index i on, in the precision of the sums.
 template <Code code, int clients, class T, int n>
 FASTAGG_INLINE void add_clients(T (&sums)[n], const Source* sources, const double* client_weights, int64_t i) {
   Elements<code, n> x[clients];
   T weights[clients];
+  [[maybe_unused]] float scales[clients];
+  bool join = true;
   for (int k = 0; k < clients; ++k) {
     const Source source = global(sources)[k];
     x[k] = load_elements<code, n>(source, i);
-    weights[k] = static_cast<T>(global(client_weights)[k]) * static_cast<T>(load_scale<code>(source, i));
+    weights[k] = static_cast<T>(global(client_weights)[k]);
+    if constexpr (has_scales(code)) {
+      scales[k] = load_scale<code>(source, i);
+      join &= may_join_weight<code>(scales[k]);
+    }
+  }
+  if constexpr (has_scales(code)) {
+    for (int k = 0; k < clients && !join; ++k)
+      for (int j = 0; j < n; ++j) sums[j] = add_product(sums[j], weights[k], decoded_value<code>(x[k], scales[k], j));
+    if (!join) return;
+    for (int k = 0; k < clients; ++k) weights[k] = weights[k] * static_cast<T>(scales[k]);
   }
   for (int k = 0; k < clients; ++k)
     for (int j = 0; j < n; ++j) sums[j] = add_product(sums[j], weights[k], value_of<T>(x[k], j));
@@ -78,13 +99,99 @@ FASTAGG_INLINE bool mean(const Leaf& leaf, int64_t i) {
     first += group.clients;
   }
   bool finite = true;
-  if (leaf.out == nullptr) {
-    for (double sum : sums) finite &= !not_finite(sum);
-    return finite;
-  }
   with_code(leaf.code, [&](auto code) {
-    if constexpr (!has_scales(decltype(code)::value)) finite = store_means<decltype(code)::value>(leaf, sums, i);
+    constexpr Code result = decltype(code)::value;
+    if constexpr (!has_scales(result) && !has_pairs(result)) finite = store_means<result>(leaf, sums, i);
   });
+  return finite;
+}
+
+/// sums += weight_k * x_k for a group's clients from number k on, in pairs; so many at a time, as for `add_products`.
+template <Code code, int clients, int n>
+FASTAGG_INLINE void add_pairs(Pair<double> (&sums)[n], const Group& group, double raise, int64_t i, int k = 0) {
+  for (; k + clients <= group.clients; k += clients) {
+    Elements<code, n> x[clients];
+    double weights[clients];
+    float scales[clients];
+    for (int c = 0; c < clients; ++c) {
+      const Source source = global(group.sources)[k + c];
+      x[c] = load_elements<code, n>(source, i);
+      weights[c] = global(group.weights)[k + c] * raise;
+      scales[c] = load_scale<code>(source, i);
+    }
+    for (int c = 0; c < clients; ++c)
+      for (int j = 0; j < n; ++j) {
+        if constexpr (code == Code::state128)
+          add_exact<ThreadLane>(sums[j], weights[c], Pair<double>{x[c].entries.values[j], x[c].companion.values[j]});
+        else add_exact<ThreadLane>(sums[j], weights[c], decoded_value<code>(x[c], scales[c], j));
+      }
+  }
+  if constexpr (clients > 1) add_pairs<code, clients / 2>(sums, group, raise, i, k);
+}
+
+/// Such elements are few.
+__device__ __attribute__((noinline)) double huge_mean(const Leaf& leaf, int64_t i) {
+  return mean_of_huge<ThreadLane>(leaf, i);
+}
+
+/// Stores n means from i on; true if they are finite.
+template <int n>
+FASTAGG_INLINE bool store_quotients(const Leaf& leaf, const Pair<double> (&sums)[n], int64_t i) {
+  const Divisor divisor(leaf.divisor * kRaised, leaf.divisor_rest * kRaised);
+  Elements<Code::float64, n> means;
+  bool finite = true;
+  for (int j = 0; j < n; ++j) {
+    double mean = quotient_of_finite<ThreadLane>(sums[j], divisor);
+    if (not_finite(mean)) mean = huge_mean(leaf, i + j);
+    finite &= !not_finite(mean);
+    means.entries.values[j] = mean;
+  }
+  store_elements<Code::float64, n>(leaf.out, nullptr, i, means);
+  return finite;
+}
+
+/// Stores n sums from i on; true if they are finite.
+template <int n>
+FASTAGG_INLINE bool store_sums(const Leaf& leaf, const Pair<double> (&sums)[n], int64_t i) {
+  Elements<Code::state128, n> pairs;
+  bool finite = true;
+  for (int j = 0; j < n; ++j) {
+    finite &= !not_finite(sums[j].high);
+    pairs.entries.values[j] = sums[j].high, pairs.companion.values[j] = sums[j].excess;
+  }
+  store_elements<Code::state128, n>(leaf.out, leaf.companion, i, pairs);
+  return finite;
+}
+
+/// The weighted means or sums, in pairs, of n elements from i on; true if they are finite.
+template <int n>
+FASTAGG_INLINE bool pair_sum(const Leaf& leaf, int64_t i) {
+  Pair<double> sums[n];
+  for (auto& sum : sums) sum = empty_sum<double>();
+  for (int first = 0; first < leaf.clients;) {
+    const Group group = group_from(leaf, first);
+    with_code(group.sources[0].code,
+              [&](auto code) { add_pairs<decltype(code)::value, 4>(sums, group, raise_of(leaf.code), i); });
+    first += group.clients;
+  }
+  return leaf.code == Code::float64 ? store_quotients(leaf, sums, i) : store_sums(leaf, sums, i);
+}
+
+/// Whether all clients' n elements from i on, as `dequantize` gives them, are finite.
+template <int n>
+FASTAGG_INLINE bool are_finite(const Leaf& leaf, int64_t i) {
+  bool finite = true;
+  for (int k = 0; k < leaf.clients; ++k) {
+    const Source source = leaf.sources[k];
+    with_code(source.code, [&](auto constant) {
+      constexpr Code code = decltype(constant)::value;
+      if constexpr (!is_integer(code) && !is_state(code)) {
+        const Elements<code, n> x = load_elements<code, n>(source, i);
+        const float scale = load_scale<code>(source, i);
+        for (int j = 0; j < n; ++j) finite &= !not_finite(decoded_value<code>(x, scale, j));
+      }
+    });
+  }
   return finite;
 }
 
@@ -104,7 +211,15 @@ FASTAGG_INLINE void maximum(const Leaf& leaf, int64_t i) {
 template <int n>
 FASTAGG_INLINE int64_t means(const Leaf& leaf, int64_t begin, int64_t end, int thread, bool& finite) {
   const int64_t stop = end - (end - begin) % n;
-  for (int64_t i = begin + n * thread; i < stop; i += n * kThreads) finite &= mean<n>(leaf, i);
+  for (int64_t i = begin + n * thread; i < stop; i += n * kThreads) {
+    if (leaf.out == nullptr) {
+      finite &= are_finite<n>(leaf, i);
+    } else if (!has_pairs(leaf.code)) {
+      finite &= mean<n>(leaf, i);
+    } else {
+      if constexpr (n <= kPairElements) finite &= pair_sum<n>(leaf, i);
+    }
+  }
   return stop;
 }
 
@@ -121,7 +236,8 @@ FASTAGG_INLINE bool fold(const TableLeaf& entry, int64_t begin, int64_t end, int
   }
   if (entry.aligned) {
     // A warp's accesses touch whole lines: of 16 bytes a thread where the clients' elements have two or four.
-    const bool narrow = leaf.clients > 0 && encoded_bytes(leaf.sources[0].code, 1) <= 2;
+    const bool narrow = leaf.clients > 0 && encoded_bytes(leaf.sources[0].code, 1) <= 2 &&
+                        (leaf.out == nullptr || !has_pairs(leaf.code));
     begin = narrow ? means<8>(leaf, begin, end, thread, finite) : means<4>(leaf, begin, end, thread, finite);
   }
   means<1>(leaf, begin, end, thread, finite);

@@ -15,7 +15,7 @@ from fastagg._extras import CUDA_COMMAND
 
 # csrc/bindings/operands.h reads these.
 # `LeafOperands` as the plain tuple that fedavg and Accumulator.add make of each leaf: it takes a quarter of the time.
-LeafTuple = tuple[list[Any], int | None, list[float], float, int, int, int, int, int, int]
+LeafTuple = tuple[list[Any], int | None, list[float], float, int, int, int, int, int, int, float]
 # (sources, their code or None, factor of the reference)
 MeasurementOperands = tuple[list[Any], int | None, float]
 # (data, companion, code, block_shift)
@@ -52,10 +52,11 @@ class LeafOperands(NamedTuple):
         divisor: of the sum.
         elements: how many a source has.
         fold: MEAN or MAXIMUM.
-        out: where the result goes; 0 for none, where it is only measured.
-        companion: the lower halves of 48-bit sums, or 0.
+        out: where the result goes; 0 for none, where all that is asked is whether every client's values are finite.
+        companion: the second plane of an accumulator's sums, or 0.
         result_code: that of the result.
         dither: for rounding to 48-bit sums.
+        rest: what the divisor of a float64 result lacks.
     """
 
     sources: list[Any]
@@ -68,6 +69,7 @@ class LeafOperands(NamedTuple):
     companion: int = 0
     result_code: int = Code.FLOAT32
     dither: int = 0
+    rest: float = 0.0
 
 
 Leaves = list[LeafOperands] | list[LeafTuple]

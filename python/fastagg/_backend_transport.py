@@ -18,11 +18,13 @@ class BackendTransport:
     """Ranks of any hosts, over a group of fastagg's own."""
 
     name = "gloo backend"
+    sees_signals = False
 
     def __init__(self, group: PrivateGroup, reason: str) -> None:
-        self._group, self.reason = group, reason
+        self._group, self.reason, self.shares = group, reason, group.world
         self._buffers = Buffers()
         self._descriptions: _Descriptions | None = None  # kept for the same reason as the buffers
+        self._sent: torch.Tensor | None = None
 
     def refuse(self) -> None:
         """Takes part in an agreement that cannot be: every rank raises ValueError."""
@@ -31,7 +33,20 @@ class BackendTransport:
 
     def agree(self, description: str) -> None:
         """Raises ValueError on every rank if one was called with something else."""
+        self._group.begin()
         self._begin_to_agree(description).compare()
+
+    def broadcast(self, data: torch.Tensor, root: int, description: str, *, agreed: bool = False) -> None:
+        """See `HostTransport`; `agreed`: the ranks have compared their descriptions already."""
+        if not agreed:
+            self.agree(description)
+        self._sent = data
+        if data.numel():
+            self._group.broadcast(data, root)
+
+    def interrupt(self) -> None:
+        """See `HostTransport`."""
+        self._group.interrupt()
 
     def tell_lost(self, name: int) -> None:
         """Lets all ranks raise PeerError for a rank, which may be none of theirs."""
@@ -40,6 +55,7 @@ class BackendTransport:
     def all_reduce(self, exchange: Exchange, *, agreed: bool = False) -> Outcome:
         """See `Transport`; `agreed`: the ranks have compared their descriptions already."""
         group, count = self._group, exchange.tensor.numel()
+        group.begin()
         descriptions = None if agreed else self._begin_to_agree(exchange.description)
         arithmetic = HostArithmetic()
         rows = EncodedRows(exchange, group.rank, group.world, arithmetic)
@@ -51,7 +67,7 @@ class BackendTransport:
         run(rounds)
         squares = arithmetic.squares
         if exchange.norm and not in_one_shot:
-            squares = sum(group.gather(squares)) * exchange.factor**2
+            squares = sum(group.gather(squares)) * exchange.factor_of_squares
         return Outcome(arithmetic.finite, rows.sent_bytes, squares)
 
     def _begin_to_agree(self, description: str) -> _Descriptions:
@@ -65,7 +81,7 @@ class _Descriptions:
     def __init__(self, group: PrivateGroup, own: str) -> None:
         self._group = group
         self._own = torch.frombuffer(bytearray(own.encode().ljust(_core.DESCRIPTION_BYTES, b"\0")), dtype=torch.uint8)
-        self._everyone = torch.empty(group.world * len(self._own), dtype=torch.uint8)
+        self._everyone = torch.empty(group.world * len(self._own), dtype=torch.uint8, device="cpu")
         self._work = group.all_gather(self._everyone, self._own)
 
     def compare(self) -> None:

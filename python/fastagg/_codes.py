@@ -6,6 +6,8 @@ from enum import IntEnum
 from functools import lru_cache
 from typing import Any
 
+from fastagg._quoting import quoted
+
 
 class Code(IntEnum):
     """How elements are encoded; the values are those of the native enum."""
@@ -28,6 +30,7 @@ class Code(IntEnum):
     WIRE_INT8 = 15
     WIRE_INT4 = 16
     WIRE_SIGN = 17
+    STATE128 = 18
 
 
 FLOATS = frozenset({Code.FLOAT64, Code.FLOAT32, Code.FLOAT16, Code.BFLOAT16})
@@ -114,9 +117,11 @@ def float_code(dtype: Any) -> Code:
     Raises:
         TypeError: it is not one of fp64, fp32, fp16 and bf16.
     """
-    code = Code.FLOAT64 if dtype is float else code_of_dtype(dtype)  # Python's float, as NumPy takes it
+    if dtype is float:  # Python's, as NumPy takes it
+        dtype = "float64"
+    code = _DTYPES.get(dtype) if isinstance(dtype, str) else code_of_dtype(dtype)  # no cache keeps anybody's text
     if code not in FLOATS:
-        raise TypeError(f"dtype: expected fp64, fp32, fp16 or bf16, got {dtype!r}")
+        raise TypeError(f"dtype: expected fp64, fp32, fp16 or bf16, got {quoted(dtype)}")
     return code
 
 
@@ -129,5 +134,5 @@ def wire_name(wire: Any) -> str:
     name = name_of(wire)
     name = _WIRE_SYNONYMS.get(name, name)
     if name not in WIRES:
-        raise ValueError(f"wire: expected one of {', '.join(WIRES)}, got {wire!r}")
+        raise ValueError(f"wire: expected one of {', '.join(WIRES)}, got {quoted(wire)}")
     return name

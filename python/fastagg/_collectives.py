@@ -27,7 +27,7 @@ class CollectiveTransport:
     def __init__(self, group: dist.ProcessGroup, name: str, meeting: Meeting, backend: Backend, reason: str) -> None:
         # Channels are kept as long as their groups, which they must not keep.
         self._group = weakref.ref(group)
-        self._meeting, self._backend, self.reason = meeting, backend, reason
+        self._meeting, self._backend, self.reason, self.shares = meeting, backend, reason, meeting.world
         self._agreement = Agreement(meeting)
         self.name = f"{name} backend"
 
@@ -67,7 +67,7 @@ class CollectiveTransport:
         self._call(dist.all_gather_into_tensor, means, own)
         for row, elements in zip(means, slices, strict=True):
             rows.decode(row, *elements)
-        return means[:, size:].contiguous().view(torch.float64)[:, 0].sum() * exchange.factor**2
+        return means[:, size:].contiguous().view(torch.float64)[:, 0].sum() * exchange.factor_of_squares
 
     def _call(self, collective: Callable[..., Any], received: torch.Tensor, sent: torch.Tensor) -> None:
         group = self._group()

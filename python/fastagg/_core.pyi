@@ -17,6 +17,7 @@ __all__: list[str] = [
     "MEANS_RANK",
     "MINIMUM_BLOCK",
     "PASS",
+    "MappedFileGuard",
     "Peers",
     "SharedMemoryGroup",
     "advise_huge_pages",
@@ -42,6 +43,21 @@ __all__: list[str] = [
     "tensor_addresses",
     "weighted_sum",
 ]
+
+class MappedFileGuard:
+    """
+    While it lives, to read where a mapped file was cut off gives NaN, and no SIGBUS.
+    """
+    def __init__(
+        self, address: typing.SupportsInt | typing.SupportsIndex, bytes: typing.SupportsInt | typing.SupportsIndex
+    ) -> None:
+        """
+        Watches over memory that is a mapped file.
+        """
+    def was_cut(self) -> bool:
+        """
+        Whether anything behind the file's end has been read.
+        """
 
 class Peers:
     """
@@ -94,6 +110,17 @@ class SharedMemoryGroup:
         """
         Sums or averages in place; returns whether the result is finite, the bytes handed to others, and the sum of its squares.
         """
+    def broadcast(
+        self,
+        data: typing.SupportsInt | typing.SupportsIndex,
+        bytes: typing.SupportsInt | typing.SupportsIndex,
+        root: typing.SupportsInt | typing.SupportsIndex,
+        description: str,
+        timeout: typing.SupportsFloat | typing.SupportsIndex,
+    ) -> None:
+        """
+        Copies a rank's bytes, at an address, to all ranks.
+        """
     def close_descriptor(self) -> None:
         """
         For when all have attached.
@@ -101,6 +128,10 @@ class SharedMemoryGroup:
     def descriptor(self) -> int:
         """
         The segment's descriptor, or -1.
+        """
+    def interrupt(self) -> None:
+        """
+        Ends the wait of another thread, and every later one.
         """
     def reduce_scatter(
         self, operands: tuple[typing.Any, ...], timeout: typing.SupportsFloat | typing.SupportsIndex

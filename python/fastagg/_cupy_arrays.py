@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from fastagg._codes import Code, code_of_dtype
-from fastagg._kind import View, unsupported
+from fastagg._kind import FixedMemory, View, unsupported
 from fastagg._numpy_arrays import NumPy
 
 
@@ -15,6 +15,7 @@ class CuPy:
     """CuPy arrays."""
 
     name = "cupy"
+    memory_moves = False
 
     def __init__(self) -> None:
         import cupy  # type: ignore[import-not-found, import-untyped, unused-ignore]
@@ -38,6 +39,14 @@ class CuPy:
         if not array.flags.c_contiguous:
             raise ValueError("expected a C-contiguous array")
         return self.view(array)
+
+    def keep(self, array: Any) -> FixedMemory:
+        """See `Kind`."""
+        return FixedMemory(array.view(), int(array.data.ptr))
+
+    def alias(self, array: Any) -> Any:
+        """See `Kind`."""
+        return array.view()
 
     def address(self, array: Any) -> int:
         """See `Kind`."""

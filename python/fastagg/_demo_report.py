@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Sequence
 from itertools import accumulate
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastagg.demo import CLASSES, Results, Settings, WireRun, run
+from fastagg.files.atomic import atomic_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -108,7 +110,8 @@ def draw(results: Results, output: Path) -> None:
         _draw_clients(figure.add_subplot(grid[1, :]), results)
         _write_titles(figure, results)
         output.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(output, format="png")
+        with atomic_file(output, force=True) as descriptor, os.fdopen(os.dup(descriptor), "wb") as file:
+            figure.savefig(file, format="png")
 
 
 def _write_titles(figure: Any, results: Results) -> None:

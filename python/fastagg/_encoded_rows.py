@@ -29,6 +29,8 @@ class EncodedRows:
 
     def __init__(self, exchange: Exchange, rank: int, world: int, arithmetic: Arithmetic) -> None:
         self._exchange, self._wide = exchange, exchange.encoding.wire == Code.FLOAT64
+        if exchange.feedback is not None:
+            exchange.feedback.check(exchange.tensor)
         self.arithmetic = arithmetic
         self._share = float(world if exchange.mean else 1)
         self._factor = exchange.encoded_factor(world)
@@ -57,8 +59,7 @@ class EncodedRows:
             return
         feedback = _NO_FEEDBACK
         if exchange.feedback:
-            residual, factor, error = exchange.feedback
-            feedback = (residual[begin:].data_ptr(), factor, error[begin:].data_ptr(), 1 / self._factor, False)
+            feedback = (*exchange.feedback.addresses(begin), 1 / self._factor, False)
         source = (values.data_ptr(), 0, exchange.code, 0)
         result = self._encoded(row, begin, end, exchange.encoding.key)
         self._reduce([source], 1 / self._factor, feedback, result, begin)
@@ -67,7 +68,8 @@ class EncodedRows:
         """The mean (or sum) of what all ranks have encoded, for all of them."""
         exchange = self._exchange
         if self._wide:
-            self._reduce_float64(rows, self._share, 1.0, row[: 8 * (end - begin)], norm=exchange.norm)
+            out = row[: 8 * (end - begin)]  # the factor goes into the one rounding
+            self._reduce_float64(rows, self._share, exchange.factor, out, norm=exchange.norm)
             return
         error = exchange.feedback.error[begin:].data_ptr() if exchange.feedback else 0
         key = (*exchange.encoding.key[:3], _core.MEANS_RANK)
@@ -96,7 +98,7 @@ class EncodedRows:
         exchange = self._exchange
         out = exchange.tensor[begin:end]
         if self._wide:
-            self._reduce_float64([row], 1.0, exchange.factor, out, check=True)
+            self._reduce_float64([row], 1.0, 1.0, out, check=True)
             return
         source = exchange.encoding.source(row, end - begin)
         count = end - begin

@@ -44,11 +44,28 @@ class Encoding(NamedTuple):
 class Feedback(NamedTuple):
     """Error feedback: flat float32 tensors of the values' size."""
 
-    residual: torch.Tensor
-    """Added to the values, times `factor`."""
+    residual: torch.Tensor | None
+    """Added to the values, times `factor`; None: nothing is."""
     factor: float
     error: torch.Tensor
     """Receives what encoding took from this rank's values, and from the means that it encodes for all."""
+
+    def check(self, values: torch.Tensor) -> None:
+        """Raises ValueError unless both tensors match the values: native code sees their addresses alone."""
+        count, device = values.numel(), values.device
+        for name, given in (("residual", self.residual), ("error", self.error)):
+            if given is None:
+                continue
+            if given.dtype != torch.float32 or given.shape != (count,) or given.device != device:
+                got = f"shape {tuple(given.shape)} of {given.dtype} on {given.device}"
+                raise ValueError(f"{name}: expected {count} elements of torch.float32 on {device}, got {got}")
+            if not given.is_contiguous():
+                raise ValueError(f"{name}: expected a contiguous tensor, got strides {given.stride()}")
+
+    def addresses(self, begin: int = 0) -> tuple[int, float, int]:
+        """The residual from an element on, its factor and the error from there on, as native code reads them."""
+        residual = 0 if self.residual is None else self.residual[begin:].data_ptr()
+        return residual, self.factor, self.error[begin:].data_ptr()
 
 
 class Exchange(NamedTuple):
@@ -96,13 +113,19 @@ class Exchange(NamedTuple):
     def operands(self, world: int) -> tuple[Any, ...]:
         """As `exchange_of` in csrc/bindings/operands.h reads it."""
         wire, shift, stochastic, key = self.encoding
-        feedback = self.feedback
+        if self.feedback is not None:
+            self.feedback.check(self.tensor)
         return (
             *(self.tensor.data_ptr(), self.code, self.tensor.numel()),
             *(wire, shift, stochastic, key, self.mean, self.encoded_factor(world), self.factor),
-            *((feedback.residual.data_ptr(), feedback.factor, feedback.error.data_ptr()) if feedback else (0, 0.0, 0)),
+            *(self.feedback.addresses() if self.feedback is not None else (0, 0.0, 0)),
             *(self.norm, self.stretches, self.description),
         )
+
+    @property
+    def factor_of_squares(self) -> float:
+        """What the squares of a slice's means lack: of float64 ones, which have been multiplied, nothing."""
+        return 1.0 if self.encoding.wire == Code.FLOAT64 else self.factor**2
 
     def encoded_factor(self, world: int) -> float:
         """The power of two that keeps a mean's terms inside float16: without it one large value would be infinite."""
@@ -128,8 +151,32 @@ class Transport(Protocol):
     @property
     def reason(self) -> str: ...
 
+    @property
+    def shares(self) -> int:
+        """What a residual is a share of: a mean is owed the sum of all ranks' residuals over this number."""
+        ...
+
     def all_reduce(self, exchange: Exchange) -> Outcome:
         """Reduces one tensor in place."""
+        ...
+
+
+class HostTransport(Transport, Protocol):
+    """One that also carries bytes on the CPU."""
+
+    sees_signals: bool
+    """Whether a wait in the main thread answers Ctrl-C; else exchanges have a thread of their own."""
+
+    def agree(self, description: str) -> None:
+        """Raises ValueError on every rank if one was called with something else."""
+        ...
+
+    def broadcast(self, data: torch.Tensor, root: int, description: str) -> None:
+        """Copies a rank's bytes to all, once all have agreed on a description."""
+        ...
+
+    def interrupt(self) -> None:
+        """Ends the wait of another thread of this process: PeerError that names this rank, on all ranks."""
         ...
 
 

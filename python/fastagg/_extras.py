@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -38,4 +40,24 @@ EXTRAS = {
     )
 }
 
-CUDA_COMMAND = "pip install --no-binary fastagg --config-settings=cmake.define.FASTAGG_CUDA=ON fastagg"
+# pip does nothing for a version that is installed, and takes a wheel that it has built before with other settings.
+CUDA_COMMAND = (
+    "pip install --force-reinstall --no-deps --no-cache-dir --no-binary fastagg "
+    "--config-settings=cmake.define.FASTAGG_CUDA=ON fastagg"
+)
+
+
+@contextlib.contextmanager
+def needing(extra: str, user: str) -> Iterator[None]:
+    """Says in a sentence what installs an extra's package, where a block of imports does not find it.
+
+    Raises:
+        ModuleNotFoundError: the package is missing, which `user` needs.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        module = (error.name or "").partition(".")[0]
+        if module not in EXTRAS[extra].modules:
+            raise
+        raise ModuleNotFoundError(f"{user} needs {module}: {EXTRAS[extra].command}", name=module) from None

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 from fastagg._named_tensors import batches, dense_strides
+from fastagg._plain_tensors import check_plain
 from fastagg._threads import Work
-from fastagg._transports import channel_of
 from fastagg.communication import all_reduce
 
 
@@ -39,7 +39,6 @@ class FusedGradients:
         fusion_bytes: int,
         group: dist.ProcessGroup,
     ) -> None:
-        channel_of(group)  # opened while all ranks are here, not in the middle of the first backward
         self.begun = self.synchronized = False
         self._wire, self._op, self._group, self._backward_passes = wire, op, group, backward_passes
         self._slots = [_Slot(name, parameter) for name, parameter in reversed(parameters)]
@@ -78,7 +77,7 @@ class FusedGradients:
 
     def _reset(self) -> None:
         self.begun = False
-        self._holders = torch.empty(0)
+        self._holders = torch.empty(0, device="cpu")
         self._unsent = deque(self._buffers)
         self._under_way: list[Work] = []
         for buffer in self._buffers:
@@ -110,7 +109,8 @@ class FusedGradients:
         while self._unsent and self._unsent[0].missing == 0:
             self._send(self._unsent.popleft().values, self._op, self._wire)
         if not self._unsent:
-            self._holders = torch.tensor([float(slot.was_held) for slot in self._slots])
+            held = [float(slot.was_held) for slot in self._slots]
+            self._holders = torch.tensor(held, dtype=torch.float32, device="cpu")
             self._send(self._holders, "sum", "fp32")
 
     def _send(self, values: torch.Tensor, op: str, wire: str) -> None:
@@ -143,9 +143,12 @@ class _Slot:
         if given is None:
             self.gradient.zero_()
         else:
-            if given.layout is not torch.strided or given.requires_grad:
-                kind = "create_graph=True" if given.requires_grad else str(given.layout)
-                raise TypeError(f"{self.name!r}: expected a dense gradient without a graph of its own, got {kind}")
+            try:
+                check_plain(given)
+            except TypeError as error:
+                raise TypeError(f"the gradient of {self.name!r}: {error}") from None
+            if given.requires_grad:
+                raise TypeError(f"{self.name!r}: expected a gradient without a graph of its own (create_graph=True)")
             if given is not self.gradient:
                 self.gradient.copy_(given)
             self.parameter.grad = self.under_way
@@ -165,7 +168,8 @@ class _Buffer:
 
     def __init__(self, slots: list[_Slot]) -> None:
         self.slots = slots
-        self.values = torch.zeros(sum(slot.parameter.numel() for slot in slots), dtype=slots[0].parameter.dtype)
+        first = slots[0].parameter  # all have its dtype, and are on its device
+        self.values = torch.zeros(sum(slot.parameter.numel() for slot in slots), dtype=first.dtype, device=first.device)
         begin = 0
         for slot in slots:
             shape, strides = slot.parameter.shape, dense_strides(slot.parameter)

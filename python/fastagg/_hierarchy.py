@@ -1,16 +1,20 @@
 """The transport of several hosts with several ranks each: shared memory inside a host, one exchange between hosts.
 
 The ranks of a host add up their values, a slice each; the owners of a slice on all hosts exchange it over the backend;
-the ranks of a host share what came back.
+the ranks of a host share what came back. What is encoded between hosts is a host's mean: error feedback keeps what that
+takes with the owner of the slice, as the host's share. It is fed back into the rank's own values, whatever slice they
+are of, for slices have other owners when buckets or hosts have changed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 
 from fastagg import _core
+from fastagg._arithmetic import HostArithmetic
 from fastagg._backend_transport import BackendTransport
 from fastagg._codes import Code
 from fastagg._errors import PeerError
@@ -19,6 +23,8 @@ from fastagg._meeting import Meeting
 from fastagg._private_group import PrivateGroup
 from fastagg._shared_memory import SharedMemoryTransport, meet
 
+Result = TypeVar("Result")
+
 _LOSSLESS = Encoding(Code.FLOAT32, 8, False, NO_KEY)
 
 
@@ -26,11 +32,14 @@ class HierarchicalTransport:
     """Shared memory inside each host, the backend between hosts: a link carries each value once, encoded."""
 
     name = f"shared memory, and the {BackendTransport.name} between hosts"
+    sees_signals = BackendTransport.sees_signals
 
-    def __init__(self, inner: SharedMemoryTransport, inside: Meeting, outside: Meeting) -> None:
-        self._inner, self._inside = inner, inside
+    def __init__(
+        self, inner: SharedMemoryTransport, inside: Meeting, outside: Meeting, by_host: list[list[int]]
+    ) -> None:
+        self._inner, self._inside, self._by_host = inner, inside, by_host
         self._outer = BackendTransport(PrivateGroup(outside), "one rank of each host")
-        self.reason = f"{outside.world} hosts have {inside.world} ranks each"
+        self.reason, self.shares = f"{outside.world} hosts have {inside.world} ranks each", outside.world
 
     @classmethod
     def meet(cls, meeting: Meeting, hosts: Sequence[str]) -> HierarchicalTransport | str:
@@ -46,13 +55,37 @@ class HierarchicalTransport:
         problems = [one.decode() for one in meeting.gather(inner.encode() if isinstance(inner, str) else b"") if one]
         if problems or isinstance(inner, str):
             return problems[0]
-        return cls(inner, inside, outside)
+        return cls(inner, inside, outside, by_host)
 
     def all_reduce(self, exchange: Exchange) -> Outcome:
         """See `Transport`."""
+        return self._telling_who_is_lost(exchange.description, lambda: self._reduce(exchange))
+
+    def agree(self, description: str) -> None:
+        """See `HostTransport`."""
+        self._telling_who_is_lost(description, lambda: None)
+
+    def broadcast(self, data: torch.Tensor, root: int, description: str) -> None:
+        """See `HostTransport`."""
+        host, place = next((host, members.index(root)) for host, members in enumerate(self._by_host) if root in members)
+
+        def carry() -> None:
+            if self._inside.rank == place:
+                self._outer.broadcast(data, host, description, agreed=True)
+            self._inner.broadcast(data, place, description)
+
+        self._telling_who_is_lost(description, carry)
+
+    def interrupt(self) -> None:
+        """See `HostTransport`."""
+        self._inner.interrupt()
+        self._outer.interrupt()
+
+    def _telling_who_is_lost(self, description: str, exchange: Callable[[], Result]) -> Result:
+        """Makes an exchange once all ranks have agreed on it."""
         try:
-            self._agree(exchange)
-            return self._reduce(exchange)
+            self._agree(description)
+            return exchange()
         except PeerError as error:
             first = self._tell_lost(error.rank)  # later ones are those who gave up because of it
             if first != error.rank:
@@ -62,28 +95,45 @@ class HierarchicalTransport:
             self._tell_lost(self._inside.names[self._inside.rank])
             raise
 
-    def _agree(self, exchange: Exchange) -> None:
+    def _agree(self, description: str) -> None:
         """Raises ValueError on every rank of every host if one was called with something else."""
-        nothing = Exchange(torch.empty(0), Code.FLOAT32, _LOSSLESS, mean=True, description=exchange.description)
         try:
-            self._inner.all_gather(nothing)
+            self._inner.agree(description)
         except ValueError:
             self._outer.refuse()  # the other hosts' ranks must not go on either
             raise
-        self._outer.agree(exchange.description)
+        self._outer.agree(description)
 
     def _reduce(self, exchange: Exchange) -> Outcome:
         whole, lossless = _widened(exchange)
         inside = Exchange(whole, lossless.wire, lossless, exchange.mean, description=exchange.description)
-        added_up = self._inner.reduce_scatter(inside)
+        added_up = self._inner.reduce_scatter(inside._replace(feedback=self._fed_back(exchange)))
         between = self._outer.all_reduce(self._slice_of(exchange, whole, lossless.wire), agreed=True)
         shared = self._inner.all_gather(inside._replace(factor=exchange.factor, norm=exchange.norm))
-        finite = shared.finite
-        if whole is not exchange.tensor:
-            source, out = (whole.data_ptr(), 0, lossless.wire, 0), exchange.tensor.data_ptr()
-            finite &= _core.cast((source, exchange.code, 0, out, 0, whole.numel(), False, NO_KEY, 1.0))
+        finite = shared.finite and (whole is exchange.tensor or self._narrow(whole, exchange))
         sent = added_up.wire_bytes + between.wire_bytes + shared.wire_bytes
         return Outcome(finite, sent, shared.squares)
+
+    def _fed_back(self, exchange: Exchange) -> Feedback | None:
+        """What the host's mean shall have of this rank's residual, which is a host's share; the errors become zero."""
+        if exchange.feedback is None:
+            return None
+        shares = self._inside.world if exchange.mean else 1
+        return exchange.feedback._replace(factor=exchange.feedback.factor * shares)
+
+    def _narrow(self, whole: torch.Tensor, exchange: Exchange) -> bool:
+        """Writes a float32 result in the tensor's dtype; whether it is finite. Owners feed back what that takes."""
+        begin, end = _core.slice_of(whole.numel(), self._inside.rank, self._inside.world)
+        arithmetic = HostArithmetic()
+        for first, last in ((0, begin), (begin, end), (end, whole.numel())):
+            source, out = (whole[first:].data_ptr(), 0, Code.FLOAT32, 0), exchange.tensor[first:].data_ptr()
+            result = (source, exchange.code, 0, out, 0, last - first, False, NO_KEY, 1.0)
+            if exchange.feedback is None or (first, last) != (begin, end):
+                arithmetic.cast(result)
+                continue
+            error = (0, 0.0, exchange.feedback.error[first:].data_ptr(), 1 / exchange.factor, True)
+            arithmetic.reduce(([source], 1.0, *error, result, first, ()), norm=False, check=True)
+        return arithmetic.finite
 
     def _tell_lost(self, name: int) -> int:
         """Lets all ranks raise PeerError for a rank, or for the returned one, which was told before."""
@@ -94,10 +144,9 @@ class HierarchicalTransport:
     def _slice_of(self, exchange: Exchange, whole: torch.Tensor, code: Code) -> Exchange:
         """The exchange of this rank's slice with the other hosts' ranks."""
         begin, end = _core.slice_of(whole.numel(), self._inside.rank, self._inside.world)
-        feedback = exchange.feedback
-        if feedback is not None:
-            feedback.error.zero_()  # the other slices' errors are others'
-            feedback = Feedback(feedback.residual[begin:end], feedback.factor, feedback.error[begin:end])
+        feedback = None
+        if exchange.feedback is not None:
+            feedback = Feedback(None, 0.0, exchange.feedback.error[begin:end])
         own = Exchange(whole[begin:end], code, exchange.encoding, exchange.mean, feedback=feedback)
         return own._replace(first=begin, stretches=exchange.stretches, ceiling=exchange.code)
 

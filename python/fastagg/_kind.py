@@ -30,10 +30,37 @@ class View(NamedTuple):
         return self.address, self.address + self.elements * ELEMENT_BYTES[self.code]
 
 
+class Kept(Protocol):
+    """An array that is kept: an object of our own over the memory of another, whose shape and dtype nobody changes."""
+
+    @property
+    def array(self) -> Any: ...
+
+    def address(self) -> int:
+        """Where the array begins now.
+
+        Raises:
+            ValueError: its memory has been taken away.
+        """
+        ...
+
+
+class FixedMemory(NamedTuple):
+    """An array whose memory stays where it is as long as the array does."""
+
+    array: Any
+    begin: int
+
+    def address(self) -> int:
+        """See `Kept`."""
+        return self.begin
+
+
 class Kind(Protocol):
     """One array library."""
 
     name: str
+    memory_moves: bool  # whether the memory of an array can be changed for other memory while the array is kept
 
     def view(self, array: Any) -> View:
         """The array as an address; a contiguous copy of it where its own memory is not."""
@@ -45,6 +72,14 @@ class Kind(Protocol):
         Raises:
             ValueError: it cannot be written in one piece.
         """
+        ...
+
+    def keep(self, array: Any) -> Kept:
+        """A contiguous array, to be kept."""
+        ...
+
+    def alias(self, array: Any) -> Any:
+        """Another array over the same memory, with a shape and a dtype of its own."""
         ...
 
     def address(self, array: Any) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 from fastagg._codes import FLOATS, Code, code_of_dtype, name_of
 from fastagg._tensor import Kind, adopt
 from fastagg._updates import Structure
-from fastagg.quantization import Quantized, dequantize
+from fastagg.quantization import Quantized, dequantize, device_of
 
 BLOCK = 1 << 16  # elements
 
@@ -42,7 +42,10 @@ def open_leaf(array: Any, who: str) -> Leaf | None:
         TypeError: it is no array, or of a dtype that fastagg does not know; the message begins with `who`.
     """
     try:
-        kind, array = adopt(dequantize(array) if isinstance(array, Quantized) else array)
+        if isinstance(array, Quantized):  # whose values are those of float32, whatever its dtype
+            kind = array._kind
+            array = dequantize(array, out=kind.empty(array.shape, kind.dtype_for(Code.FLOAT32), device_of(array)))
+        kind, array = adopt(array)
         code = code_of_dtype(kind.dtype_of(array))
         if code is None:
             raise TypeError(f"dtype {name_of(kind.dtype_of(array))} is not supported")

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from fastagg._arguments import as_integer
 from fastagg._codes import FLOATS
 from fastagg._sums import LeafSums
-from fastagg._updates import Structure
+from fastagg._updates import Structure, as_weights
 from fastagg.averaging import measured_names
 from fastagg.statistics import MOMENTS, Statistics, by_client
 
@@ -70,16 +71,22 @@ def table_of(measured: Sequence[Measured], structure: Structure, leaves: Sequenc
     )
 
 
-def measured_of(saved: Any, leaves: Sequence[LeafSums], count: int) -> list[Measured] | None:
+def measured_of(saved: Any, leaves: Sequence[LeafSums], count: int, added: int) -> list[Measured] | None:
     """Saved statistics; None for none.
 
     Raises:
-        ValueError: they are not those of as many updates with these leaves.
+        TypeError, ValueError: they are not those of as many updates with these leaves.
     """
     if saved is None:
         return None
-    measured = [Measured(client, weight, np.array(moments, np.float64)) for client, weight, moments in saved]
+    measured = [_restored(*one) for one in saved]
+    if any(not 0 <= one.client < added for one in measured):
+        raise ValueError(f"expected statistics of clients 0 to {added - 1}")
     shape = (len(floating(leaves)), MOMENTS)
     if len(measured) != count or any(one.moments.shape != shape for one in measured):
         raise ValueError(f"expected statistics of {count} updates, each of shape {shape}")
     return measured
+
+
+def _restored(client: Any, weight: Any, moments: Any) -> Measured:
+    return Measured(as_integer(client, "client"), as_weights([weight, 1.0], 2)[0], np.array(moments, np.float64))

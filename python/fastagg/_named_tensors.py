@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from fastagg._messages import gather
+from fastagg._plain_tensors import check_plain, check_writable
 
 FUSION_BYTES = 25 * 2**20
 
@@ -18,9 +22,11 @@ def named_tensors(
     """The pairs of name and tensor of a state_dict or an iterable; a tensor without a name is named by its place.
 
     Raises:
-        TypeError, ValueError: something else; a name that occurs twice; no dense CPU tensor.
+        TypeError, ValueError: something else; a name that occurs twice; no plain CPU tensor.
     """
     items = given.items() if isinstance(given, Mapping) else given
+    if not isinstance(items, Iterable):
+        raise TypeError(f"{argument}: expected a state_dict or pairs of name and tensor, got {type(given).__name__}")
     named: dict[str, torch.Tensor] = {}
     for place, item in enumerate(items):
         pair = (str(place), item) if isinstance(item, torch.Tensor) else item
@@ -35,11 +41,16 @@ def named_tensors(
 
 
 def check_tensor(name: str, tensor: Any) -> None:
-    """Raises TypeError or ValueError for what is no dense CPU tensor."""
+    """Raises TypeError or ValueError for what is no plain CPU tensor that can be written."""
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
-    if tensor.layout is not torch.strided or tensor.device.type != "cpu":
-        raise ValueError(f"{name}: expected a dense CPU tensor, got {tensor.layout} on {tensor.device}")
+    try:
+        check_plain(tensor)
+        check_writable(tensor)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from None
+    if not tensor.is_cpu:
+        raise ValueError(f"{name}: expected a CPU tensor, got one on {tensor.device}")
 
 
 def description(name: str, tensor: torch.Tensor) -> str:
@@ -47,10 +58,9 @@ def description(name: str, tensor: torch.Tensor) -> str:
     return f"{name!r}, {tensor.dtype} of shape {tuple(tensor.shape)}"
 
 
-def check_alike(own: Sequence[str], group: dist.ProcessGroup) -> None:
+def check_alike(own: Sequence[str], group: dist.ProcessGroup, title: str = "a comparison of parameters") -> None:
     """Raises ValueError on every rank if one has another list than the first, with the first line that differs."""
-    everyone: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, list(own), group=group)
+    everyone = [json.loads(lines) for lines in gather(json.dumps(list(own)).encode(), title, group)]
     for rank, lines in enumerate(everyone):
         for expected, line in zip_longest(everyone[0], lines, fillvalue="nothing more"):
             if line != expected:

@@ -8,13 +8,14 @@ import numpy as np
 
 from fastagg import _core
 from fastagg._codes import Code, code_of_dtype
-from fastagg._kind import View, unsupported
+from fastagg._kind import FixedMemory, View, unsupported
 
 
 class NumPy:
     """NumPy arrays; bf16 is ml_dtypes.bfloat16."""
 
     name = "numpy"
+    memory_moves = False
 
     def view(self, array: Any) -> View:
         """See `Kind`."""
@@ -39,6 +40,14 @@ class NumPy:
         """See `Kind`."""
         if not array.flags.writeable:
             raise ValueError("expected a writable, C-contiguous, aligned array")
+
+    def keep(self, array: Any) -> FixedMemory:
+        """See `Kind`."""
+        return FixedMemory(array.view(np.ndarray), _core.numpy_address(array))
+
+    def alias(self, array: Any) -> Any:
+        """See `Kind`."""
+        return array.view()
 
     def address(self, array: Any) -> int:
         """See `Kind`."""

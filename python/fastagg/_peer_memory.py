@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import weakref
@@ -29,7 +30,7 @@ class PeerMemoryTransport:
     reason = "all ranks are on one host, and their devices reach each other's memory"
 
     def __init__(self, meeting: Meeting, backend: Backend, memory: Any, addresses: list[int], blocks: int) -> None:
-        self._meeting, self._backend, self._memory = meeting, backend, memory
+        self._meeting, self._backend, self._memory, self.shares = meeting, backend, memory, meeting.world
         self._agreement = Agreement(meeting)
         self._peers = (meeting.rank, addresses, _SLOT_BYTES, blocks, meeting.timeout, memory.lost_address)
         self._watch()
@@ -67,7 +68,9 @@ class PeerMemoryTransport:
         except OSError:
             return  # no descriptors of processes here: there is the timeout
         memory = weakref.ref(self._memory)
-        threading.Thread(target=_look, args=(watched, memory), name="fastagg-peers", daemon=True).start()
+        watch = threading.Thread(target=_look, args=(watched, memory), name="fastagg-peers", daemon=True)
+        with contextlib.suppress(RuntimeError):  # no thread can be started: there is the timeout
+            watch.start()
 
 
 def _look(watched: _core.Peers, memory: weakref.ref[Any]) -> None:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore
 
 from fastagg._errors import PeerError
-from fastagg._meeting import Meeting
+from fastagg._meeting import Meeting, MeetingStore
 from fastagg._roll_call import peer_error
+
+_UNUSED_TAG = 2**31 - 1
 
 
 class PrivateGroup:
@@ -22,12 +24,18 @@ class PrivateGroup:
     def __init__(self, meeting: Meeting) -> None:
         self.meeting, self.rank, self.world = meeting, meeting.rank, meeting.world
         self._lost: Exception | None = None  # from then on nothing can be exchanged
-        timeout = datetime.timedelta(seconds=meeting.timeout)
-        store = PrefixStore("gloo", meeting.store)
+        self._probe, self._probes = torch.empty(1, device="cpu"), list[Any]()  # kept: they are never answered
+        self._timeout = datetime.timedelta(seconds=meeting.timeout)
+        self._store = MeetingStore(meeting, "gloo")  # torch does not keep what is Python's of it
+        self.begin()
         try:
-            self._gloo: Any = dist.ProcessGroupGloo(store, self.rank, self.world, timeout)
+            self._gloo: Any = dist.ProcessGroupGloo(self._store, self.rank, self.world, self._timeout)
         except RuntimeError as error:
-            raise peer_error(meeting, error) from error
+            raise self._store.error or peer_error(meeting, error, self._waited) from error
+
+    def begin(self) -> None:
+        """An exchange begins: who is found to have waited least for a broken one came last."""
+        self._begun = time.monotonic()
 
     # Gloo's all_to_all sends in one direction at a time; sends and receives by themselves fill a link in both.
 
@@ -50,9 +58,16 @@ class PrivateGroup:
 
     def gather(self, own: float) -> list[float]:
         """Every rank's number, on all ranks."""
-        everyone = torch.empty(self.world, dtype=torch.float64)
-        self.wait([self.all_gather(everyone, torch.tensor([own], dtype=torch.float64))])
+        everyone = torch.empty(self.world, dtype=torch.float64, device="cpu")
+        self.wait([self.all_gather(everyone, torch.tensor([own], dtype=torch.float64, device="cpu"))])
         return everyone.tolist()
+
+    def broadcast(self, data: torch.Tensor, root: int) -> None:
+        """Copies the root's bytes to all ranks."""
+        options = dist.BroadcastOptions()
+        options.rootRank, options.rootTensor, options.timeout = root, 0, self._timeout
+        with self._telling_who_is_lost():
+            self._gloo.broadcast([data], options).wait()
 
     def wait(self, works: Sequence[Any]) -> None:
         """Waits for what the others have started."""
@@ -65,7 +80,19 @@ class PrivateGroup:
         if self._lost is None:
             self._lost = PeerError(name, f"rank {name} was lost before")
             with contextlib.suppress(RuntimeError):  # the store may be gone as well
-                self.meeting.store.set("lost", str(name))
+                self.meeting.tell_lost(name)
+
+    def interrupt(self) -> None:
+        """Ends the waits of another thread of this process; this rank is lost to the others."""
+        self.tell_lost(self.meeting.name)
+        # A wait that runs out breaks all connections, and so ends every wait, here and there: Gloo has no other way.
+        with contextlib.suppress(RuntimeError):
+            other = (self.rank + 1) % self.world
+            self._gloo.recv([torch.empty(1, device="cpu")], other, _UNUSED_TAG).wait(datetime.timedelta(milliseconds=1))
+
+    @property
+    def _waited(self) -> float:
+        return time.monotonic() - self._begun
 
     @contextlib.contextmanager
     def _telling_who_is_lost(self) -> Iterator[None]:
@@ -74,5 +101,17 @@ class PrivateGroup:
         try:
             yield
         except RuntimeError as error:  # torch's for a broken connection and for its timeout
-            self._lost = peer_error(self.meeting, error)
+            if self._lost is None:
+                self._lost = peer_error(self.meeting, error, self._waited, self._unconnected())
             raise self._lost from error
+
+    def _unconnected(self) -> list[int]:
+        """The ranks to which the connection is broken, and not to all: one's end breaks its own."""
+        found = []
+        for peer in range(self.world):
+            try:
+                if peer != self.rank:
+                    self._probes.append(self._gloo.recv([self._probe], peer, _UNUSED_TAG - 1))
+            except RuntimeError:
+                found.append(peer)
+        return found

@@ -58,7 +58,7 @@ class Buffers:
 
     def rows(self, name: str, number: int, sizes: list[int]) -> list[torch.Tensor]:
         """Rows of these sizes, in memory that every `_BUFFERS`th round shares."""
-        whole = self._kept.setdefault((name, number % _BUFFERS), torch.empty(0, dtype=torch.uint8))
+        whole = self._kept.setdefault((name, number % _BUFFERS), torch.empty(0, dtype=torch.uint8, device="cpu"))
         if whole.numel() < sum(sizes):
             whole.resize_(sum(sizes))
         return list(whole[: sum(sizes)].split(sizes))  # type: ignore[no-untyped-call]

@@ -7,6 +7,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from fastagg import _core
 from fastagg._exchange import Exchange, Outcome
 from fastagg._meeting import Meeting
@@ -19,9 +21,10 @@ class SharedMemoryTransport:
 
     name = "shared memory"
     reason = "all ranks are processes of one user on one host"
+    sees_signals = True
 
     def __init__(self, memory: _core.SharedMemoryGroup, world: int, timeout: float) -> None:
-        self._memory, self._world, self._timeout = memory, world, timeout
+        self._memory, self._timeout, self.shares = memory, timeout, world
 
     def all_reduce(self, exchange: Exchange) -> Outcome:
         """See `Transport`."""
@@ -35,12 +38,24 @@ class SharedMemoryTransport:
         """Copies each rank's slice to all ranks."""
         return self._run(self._memory.all_gather, exchange)
 
+    def agree(self, description: str) -> None:
+        """See `HostTransport`."""
+        self._memory.broadcast(0, 0, 0, description, self._timeout)
+
+    def broadcast(self, data: torch.Tensor, root: int, description: str) -> None:
+        """See `HostTransport`."""
+        self._memory.broadcast(data.data_ptr(), data.nbytes, root, description, self._timeout)
+
+    def interrupt(self) -> None:
+        """See `HostTransport`."""
+        self._memory.interrupt()
+
     def tell_lost(self, name: int) -> int:
         """Lets all ranks of this host raise PeerError for a rank, or for the returned one, which was told before."""
         return self._memory.tell_lost(name)
 
     def _run(self, phase: Phase, exchange: Exchange) -> Outcome:
-        return Outcome(*phase(exchange.operands(self._world), self._timeout))
+        return Outcome(*phase(exchange.operands(self.shares), self._timeout))
 
 
 def host_of_this_process() -> str:

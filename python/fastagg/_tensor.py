@@ -8,11 +8,11 @@ from typing import Any, cast
 import numpy as np
 
 from fastagg._cupy_arrays import CuPy
-from fastagg._kind import Kind, View
+from fastagg._kind import Kept, Kind, View
 from fastagg._numpy_arrays import NumPy
 from fastagg._torch_arrays import HUGE, Torch
 
-__all__ = ["HUGE", "Kind", "View", "adopt", "kind_named", "kind_of"]
+__all__ = ["HUGE", "Kept", "Kind", "View", "adopt", "kind_named", "kind_of"]
 
 _kinds: dict[str, Kind] = {"numpy": NumPy()}
 _MAKERS: dict[str, type[Torch] | type[CuPy]] = {"cupy": CuPy, "torch": Torch}

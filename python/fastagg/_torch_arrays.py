@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -13,15 +14,41 @@ from fastagg._kind import View, unsupported
 HUGE = 4 << 20  # bytes from which a fresh block is worth huge pages
 
 
+class _KeptTensor:
+    """A tensor that is kept; torch can move or resize its storage, as share_memory_() and torch.multiprocessing do."""
+
+    __slots__ = ("_begin", "_data_ptr", "array")
+
+    def __init__(self, array: Any) -> None:
+        self.array, self._data_ptr = array, array.data_ptr
+        self._begin = self._data_ptr()
+
+    def address(self) -> int:
+        """See `Kept`."""
+        begin: int = self._data_ptr()
+        if begin != self._begin:
+            self._check_memory()
+            self._begin = begin
+        return begin
+
+    def _check_memory(self) -> None:
+        storage_end = self.array.untyped_storage().nbytes()
+        if (self.array.storage_offset() + self.array.numel()) * self.array.itemsize > storage_end:
+            raise ValueError("its tensors have lost their memory: their storage was freed or made smaller")
+
+
 class Torch:
     """PyTorch tensors on CPU and CUDA devices."""
 
     name = "torch"
+    memory_moves = True
 
     def __init__(self) -> None:
         import torch
 
-        self.torch = torch
+        from fastagg import _plain_tensors
+
+        self.torch, self.plain_tensors = torch, _plain_tensors
         self.plain = (torch.Tensor, torch.nn.Parameter)
         self.exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)  # from torch 2.10 on
         self.cpu = torch.device("cpu")
@@ -40,24 +67,22 @@ class Torch:
 
     def view(self, array: Any) -> View:
         """See `Kind`."""
+        addresses = self.addresses([array])  # of almost all tensors: what it takes needs no further look
+        if not addresses:
+            self.plain_tensors.check_plain(array)
         code = code_of_dtype(array.dtype)
         if code is None:
             raise unsupported(array.dtype)
-        if array.layout is not self.torch.strided:
-            raise TypeError(f"expected a dense tensor, got layout {array.layout}")
-        if array.device.type not in ("cpu", "cuda"):
-            raise TypeError(f"expected a tensor on a CPU or CUDA device, got {array.device}")
-        if not array.is_contiguous() or array.is_neg():
-            array = array.detach().resolve_neg().contiguous()
-        if array.data_ptr() == 0 and array.numel():
-            raise TypeError("expected a tensor with memory, got one without: clone it first")
-        return View(array.data_ptr(), code, tuple(array.shape), self.device_of(array), array)
+        if not addresses:
+            array = self.plain_tensors.in_order(array)
+        address = addresses[0] if addresses else array.data_ptr()
+        return View(address, code, tuple(array.shape), self.device_of(array), array)
 
     def writable_view(self, array: Any) -> View:
         """See `Kind`."""
         view = self.view(array)
         if view.address != array.data_ptr():
-            raise ValueError("expected a contiguous tensor")
+            raise ValueError("expected a contiguous tensor, and no negative view (resolve_neg())")
         self.note_write(array)
         return view
 
@@ -65,6 +90,14 @@ class Torch:
         """See `Kind`. An autograd graph that has saved the tensor must notice."""
         if not array.is_inference():
             self.torch.autograd.graph.increment_version(array)
+
+    def keep(self, array: Any) -> _KeptTensor:
+        """See `Kind`."""
+        return _KeptTensor(array.detach())
+
+    def alias(self, array: Any) -> Any:
+        """See `Kind`."""
+        return array.detach()
 
     def address(self, array: Any) -> int:
         """See `Kind`."""
@@ -77,10 +110,15 @@ class Torch:
         return self._addresses_one_by_one(arrays)
 
     def _addresses_one_by_one(self, arrays: list[Any]) -> list[int]:
-        first, plain = arrays[0], self.plain
         addresses: list[int] = []
+        with suppress(RuntimeError):  # nested tensors have no shape, vmap's no address
+            self._append_addresses(arrays, addresses)
+        return addresses
+
+    def _append_addresses(self, arrays: list[Any], addresses: list[int]) -> None:
+        first, plain = arrays[0], self.plain
         if first.layout is not self.torch.strided or first.device.type not in ("cpu", "cuda"):
-            return addresses
+            return
         dtype, shape, device, on_cpu = first.dtype, first.shape, first.get_device(), first.is_cpu
         for array in arrays:
             fits = (
@@ -95,7 +133,6 @@ class Torch:
             if not fits:
                 break
             addresses.append(array.data_ptr())
-        return addresses
 
     def dtype_of(self, array: Any) -> Any:
         """See `Kind`."""

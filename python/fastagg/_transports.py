@@ -2,46 +2,145 @@
 
 from __future__ import annotations
 
-import itertools
+import contextlib
+import errno
 import json
 import logging
 import os
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
-from fastagg import _peer_memory
+from fastagg import _core, _peer_memory
 from fastagg._backend import Backend, backend_for
 from fastagg._backend_transport import BackendTransport
 from fastagg._build import TRANSPORT_VARIABLE
 from fastagg._collectives import CollectiveTransport
-from fastagg._exchange import Transport
+from fastagg._errors import PeerError
+from fastagg._exchange import HostTransport, Transport
 from fastagg._hierarchy import HierarchicalTransport
 from fastagg._meeting import Meeting
 from fastagg._private_group import PrivateGroup
 from fastagg._shared_memory import host_of_this_process, meet
 from fastagg._streams import DeviceLine
 from fastagg._threads import Line
+from fastagg._watch import Process, process_of
 from fastagg.quantization import draw_seed
 
+Result = TypeVar("Result")
+
 _log = logging.getLogger("fastagg")
-_CPU = torch.device("cpu")
+_CPU, _HOST = torch.device("cpu"), torch.device("meta")
+_FILES = 8  # that a group needs, beside some for each of its ranks
 _ASKED = f"{TRANSPORT_VARIABLE}=backend asks for it"
 
 
 class Channel:
-    """How a group's ranks exchange, in which order, and the seeds that they share."""
+    """How a group's ranks exchange, in which order, and the seeds that they share.
 
-    def __init__(self, transport: Transport, line: Line | DeviceLine, seed: int) -> None:
-        self.transport, self.line, self._seed = transport, line, seed
-        self._calls = itertools.count()
+    It is opened by the first exchange, in the line's order: a rank need not wait for the others to make it.
+    """
 
-    def next_seed(self) -> tuple[int, int, int]:
-        """A seed that all ranks draw alike."""
-        return self._seed, next(self._calls) % 2**32, 0
+    def __init__(self, meet: Callable[[], Meeting], open_: Opening, line: Line | DeviceLine) -> None:
+        self.line = line
+        self._meet, self._open = meet, open_
+        self._opening = threading.RLock()
+        self._meeting: Meeting | None = None  # while they meet
+        self._transport: Transport | None = None
+        self._seed = self._calls = 0
+        if isinstance(line, Line):
+            line.interrupt = _Weakly(self).interrupt
+
+    @property
+    def transport(self) -> Transport:
+        """The way, on which all ranks agree here, at first use.
+
+        Raises:
+            PeerError: a rank did not come.
+            OSError: a rank cannot open as many files as it needs, on all ranks.
+            ValueError: FASTAGG_TRANSPORT names no transport, on any rank; or the group has no backend for the device.
+        """
+        if self._transport is not None:
+            return self._transport
+        with self._opening:
+            if self._transport is None:
+                self._open_together()
+            assert self._transport is not None
+            return self._transport
+
+    @property
+    def host_transport(self) -> HostTransport:
+        """The same for a channel of CPU tensors."""
+        return cast(HostTransport, self.transport)
+
+    def run(self, work: Callable[[HostTransport], Result]) -> Result:
+        """Makes exchanges on the CPU in the line's order, and waits for them."""
+        return cast(Line, self.line).run(lambda: work(self.host_transport))
+
+    @property
+    def name(self) -> str | None:
+        """The transport's name, once there is one."""
+        return None if self._transport is None else self._transport.name
+
+    def seed(self) -> tuple[int, int, int]:
+        """A seed that all ranks draw alike, for an exchange of which they have not agreed yet."""
+        return self._seed, self._calls % 2**32, 0
+
+    def has_used_seed(self) -> None:
+        """All ranks have made the exchange: the next one has another seed."""
+        self._calls += 1
+
+    def refuse(self, error: Exception) -> None:
+        """Tells the others, without waiting for them, that this rank's call was wrong."""
+        if not isinstance(self.line, Line):
+            return  # a device's exchanges meet at its pace: there the others find out by the timeout
+        text = f"refused it: {type(error).__name__}: {error}".encode()[: _core.DESCRIPTION_BYTES - 1]
+        self.line.submit(lambda: self.host_transport.agree(text.decode(errors="ignore")))
+
+    def interrupt(self) -> None:
+        """Ends what is under way in another thread: the others will know that this rank has left."""
+        if self._meeting is not None:
+            self._meeting.interrupt()
+        if self._transport is not None and isinstance(self.line, Line):
+            self.host_transport.interrupt()
+
+    def _open_together(self) -> None:
+        meeting = self._meeting = self._meet()
+        try:
+            transport, self._seed = self._open(meeting)
+        except BaseException as error:
+            with contextlib.suppress(RuntimeError):  # the store may be gone
+                if isinstance(error, PeerError):
+                    meeting.tell_lost(error.rank)
+                elif not isinstance(error, Exception):
+                    meeting.tell_lost(meeting.name)
+            raise
+        finally:
+            self._meeting = None
+            meeting.close()
+        if isinstance(self.line, Line):
+            self.line.sees_signals = cast(HostTransport, transport).sees_signals
+        self._transport = transport
+        _log.debug("group of %d ranks: %s, because %s", meeting.world, transport.name, transport.reason)
+
+
+Opening = Callable[[Meeting], tuple[Transport, int]]
+
+
+class _Weakly:
+    """A channel's interruption for its line, which the channel keeps."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = weakref.ref(channel)
+
+    def interrupt(self) -> None:
+        channel = self._channel()
+        if channel is not None:
+            channel.interrupt()
 
 
 class _Door:
@@ -68,46 +167,72 @@ def _forget_the_parents_channels() -> None:
 os.register_at_fork(after_in_child=_forget_the_parents_channels)
 
 
-def group_of(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+def group_of(group: Any) -> dist.ProcessGroup:
     """The group that was given, or the default one.
 
     Raises:
-        ValueError: there is none yet.
+        TypeError: something else.
+        ValueError: there is none yet; or this rank is no member of it, or torch.distributed does not know it.
     """
     group = group if group is not None else dist.group.WORLD
     if group is None:
         raise ValueError("group: torch.distributed is not initialised; call torch.distributed.init_process_group first")
+    if not isinstance(group, dist.ProcessGroup):
+        if group == dist.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError("group: this rank is not a member of it; make the call on the group's members only")
+        raise TypeError(f"group: expected a process group of torch.distributed, got {type(group).__name__}")
+    if group not in dist.distributed_c10d._world.pg_map:
+        raise ValueError(
+            f"group: torch.distributed does not know this {type(group).__name__}: it was destroyed, or is none that "
+            "init_process_group or new_group has made, as torchft's are; give one of those"
+        )
     return group
 
 
 def channel_of(group: dist.ProcessGroup, device: torch.device = _CPU) -> Channel:
-    """The group's channel for tensors on a device, opened at first use by all its ranks together.
-
-    Raises:
-        PeerError: a rank did not come.
-        ValueError: FASTAGG_TRANSPORT names no transport, on any rank; or the group has no backend for the device.
-    """
+    """The group's channel for tensors on a device; see `Channel.transport` for what its opening raises."""
     with _lock:
         door = _doors.setdefault(group, _Door())
     with door.lock:
-        if device not in door.channels:
-            backend = backend_for(str(device))
-            meeting = Meeting.of(group)
-            channel = _open(meeting) if backend is None else _open_on(device, backend, group, meeting)
-            name, reason = channel.transport.name, channel.transport.reason
-            _log.debug("group of %d ranks: %s, because %s", dist.get_world_size(group), name, reason)
-            door.channels[device] = channel
-        return door.channels[device]
+        channel = door.channels.get(device)
+        if channel is None:
+            door.channels[device] = channel = _channel_of(weakref.ref(group), device)
+    if isinstance(channel.line, DeviceLine):
+        channel.transport  # noqa: B018 - not on the device's stream, nor in a captured graph
+    return channel
 
 
-def _open(meeting: Meeting) -> Channel:
+def host_channel_of(group: dist.ProcessGroup) -> Channel:
+    """The group's channel for bytes on the host, whatever serves CPU tensors (in tests, kernels of a device)."""
+    return channel_of(group, _CPU if backend_for("cpu") is None else _HOST)
+
+
+def _channel_of(group: weakref.ref[dist.ProcessGroup], device: torch.device) -> Channel:
+    """A channel that does not keep its group."""
+
+    def alive() -> dist.ProcessGroup:
+        found = group()
+        if found is None:
+            raise RuntimeError("the process group is gone")
+        return found
+
+    backend = None if device == _HOST else backend_for(str(device))
+    if backend is None:
+        return Channel(lambda: Meeting.of(alive()), _open, Line())
+    return Channel(
+        lambda: Meeting.of(alive()), lambda meeting: _open_on(device, backend, alive(), meeting), DeviceLine(device)
+    )
+
+
+def _open(meeting: Meeting) -> tuple[Transport, int]:
     hosts, asked, seed = _gather_facts(meeting, _CPU)
     met = _meet_over_memory(meeting, hosts) if not any(asked) else _ASKED
-    transport = BackendTransport(PrivateGroup(meeting), met) if isinstance(met, str) else met
-    return Channel(transport, Line(), seed)
+    return BackendTransport(PrivateGroup(meeting), met) if isinstance(met, str) else met, seed
 
 
-def _open_on(device: torch.device, backend: Backend, group: dist.ProcessGroup, meeting: Meeting) -> Channel:
+def _open_on(
+    device: torch.device, backend: Backend, group: dist.ProcessGroup, meeting: Meeting
+) -> tuple[Transport, int]:
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("the group's first all_reduce of CUDA tensors cannot be captured: make the call once before")
     hosts, asked, seed = _gather_facts(meeting, device)
@@ -117,8 +242,7 @@ def _open_on(device: torch.device, backend: Backend, group: dist.ProcessGroup, m
         met = "not all ranks are on one host"
     else:
         met = _peer_memory.meet(meeting, backend, device)
-    transport = _over_collectives(group, meeting, backend, device, met) if isinstance(met, str) else met
-    return Channel(transport, DeviceLine(device), seed)
+    return _over_collectives(group, meeting, backend, device, met) if isinstance(met, str) else met, seed
 
 
 def _over_collectives(
@@ -134,19 +258,50 @@ def _over_collectives(
     return CollectiveTransport(group, name, meeting, backend, reason)
 
 
-def _gather_facts(meeting: Meeting, device: torch.device) -> tuple[Sequence[str], Sequence[str], int]:
+class _Facts(NamedTuple):
+    """What a rank tells the others first."""
+
+    host: str
+    asked: str
+    """The transport that it asks for."""
+    seed: int
+    device: str
+    process: Process
+    problem: str
+    """Why it cannot open the files that it needs."""
+
+
+def _gather_facts(meeting: Meeting, device: torch.device) -> tuple[list[str], list[str], int]:
     """Every rank's host and the transport that it asks for, and a seed for all."""
-    own = [host_of_this_process(), os.environ.get(TRANSPORT_VARIABLE, ""), draw_seed(), device.type]
-    found = [json.loads(one) for one in meeting.gather(json.dumps(own).encode())]
-    hosts, asked, seeds, types = zip(*found, strict=True)
-    for name, theirs in zip(meeting.names, types, strict=True):
-        if theirs != device.type:
-            rank = meeting.names[meeting.rank]
-            raise ValueError(f"rank {name} has {theirs} tensors; rank {rank} has {device.type} tensors")
-    for name, one in zip(meeting.names, asked, strict=True):
-        if one not in ("", "backend"):
-            raise ValueError(f"{TRANSPORT_VARIABLE} on rank {name}: expected backend, or nothing, got {one!r}")
-    return hosts, asked, seeds[0]
+    asked = os.environ.get(TRANSPORT_VARIABLE, "")
+    problem = _room_for_files(2 * meeting.world + _FILES)
+    own = _Facts(host_of_this_process(), asked, draw_seed(), device.type, process_of(os.getpid()), problem)
+    found = [_Facts(*json.loads(one)) for one in meeting.gather(json.dumps(own).encode())]
+    for name, facts in zip(meeting.names, found, strict=True):
+        if facts.problem:
+            raise OSError(errno.EMFILE, f"rank {name} cannot open the files that a group needs: {facts.problem}")
+        if facts.device != device.type:
+            raise ValueError(f"rank {name} has {facts.device} tensors; rank {meeting.name} has {device.type} tensors")
+        if facts.asked not in ("", "backend"):
+            raise ValueError(f"{TRANSPORT_VARIABLE} on rank {name}: expected backend, or nothing, got {facts.asked!r}")
+    meeting.watch.add_processes(
+        [cast(Process, tuple(one.process)) if one.host == own.host else (0, 0) for one in found]
+    )
+    return [one.host for one in found], [one.asked for one in found], found[0].seed
+
+
+def _room_for_files(count: int) -> str:
+    """Why so many more files cannot be opened; empty if they can."""
+    opened = []
+    try:
+        for _ in range(count):
+            opened.append(os.open(os.devnull, os.O_RDONLY))
+    except OSError as error:
+        return f"{error.strerror}, {len(opened)} of {count}; raise its limit (ulimit -n)"
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
+    return ""
 
 
 def _meet_over_memory(meeting: Meeting, hosts: Sequence[str]) -> Transport | str:

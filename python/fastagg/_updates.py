@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+from fastagg._quoting import quoted, quoted_list
 from fastagg._tensor import kind_of
 from fastagg.quantization import Quantized
 
@@ -77,16 +78,28 @@ class Structure:
 
     @classmethod
     def described(cls, plain: dict[str, Any]) -> Structure:
-        """The structure that `describe` described."""
+        """The structure that `describe` described.
+
+        Raises:
+            KeyError, TypeError, ValueError: no structure is described so.
+        """
         structure = cls.__new__(cls)
-        structure.names, structure.is_mapping = tuple(plain["names"]), plain["mapping"]
+        names, is_mapping, container = tuple(plain["names"]), plain["mapping"], plain["container"]
+        if not isinstance(is_mapping, bool) or not isinstance(container, (str, type(None))):
+            raise TypeError(f"a container is described by its name and a bool, got {container!r} and {is_mapping!r}")
+        fitting = not names and not is_mapping if container is None else bool(names)
+        if not fitting or len(set(names)) < len(names) or not (is_mapping or names == tuple(range(len(names)))):
+            raise ValueError(f"leaves of a {container} cannot have these {len(names)} names")
         known = {None: None, "dict": dict, "OrderedDict": OrderedDict, "list": list, "tuple": tuple}
-        structure.container = known.get(plain["container"], dict if structure.is_mapping else list)
+        structure.names, structure.is_mapping = names, is_mapping
+        structure.container = known.get(container, dict if is_mapping else list)
+        if container is not None and is_mapping != issubclass(structure.container or dict, Mapping):
+            raise ValueError(f"a {container} is {'no' if is_mapping else 'a'} mapping")
         return structure
 
     def leaf_name(self, index: int) -> str:
         """A leaf as error messages call it."""
-        return "the array" if self.container is None else f"leaf {self.names[index]!r}"
+        return "the array" if self.container is None else f"leaf {quoted(self.names[index])}"
 
     def columns(self, updates: list[Any]) -> list[list[Any]]:
         """For each leaf, what all clients sent. Updates of the first one's type are looked at without a call each."""
@@ -127,10 +140,11 @@ class Structure:
         return list(update)
 
     def _different_names(self, update: Mapping[Any, Any]) -> str:
+        own = set(self.names)
         missing = [name for name in self.names if name not in update]
-        unexpected = [name for name in update if name not in set(self.names)]
+        unexpected = [name for name in update if name not in own]
         parts = [
-            f"{what} {', '.join(repr(name) for name in names[:5])}{', …' if len(names) > 5 else ''}"
+            f"{what} {quoted_list(names[:5])}{', …' if len(names) > 5 else ''}"
             for what, names in (("missing leaves", missing), ("unexpected leaves", unexpected))
             if names
         ]

@@ -14,17 +14,20 @@ from fastagg._backend import MAXIMUM, MEAN, LeafOperands, LeafTuple, statistics,
 from fastagg._codes import FLOATS, Code, name_of
 from fastagg._errors import DroppedUpdateWarning, NonFiniteUpdateError
 from fastagg._measured import Measured, floating, found_of, measurements, renumbered, table_of
-from fastagg._sums import ALIGNMENT, LeafSums, lay_out
+from fastagg._sent import Correction, Sent, SentLeaves, loses, note_rounded
+from fastagg._sums import ALIGNMENT, PLANES, LeafSums, Total, lay_out
 from fastagg._tensor import Kind, kind_named
 from fastagg._updates import Structure, as_weights
 from fastagg.averaging import (
     LeafInputs,
     check_devices,
+    check_integers,
     check_measurable,
     check_out,
     check_policies,
     gather,
     is_finite,
+    located,
     nonfinite_leaves,
     scale_weights,
 )
@@ -51,9 +54,10 @@ class Accumulator:
 
     The sums are kept as the upper 48 bits of float64 (csrc/core/state48.h), twice: the sums as they are, and the sums
     with the update at hand, which become valid only when all of the update has proved good. That is 12 bytes an fp32,
-    fp16 or bf16 element and 16 an fp64 one (plain float64 sums), whatever the number of clients. At most 1.2e-7 of the
-    weighted mean of |x| off for ten thousand fp32 clients in any order and any tree of merges. Methods may be called
-    from several threads.
+    fp16 or bf16 element, whatever the number of clients, and 32 an fp64 one, whose sums are pairs of float64. At most
+    1.2e-7 of the weighted mean of |x| off for ten thousand fp32 clients in any order and any tree of merges; fp64 means
+    are as exact as `fedavg`'s where sums of weights times values stay between 1e-290 and 1.8e308. Methods may be
+    called from several threads.
 
     Attributes:
         count: updates that contributed.
@@ -66,23 +70,26 @@ class Accumulator:
         self,
         *,
         nan_policy: str = "raise",
-        integer_policy: str = "max",
+        integer_policy: str | None = None,
         batch: int = 1,
         low_memory: bool = False,
         stats: bool = False,
+        sent: Any = None,
     ) -> None:
         """An empty accumulator.
 
         Args:
             nan_policy: "raise", "drop" or "propagate", as in `fedavg`.
-            integer_policy: "max", "first" or "round", as in `fedavg`.
+            integer_policy: "max", "first", "round" or None, as in `fedavg`.
             batch: updates to hold by reference and fold in one pass. 1 keeps nothing of an update once `add` has
                 returned; more is faster, for callers who leave their arrays alone until they are folded.
             low_memory: keep the sums once, and look updates through before they are added to any: 6 bytes an element in
                 place of 12, for a little more time. Updates with fp64 leaves keep them twice all the same: their sums
                 can overflow.
             stats: keep `statistics`, gathered as updates are folded: 72 bytes a client and floating leaf. For updates
-                on the CPU.
+                on the CPU, and without `sent`.
+            sent: the model that the clients started from, as in `fedavg`; only referred to, so it must not change while
+                updates are added. It is in no checkpoint.
 
         Raises:
             TypeError, ValueError: an option is of another type, or none of its values.
@@ -97,21 +104,30 @@ class Accumulator:
         self._spare: Any = None
         self._device = "cpu"
         self._unused: list[tuple[str, Any]] = []
-        self.reset()
+        self.reset(sent=sent)
 
-    def reset(self) -> None:
-        """Forgets everything that was added; the memory of the sums stays for updates of the same size."""
+    def reset(self, *, sent: Any = None) -> None:
+        """Forgets everything that was added; the memory of the sums stays for updates of the same size.
+
+        Args:
+            sent: the model that the clients of the updates to come start from.
+        """
+        if self.stats and sent is not None:
+            raise ValueError("sent: an Accumulator(stats=True) cannot take it")
         with self._lock:
+            self._sent = sent if sent is None or isinstance(sent, Sent) else Sent(sent)
             blocks = [(self._device, block) for block in (self._sums, self._spare) if block is not None]
             self._unused = blocks or self._unused
             self._structure: Structure | None = None
             self._leaves: list[LeafSums] = []
+            self._sent_leaves: SentLeaves | None = None
+            self._rounded: set[int] = set()  # leaves that hold roundings nobody has taken out
             self._device = "cpu"
             self._sums = self._spare = None
             self._pending: list[tuple[int, list[LeafInputs], float]] = []
             self._added = 0
             self._count = 0
-            self._total = 0.0
+            self._total = Total(0.0, 0.0)
             self._folds = 0
             self.dropped: list[DroppedUpdate] = []
             self._measured: list[Measured] = []
@@ -128,7 +144,7 @@ class Accumulator:
         """The sum of their weights."""
         with self._lock:
             self._fold()
-            return self._total
+            return self._total.high
 
     @property
     def statistics(self) -> Statistics:
@@ -194,8 +210,9 @@ class Accumulator:
                     self._adopt(other)
                 blocks = [(self._leaves, self._sums)] if self._count else []
                 self._combine([*blocks, ([other._leaves[place] for place in places], other._sums)])
+                self._rounded |= {index for index, place in enumerate(places) if place in other._rounded}
                 self._count += other._count
-                self._total = math.fsum((self._total, other._total))
+                self._total = self._total.plus(other._total)
             self.dropped.extend(dropped._replace(client=self._added + dropped.client) for dropped in other.dropped)
             if self.stats:
                 floats = floating(other._leaves)
@@ -222,11 +239,15 @@ class Accumulator:
             else:
                 views = check_out(inputs, structure, out)
             addresses = [view.address for view in views]
+            self._locate_pending()
             if self._write_mean(addresses):
                 self._fold()  # drops or raises
                 self._check_not_empty()
                 self._write_mean(addresses)
-            return structure.build(arrays) if out is None else out
+            result = structure.build(arrays) if out is None else out
+            for index, array in enumerate(structure.leaves(result, "out")):
+                note_rounded(array, index in self._rounded)
+            return result
 
     def _check_not_empty(self) -> None:
         if not (self._count or self._pending):
@@ -236,19 +257,29 @@ class Accumulator:
         """Writes the mean of all that was added and of all that waits; returns the leaves that are not finite there."""
         weights = self._weights()
         scaled, _ = scale_weights(weights)
-        total = self._total_of_all() * (scaled[0] / weights[0])
+        total = self._total_of_all().times(scaled[0] / weights[0])  # a power of two
+        corrections = self._corrections()
         leaves: list[LeafOperands] = []
         for index, (leaf, address) in enumerate(zip(self._leaves, addresses, strict=True)):
             sources, fold = self._sources(index)
+            leaf_weights, divisor = scaled, total
+            if index in corrections:
+                sources = [*sources, *corrections[index].sources]
+                leaf_weights, _ = scale_weights([*weights, *corrections[index].weights])
+                divisor = self._total_of_all().times(leaf_weights[0] / weights[0])
             leaves.append(
-                LeafOperands(sources, None, scaled, total, leaf.elements, fold, address, result_code=leaf.code)
+                LeafOperands(
+                    *(sources, None, leaf_weights, divisor.high, leaf.elements, fold, address),
+                    result_code=leaf.code,
+                    rest=divisor.rest,
+                )
             )
         check = bool(self._pending) and self.nan_policy != "propagate"
         return weighted_sum(leaves, self._device, self._stream(), check)
 
-    def _total_of_all(self) -> float:
+    def _total_of_all(self) -> Total:
         """The weight of all that was added and of all that waits."""
-        return math.fsum((self._total, *(weight for _, _, weight in self._pending)))
+        return self._total.plus(weight for _, _, weight in self._pending)
 
     def _weights(self) -> list[float]:
         """Those of the sums, where there are any, and of the updates that wait."""
@@ -262,6 +293,15 @@ class Accumulator:
             given = inputs[index]
             sources.append(given.sources[0] if given.code is None else (given.sources[0], 0, given.code, 0))
         return self._folded(leaf, sources)
+
+    def _corrections(self) -> dict[int, Correction]:
+        """By leaf, what takes the roundings of the updates that wait out of their sum; to be kept until it is made."""
+        if self._sent_leaves is None or not self._sent_leaves.unrounds:
+            return {}
+        weights = [weight for _, _, weight in self._pending]
+        columns = [[inputs[index].owners[0] for _, inputs, _ in self._pending] for index in range(len(self._leaves))]
+        found = {index: self._sent_leaves.correction(index, column, weights) for index, column in enumerate(columns)}
+        return {index: correction for index, correction in found.items() if correction is not None}
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of everything held, as plain values and one NumPy array of bytes, for `load_state_dict`."""
@@ -288,15 +328,20 @@ class Accumulator:
         """Becomes what `state_dict` saved, policies included.
 
         Raises:
-            ValueError: the state is of another version of fastagg, or incomplete.
+            ValueError: the state is of another version of fastagg, incomplete or damaged. Nothing has changed then.
         """
         loaded = AccumulatorState.described(state)
+        kind, sums = _kind_of_sums(loaded.device, loaded.leaves), None
+        if loaded.sums is not None:
+            try:
+                sums = _new_block(kind, loaded.device, len(loaded.sums))
+                sums[:] = kind.from_numpy(loaded.sums, loaded.device)
+            except (AssertionError, RuntimeError) as error:  # torch's and CuPy's
+                raise ValueError(f"state: its sums cannot be put on {loaded.device}: {error}") from error
         with self._lock:
-            self.reset()
+            self.reset(sent=self._sent)
             self._structure, self._leaves, self._device = loaded.structure, loaded.leaves, loaded.device
-            if loaded.sums is not None:
-                self._sums = self._allocate(len(loaded.sums))
-                self._sums[:] = self._kind().from_numpy(loaded.sums, self._device)
+            self._sums = sums
             self._folds, self._added = loaded.folds, loaded.added
             self._count, self._total = loaded.count, loaded.total_weight
             self.dropped = [DroppedUpdate(*dropped) for dropped in loaded.dropped]
@@ -312,7 +357,7 @@ class Accumulator:
         self.load_state_dict(state)
 
     def __repr__(self) -> str:
-        return f"Accumulator(count={self._count}, total_weight={self._total}, pending={len(self._pending)})"
+        return f"Accumulator(count={self._count}, total_weight={self._total.high}, pending={len(self._pending)})"
 
     def _check(self, update: Any, client: int, contributes: bool) -> list[LeafInputs]:
         """The update's leaves, checked against the first update's; nothing has changed if this raises."""
@@ -322,24 +367,44 @@ class Accumulator:
         device = check_devices(inputs, structure)
         check_measurable(device, self.stats)
         if self._structure is None:
+            if self.integer_policy is None:
+                check_integers(structure, inputs, [index for index, leaf in enumerate(inputs) if not leaf.is_float])
+            leaves = lay_out(inputs, self.integer_policy)
+            model = self._model(structure, leaves, device)
             if contributes:
-                self._leaves, self._structure, self._device = lay_out(inputs, self.integer_policy), structure, device
+                self._leaves, self._structure, self._device, self._sent_leaves = leaves, structure, device, model
+                self._note_roundings(columns)
             return inputs
         for index, (leaf, known) in enumerate(zip(inputs, self._leaves, strict=True)):
-            who = f"client {client}, {structure.leaf_name(index)}"
             if leaf.shape != known.shape:
-                raise ValueError(f"{who}: expected shape {known.shape} like the first client's, got {leaf.shape}")
+                expected = f"expected shape {known.shape} like the first client's, got {leaf.shape}"
+                raise ValueError(f"client {client}, {structure.leaf_name(index)}: {expected}")
             as_codes = isinstance(columns[index], Quantized) and known.code in FLOATS
             if name_of(leaf.dtype) != name_of(known.dtype) and not as_codes:
-                raise TypeError(
-                    f"{who}: expected dtype {name_of(known.dtype)} like the first client's, got {name_of(leaf.dtype)}"
-                )
+                expected = f"expected dtype {name_of(known.dtype)} like the first client's, got {name_of(leaf.dtype)}"
+                raise TypeError(f"client {client}, {structure.leaf_name(index)}: {expected}")
         if device != self._device:
             raise ValueError(f"client {client}: expected device {self._device} like the first client's, got {device}")
+        if self._sent_leaves is None and self._sent is not None:  # the sums came from elsewhere
+            self._sent_leaves = self._model(structure, self._leaves, device)
+        if contributes:
+            self._note_roundings(columns)
         return inputs
+
+    def _model(self, structure: Structure, leaves: list[LeafSums], device: str) -> SentLeaves | None:
+        """The model that was sent, checked against the updates' leaves."""
+        if self._sent is None:
+            return None
+        return SentLeaves(self._sent, structure, [(kind_named(leaf.kind), leaf.shape, device) for leaf in leaves])
+
+    def _note_roundings(self, columns: list[Any]) -> None:
+        """Remembers the leaves of an update whose roundings nobody takes out of the sums."""
+        if Quantized in map(type, columns) and not (self._sent_leaves is not None and self._sent_leaves.unrounds):
+            self._rounded |= {index for index, leaf in enumerate(columns) if loses(leaf, self._leaves[index].code)}
 
     def _fold(self) -> None:
         """Adds the updates that wait. A non-finite one is dropped or raised; then the others still wait."""
+        self._locate_pending()
         while self._pending:
             offenders = self._nonfinite_pending() if self._spoils_sums else {}
             if not offenders:
@@ -355,8 +420,35 @@ class Accumulator:
             self._pending = [entry for entry in self._pending if entry[0] not in offenders]
             structure = self._structure
             if self._count == 0 and not self._pending:  # a refused first update says nothing of those to come
-                self._structure, self._spare = None, None
+                self._structure, self._leaves, self._spare, self._sent_leaves = None, [], None, None
             self._report(offenders, structure)
+
+    def _locate_pending(self) -> None:
+        """Looks where the updates lie that have waited.
+
+        Raises:
+            TypeError, ValueError: one is no longer what was added; it waits no longer.
+        """
+        if self.batch == 1 or not self._pending:
+            return
+        try:
+            columns = [located([inputs[index] for _, inputs, _ in self._pending]) for index in range(len(self._leaves))]
+        except (TypeError, ValueError):
+            self._refuse_changed()
+            raise
+        waiting = zip(self._pending, zip(*columns, strict=True), strict=True)
+        self._pending = [(client, list(inputs), weight) for (client, _, weight), inputs in waiting]
+
+    def _refuse_changed(self) -> None:
+        """Raises for the first update that is no longer what was added, and lets go of it."""
+        assert self._structure is not None
+        for place, (client, inputs, _) in enumerate(self._pending):
+            for index, leaf in enumerate(inputs):
+                try:
+                    located([leaf])
+                except (TypeError, ValueError) as error:
+                    del self._pending[place]
+                    raise type(error)(f"client {client}, {self._structure.leaf_name(index)}: {error}") from None
 
     @property
     def _in_place(self) -> bool:
@@ -372,8 +464,16 @@ class Accumulator:
         """The waiting clients with a non-finite value, and their first such leaf."""
         if self.nan_policy == "propagate":
             return {}
-        flagged = {client: nonfinite_leaves(inputs, 0, self._stream()) for client, inputs, _ in self._pending}
-        return {client: leaves[0] for client, leaves in flagged.items() if leaves}
+        found: dict[int, int] = {}
+        for client, inputs, _ in self._pending:
+            for index in nonfinite_leaves(inputs, 0, self._stream()):
+                if client not in found and not self._is_excused(index, inputs[index]):
+                    found[client] = index
+        return found
+
+    def _is_excused(self, index: int, leaf: LeafInputs) -> bool:
+        """Whether a leaf that is not finite is infinite only where the sent model is."""
+        return self._sent_leaves is not None and self._sent_leaves.excuses(index, leaf.owners[0])
 
     def _combine_pending(self) -> tuple[list[int], list[Measured]]:
         """Writes sums + pending updates to the next block of sums.
@@ -381,14 +481,18 @@ class Accumulator:
         Returns:
             The leaves that are not finite there, and what was found of the updates, if anybody asked for it.
         """
-        weights, base = self._weights(), self._next_address()
+        weights, base, corrections = self._weights(), self._next_address(), self._corrections()
         leaves = [
             self._leaf_operands(leaf, *self._sources(index), weights, base) for index, leaf in enumerate(self._leaves)
         ]
+        for index, correction in corrections.items():
+            sources, fold = self._sources(index)
+            sources, extended = [*sources, *correction.sources], [*weights, *correction.weights]
+            leaves[index] = self._leaf_operands(self._leaves[index], sources, fold, extended, base)
         check = self.nan_policy != "propagate" and not self._spoils_sums
         if not self.stats:
             return weighted_sum(leaves, self._device, self._stream(), check), []
-        measured = measurements(self._leaves, leaves, bool(self._count), self._total_of_all())
+        measured = measurements(self._leaves, leaves, bool(self._count), self._total_of_all().high)
         flagged, moments = statistics(leaves, measured)
         found = found_of([(client, weight) for client, _, weight in self._pending], moments, self._leaves)
         return flagged if check else [], found
@@ -412,7 +516,7 @@ class Accumulator:
 
     def _folded(self, leaf: LeafSums, sources: list[Any]) -> tuple[list[Any], int]:
         """The sources that count for a leaf, and how they are folded."""
-        if leaf.state in (Code.STATE48, Code.FLOAT64):
+        if leaf.state in PLANES or leaf.state == Code.FLOAT64:
             return sources, MEAN
         return sources[:1] if self.integer_policy == "first" else sources, MAXIMUM
 
@@ -420,17 +524,20 @@ class Accumulator:
         self, leaf: LeafSums, sources: list[Any], fold: int, weights: list[float], base: int
     ) -> LeafTuple:
         out, companion, dither = base + leaf.offset, leaf.companion(base), bit_reversed(self._folds)
-        return sources, None, weights, 1.0, leaf.elements, fold, out, companion, leaf.state, dither
+        return sources, None, weights, 1.0, leaf.elements, fold, out, companion, leaf.state, dither, 0.0
 
     def _offenders(self, flagged: list[int]) -> dict[int, int]:
         """The waiting clients with a non-finite value, and their first such leaf."""
         found: dict[int, int] = {}
         for index in flagged:
             for client, inputs, _ in self._pending:
-                if client not in found and not is_finite(inputs[index], 0, self._stream()):
+                in_order = client in found or is_finite(inputs[index], 0, self._stream())
+                if not in_order and not self._is_excused(index, inputs[index]):
                     found[client] = index
         # Finite values can leave the sums' range together: then all that were added are at fault.
-        return dict(sorted(found.items())) or {client: flagged[0] for client, _, _ in self._pending}
+        model = self._sent_leaves
+        beyond = [index for index in flagged if model is None or not model.is_infinite(index)]
+        return dict(sorted(found.items())) or {client: beyond[0] for client, _, _ in self._pending if beyond}
 
     def _report(self, offenders: dict[int, int], structure: Structure | None) -> None:
         """Raises for, or warns of, updates that were left out."""
@@ -451,7 +558,7 @@ class Accumulator:
         Raises:
             ValueError: it cannot be merged into this one.
         """
-        if other.integer_policy != self.integer_policy:
+        if (other.integer_policy or "max") != (self.integer_policy or "max"):
             raise ValueError(f"other: expected integer_policy {self.integer_policy!r}, got {other.integer_policy!r}")
         if self.stats and other._count and not other.stats:
             raise ValueError("other: expected an Accumulator(stats=True), as this one is")
@@ -493,17 +600,26 @@ class Accumulator:
             device, block = self._unused.pop()
             if device == self._device and len(block) == size:
                 return block
-        kind = self._kind()
-        block = kind.empty((size + ALIGNMENT,), kind.dtype_for(Code.UINT8), self._device)
-        unaligned = -self._kind().address(block) % ALIGNMENT
-        return block[unaligned : unaligned + size]
+        return _new_block(self._kind(), self._device, size)
 
     def _kind(self) -> Kind:
-        """The library that holds the sums: NumPy on the CPU."""
-        return kind_named("numpy" if self._device == "cpu" else self._leaves[0].kind)
+        """The library that holds the sums."""
+        return _kind_of_sums(self._device, self._leaves)
 
     def _stream(self) -> int:
         return kind_named(self._leaves[0].kind).stream(self._device)
+
+
+def _kind_of_sums(device: str, leaves: list[LeafSums]) -> Kind:
+    """The library that holds the sums of these leaves: NumPy on the CPU."""
+    return kind_named("numpy" if device == "cpu" or not leaves else leaves[0].kind)
+
+
+def _new_block(kind: Kind, device: str, size: int) -> Any:
+    """Bytes at a cache line."""
+    block = kind.empty((size + ALIGNMENT,), kind.dtype_for(Code.UINT8), device)
+    unaligned = -kind.address(block) % ALIGNMENT
+    return block[unaligned : unaligned + size]
 
 
 def _as_weight(weight: Any, client: int) -> float:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import importlib
+import json
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import torch
-import torch.distributed as dist
+from fastagg._extras import needing
 
+with needing("torch", __name__):
+    import torch
+    import torch.distributed as dist
+
+from fastagg._messages import broadcast, gather
 from fastagg._named_tensors import (
     FUSION_BYTES,
     batches,
@@ -17,7 +25,7 @@ from fastagg._named_tensors import (
     description,
     named_tensors,
 )
-from fastagg._transports import group_of
+from fastagg._transports import group_of, host_channel_of
 
 
 def broadcast_parameters(
@@ -37,8 +45,11 @@ def broadcast_parameters(
         TypeError: something else among them.
         ValueError: a name that occurs twice; or ranks that differ in names, shapes or dtypes, on every rank.
     """
-    named, group = named_tensors("parameters", parameters), _group_with(root_rank, group)
-    check_alike([description(name, tensor) for name, tensor in named], group)
+    with _refusing(group):
+        named = named_tensors("parameters", parameters)
+        group = _group_with(root_rank, group)
+    lines = [f"root_rank {root_rank}", *(description(name, tensor) for name, tensor in named)]
+    check_alike(lines, group, "broadcast_parameters")
     _broadcast([tensor.detach() for _, tensor in named], root_rank, group)
 
 
@@ -57,8 +68,9 @@ def broadcast_optimizer_state(
     Raises:
         ValueError: ranks that differ in the optimizer's class or parameters, on every rank.
     """
-    group = _group_with(root_rank, group)
-    check_alike(_outline(optimizer), group)
+    with _refusing(group):
+        group, outline = _group_with(root_rank, group), _outline(optimizer)
+    check_alike([f"root_rank {root_rank}", *outline], group, "broadcast_optimizer_state")
     is_root, tensors = dist.get_rank() == root_rank, []
 
     def taken_out(leaf: Any) -> Any:
@@ -73,12 +85,83 @@ def broadcast_optimizer_state(
         tensors.append(torch.empty_strided(leaf.shape, leaf.strides, dtype=leaf.dtype))
         return tensors[-1]
 
-    structure = [_mapped(optimizer.state_dict(), taken_out) if is_root else None]
-    dist.broadcast_object_list(structure, src=root_rank, group=group)
-    state = None if is_root else _mapped(structure[0], put_in)
+    structure = _mapped(optimizer.state_dict(), taken_out) if is_root else None
+    structure = broadcast_object(structure, root_rank, group=group)
+    state = None if is_root else _mapped(structure, put_in)
     _broadcast(tensors, root_rank, group)
     if state is not None:
         _adopt(optimizer, state)
+
+
+def broadcast_object(value: Any, root_rank: int = 0, *, group: dist.ProcessGroup | None = None) -> Any:
+    """One rank's object on all ranks, pickled: with cloudpickle where it is installed.
+
+    The root gets its own back. Do it among ranks whom you trust: who can send a pickle can run code.
+
+    Args:
+        value: what the root has; of no account on the other ranks.
+        root_rank: the global rank whose object it is.
+        group: the process group; None for the default one.
+
+    Raises:
+        ValueError: ranks with different roots; or an object of the root's that cannot be pickled, on the other ranks.
+        Exception: what pickling raised, on the root; or what unpickling raised on any rank, there, and ValueError
+            elsewhere.
+    """
+    with _refusing(group):
+        group = _group_with(root_rank, group)
+    is_root, data, problem = dist.get_rank() == root_rank, b"", None
+    if is_root:
+        try:
+            data = _pickler().dumps(value)
+        except Exception as error:  # which pickle raises of any kind; raised once all know it
+            problem = error
+    _agree_that_all_can(problem, root_rank, group)
+    size = torch.tensor([len(data)], device="cpu")
+    broadcast(size, dist.get_group_rank(group, root_rank), "broadcast_object", group)
+    carried = torch.frombuffer(bytearray(data or b"\0" * int(size)), dtype=torch.uint8)
+    broadcast(carried, dist.get_group_rank(group, root_rank), "broadcast_object", group)
+    if not is_root:
+        try:
+            value = pickle.loads(bytes(carried.numpy()))
+        except Exception as error:
+            problem = error
+    _agree_that_all_can(problem, root_rank, group)
+    return value
+
+
+def _agree_that_all_can(problem: Exception | None, root_rank: int, group: dist.ProcessGroup) -> None:
+    """Raises on every rank if one has a problem, or another root."""
+    text = "" if problem is None else f"{type(problem).__name__}: {problem}"
+    everyone = gather(json.dumps([root_rank, text]).encode(), "broadcast_object", group)
+    if problem is not None:
+        raise problem
+    own = dist.get_rank()
+    for name, answer in zip(dist.get_process_group_ranks(group), everyone, strict=True):
+        theirs, text = json.loads(answer)
+        if text:
+            raise ValueError(f"rank {name} cannot pickle the object, or read it: {text}")
+        if theirs != root_rank:
+            raise ValueError(f"ranks differ: rank {own} has root_rank {root_rank}, rank {name} has root_rank {theirs}")
+
+
+def _pickler() -> Any:
+    """What can pickle most."""
+    try:
+        return importlib.import_module("cloudpickle")
+    except ImportError:
+        return pickle
+
+
+@contextmanager
+def _refusing(group: dist.ProcessGroup | None) -> Iterator[None]:
+    """Tells the other ranks of wrong arguments: they would wait for this one."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        if dist.is_initialized():
+            host_channel_of(group_of(group)).refuse(error)
+        raise
 
 
 class _Place(NamedTuple):
@@ -107,7 +190,7 @@ def _broadcast(tensors: Sequence[torch.Tensor], root_rank: int, group: dist.Proc
     for batch in batches(tensors, FUSION_BYTES):
         members = [tensors[place] for place in batch]
         flat = torch.cat([tensor.reshape(-1) for tensor in members])
-        dist.broadcast(flat.view(torch.uint8), src=root_rank, group=group)
+        broadcast(flat, dist.get_group_rank(group, root_rank), "a broadcast of tensors", group)
         begin = 0
         for tensor in members:
             tensor.copy_(flat[begin : begin + tensor.numel()].view(tensor.shape))
@@ -118,15 +201,25 @@ def _outline(optimizer: torch.optim.Optimizer) -> list[str]:
     """What optimizers must have in common to exchange their states.
 
     Raises:
-        ValueError: a parameter is no dense CPU tensor.
+        TypeError, ValueError: it is no optimizer; a parameter or the state is no plain CPU tensor.
     """
+    if not hasattr(optimizer, "param_groups"):
+        raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
     lines = [type(optimizer).__name__]
     for number, group in enumerate(optimizer.param_groups):
         for place, parameter in enumerate(group["params"]):
             name = f"parameter {place} of group {number}"
             check_tensor(name, parameter)
             lines.append(description(name, parameter))
+    for kept in optimizer.state.values():
+        _mapped(kept, _check_state)
     return lines
+
+
+def _check_state(leaf: Any) -> None:
+    """Raises TypeError or ValueError for a tensor of an optimizer's state that cannot be broadcast."""
+    if isinstance(leaf, torch.Tensor):
+        check_tensor("the optimizer's state", leaf)
 
 
 def _mapped(value: Any, function: Callable[[Any], Any]) -> Any:

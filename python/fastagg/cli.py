@@ -15,4 +15,7 @@ def main() -> None:
         if error.name not in ("rich", "typer"):
             raise
         sys.exit("The command line of fastagg needs typer and rich: pip install 'fastagg[cli]'")
+    from fastagg._sentences import end_in_order
+
+    end_in_order()
     application()

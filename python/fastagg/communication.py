@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
-import torch.distributed as dist
+from fastagg._extras import needing
+
+with needing("torch", __name__):
+    import torch
+    import torch.distributed as dist
 
 from fastagg._backend import RandomKey
 from fastagg._codes import FLOATS, WIRES, Code, code_of_dtype, wire_name
 from fastagg._exchange import NO_KEY, Encoding, Exchange, Outcome, Transport
+from fastagg._plain_tensors import check_plain, check_writable, in_order
 from fastagg._streams import DeviceWork
 from fastagg._threads import Work
 from fastagg._transports import channel_of, group_of
@@ -62,22 +67,54 @@ def all_reduce(
             on every rank.
         PeerError: a rank has died or hung. Over NCCL it is NCCL that finds it.
     """
-    tensors = _tensors(tensor_or_tensors)
-    if op not in OPERATIONS:
-        raise ValueError(f"op: expected one of {', '.join(OPERATIONS)}, got {op!r}")
+    options = _Options(op, wire, rounding, seed, block)
+    return begin_all_reduce(tensor_or_tensors, options, group, async_op=async_op)
+
+
+class _Options(NamedTuple):
+    """How `all_reduce` reduces, and the name by which all ranks know what they reduce."""
+
+    op: str
+    wire: Any
+    rounding: str = "nearest"
+    seed: int | tuple[int, int, int] | None = None
+    block: int | None = None
+    name: str = ""
+
+
+def reduce_named(tensor: torch.Tensor, name: str, op: str, wire: Any, group: dist.ProcessGroup | None) -> None:
+    """`all_reduce` of a tensor that must have the same name on all ranks."""
+    begin_all_reduce(tensor, _Options(op, wire, name=name), group, async_op=False)
+
+
+def begin_all_reduce(given: Any, options: _Options, group: Any, *, async_op: bool) -> Work | DeviceWork | None:
+    """`all_reduce`; wrong arguments of one rank are told to the others, who would wait for it."""
+    try:
+        tensors = _tensors(given)
+        if options.op not in OPERATIONS:
+            raise ValueError(f"op: expected one of {', '.join(OPERATIONS)}, got {options.op!r}")
+        wire = wire_name(options.wire)
+        block = check_block(wire, options.block)
+        random_key(wire, options.rounding, options.seed)
+    except (TypeError, ValueError) as error:
+        with contextlib.suppress(TypeError, ValueError):  # there may be no group
+            channel_of(group_of(group)).refuse(error)
+        raise
     group = group_of(group)
-    wire, block = wire_name(wire), check_block(wire_name(wire), block)
-    random_key(wire, rounding, seed)  # wrong arguments are errors before ranks wait for each other
-    device = tensors[0][0].device if tensors else torch.device("cpu")
-    channel = channel_of(group, device)
-    key = random_key(wire, rounding, channel.next_seed() if seed is None else seed)
+    channel = channel_of(group, tensors[0][0].device if tensors else torch.device("cpu"))
 
     def reduce_all() -> None:
-        for index, (tensor, code) in enumerate(tensors or [(torch.empty(0), Code.FLOAT32)]):
+        transport = channel.transport
+        key = random_key(wire, options.rounding, channel.seed() if options.seed is None else options.seed)
+        nothing = (torch.empty(0, dtype=torch.float32, device="cpu"), Code.FLOAT32)
+        for index, (tensor, code) in enumerate(tensors or [nothing]):
             words = (key[0], key[1], key[2] + index, dist.get_rank(group)) if key else None
-            exchange = Exchange(tensor, code, encoding_of(wire, code, block, words), op == "mean")
+            exchange = Exchange(tensor, code, encoding_of(wire, code, block, words), options.op == "mean")
             subject = f"tensor {index} of {len(tensors)}, shape {tuple(tensor.shape)}"
-            reduce_tensor(channel.transport, exchange.described(subject))
+            if options.name:
+                subject = f"{options.name!r}, {subject}"
+            reduce_tensor(transport, exchange.described(subject))
+        channel.has_used_seed()
 
     own = [tensor for tensor, _ in tensors]
     if async_op:
@@ -93,9 +130,9 @@ def encoding_of(wire: str, code: Code, block: int | None, key: RandomKey | None)
 
 
 def reduce_tensor(transport: Transport, exchange: Exchange) -> Outcome:
-    """Reduces a tensor in place, by way of a contiguous copy where it is not contiguous."""
+    """Reduces a tensor in place, by way of a copy where its memory does not hold its values in order."""
     tensor = exchange.tensor.detach()
-    whole = tensor.contiguous()
+    whole = in_order(tensor)
     outcome = transport.all_reduce(exchange._replace(tensor=whole.view(-1)))
     if whole.data_ptr() != tensor.data_ptr():
         tensor.copy_(whole)
@@ -106,7 +143,7 @@ def _tensors(given: Any) -> list[tuple[torch.Tensor, Code]]:
     """The tensors and their codes.
 
     Raises:
-        TypeError, ValueError: one is no dense floating tensor on a CPU or CUDA device, or they are not all on one.
+        TypeError, ValueError: one is no plain floating tensor that can be written, or they are not all on one device.
     """
     tensors = [given] if isinstance(given, torch.Tensor) else given
     if not isinstance(tensors, Sequence):
@@ -115,12 +152,14 @@ def _tensors(given: Any) -> list[tuple[torch.Tensor, Code]]:
     for index, tensor in enumerate(tensors):
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"tensor {index}: expected a torch.Tensor, got {type(tensor).__name__}")
+        try:
+            check_plain(tensor)
+            check_writable(tensor)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"tensor {index}: {error}") from None
         code = code_of_dtype(tensor.dtype)
         if code not in FLOATS:
             raise TypeError(f"tensor {index}: expected a floating dtype (fp32, fp16, bf16, fp64), got {tensor.dtype}")
-        if tensor.layout is not torch.strided or tensor.device.type not in ("cpu", "cuda"):
-            expected = "a dense tensor on a CPU or CUDA device"
-            raise ValueError(f"tensor {index}: expected {expected}, got {tensor.layout} on {tensor.device}")
         if checked and tensor.device != checked[0][0].device:
             raise ValueError(f"tensor {index}: expected {checked[0][0].device} like tensor 0, got {tensor.device}")
         checked.append((tensor, Code(code)))

@@ -11,17 +11,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
-import torch.distributed as dist
-import torch.distributed.nn  # now: optimizers load it, and loaded beside a group it would keep that to the very end
+from fastagg._extras import needing
 
-from fastagg import distributed_optimizer
+with needing("torch", __name__):
+    import torch
+    import torch.distributed as dist
+    import torch.distributed.nn  # now: optimizers load it, and loaded beside a group it would keep that to the very end
+
+from fastagg import broadcasting, distributed_optimizer
 from fastagg._codes import FLOATS, WIRES, code_of_dtype
-from fastagg._transports import channel_of, group_of
-from fastagg.broadcasting import broadcast_optimizer_state, broadcast_parameters
-from fastagg.communication import OPERATIONS, all_reduce
+from fastagg._messages import add_up, gather
+from fastagg._named_tensors import description
+from fastagg._transports import group_of
+from fastagg.communication import OPERATIONS, reduce_named
 from fastagg.distributed_optimizer import SynchronizedOptimizer
 
 __all__ = [
@@ -57,12 +61,15 @@ class Compression:
     none, fp16, bf16 = "fp32", "fp16", "bf16"
 
 
-def init() -> None:
+def init(comm: Any = None, process_sets: Any = None) -> None:
     """Joins the ranks that torchrun has started, if torch.distributed is not initialised.
 
     Raises:
         RuntimeError: torchrun has not started this process.
+        ValueError: a communicator or process sets: make groups with torch.distributed.new_group.
     """
+    _refuse(bool(comm), "comm: expected None, ranks are those that torchrun has started")
+    _refuse(bool(process_sets), "process_sets: expected none, make groups with torch.distributed.new_group")
     if dist.is_initialized():
         return
     if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
@@ -101,9 +108,9 @@ def local_size() -> int:
     return _from_torchrun("LOCAL_WORLD_SIZE")
 
 
-def barrier() -> None:
+def barrier(process_set: dist.ProcessGroup | None = global_process_set) -> None:
     """Waits for all ranks."""
-    dist.barrier()
+    gather(b"", "barrier", group_of(_group(process_set)))
 
 
 def DistributedOptimizer(  # noqa: N802 - Horovod's name
@@ -123,14 +130,17 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
     Raises:
         TypeError, ValueError: as there, and for what fastagg does not have.
     """
-    _refuse(gradient_predivide_factor != 1.0, "gradient_predivide_factor: expected 1, sums are made in float32")
+    operation = _operation(op, None)
+    _refuse(
+        gradient_predivide_factor != 1.0 and operation != Average, "gradient_predivide_factor: it needs op=Average"
+    )  # which is divided once, in float32: the factor, which would keep sums in range, cancels out
     _refuse(num_groups != 0 or groups is not None, "num_groups, groups: fastagg.DistributedOptimizer has fusion_bytes")
     _refuse(sparse_as_dense, "sparse_as_dense: expected False, sparse gradients are not supported")
     return distributed_optimizer.DistributedOptimizer(
         optimizer,
-        named_parameters,
+        _of_the_optimizer(optimizer, named_parameters),
         wire=_wire(compression),
-        op=_operation(op, None),
+        op=operation,
         backward_passes_per_step=backward_passes_per_step,
         group=_group(process_set),
     )
@@ -148,22 +158,26 @@ def allreduce(
 ) -> torch.Tensor:
     """The mean or sum of a tensor over the ranks, as a new tensor through which gradients flow back.
 
+    ``postscale_factor * reduce(prescale_factor * x)``
+
     Args:
-        tensor: floating; for sums also integers.
+        tensor: floating or of integers, whose mean is rounded towards zero.
         average: the older spelling of `op`.
-        name: not needed: calls are matched by their order.
+        name: the same on all ranks in the same call: another one is an error there, before anything is added.
         compression: how floating values travel.
         op: `Average`, the default, or `Sum`.
-        prescale_factor: 1 only.
-        postscale_factor: 1 only.
+        prescale_factor: multiplies the rank's values; 1 for integers.
+        postscale_factor: multiplies the result; 1 for integers.
         process_set: a torch.distributed group in the place of Horovod's process set.
 
     Raises:
         TypeError, ValueError: as `fastagg.all_reduce`, and for what fastagg does not have.
     """
-    _refuse(prescale_factor != 1.0 or postscale_factor != 1.0, "prescale_factor, postscale_factor: expected 1")
-    operation, wire, group = _operation(op, average), _wire(compression), _group(process_set)
-    result: torch.Tensor = _AllReduce.apply(tensor, operation, wire, group)  # type: ignore[no-untyped-call]
+    reduction = _Reduction(
+        *(name or "", _operation(op, average), _wire(compression)),
+        *(prescale_factor, postscale_factor, _group(process_set)),
+    )
+    result: torch.Tensor = _AllReduce.apply(tensor, reduction)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -177,54 +191,135 @@ def allreduce_(
     process_set: dist.ProcessGroup | None = global_process_set,
 ) -> torch.Tensor:
     """The same in place, without gradients."""
-    _refuse(prescale_factor != 1.0 or postscale_factor != 1.0, "prescale_factor, postscale_factor: expected 1")
-    _reduce(tensor.detach(), _operation(op, average), Compression.none, _group(process_set))
+    operation, group = _operation(op, average), _group(process_set)
+    reduction = _Reduction(name or "", operation, Compression.none, prescale_factor, postscale_factor, group)
+    reduction.make(tensor.detach())
     return tensor
 
 
-def broadcast(tensor: torch.Tensor, root_rank: int, name: str | None = None) -> torch.Tensor:
-    """The root's tensor, as a new one."""
-    return broadcast_(tensor.detach().clone(), root_rank, name)
+def broadcast(
+    tensor: torch.Tensor,
+    root_rank: int,
+    name: str | None = None,
+    process_set: dist.ProcessGroup | None = global_process_set,
+) -> torch.Tensor:
+    """The root's tensor, as a new one; the mean of all ranks' gradients flows back to the root, zeros to the others."""
+    result: torch.Tensor = _Broadcast.apply(tensor, root_rank, name, process_set)  # type: ignore[no-untyped-call]
+    return result
 
 
-def broadcast_(tensor: torch.Tensor, root_rank: int, name: str | None = None) -> torch.Tensor:
-    """The root's tensor, in place."""
-    broadcast_parameters([(name or "tensor", tensor)], root_rank)
+def broadcast_(
+    tensor: torch.Tensor,
+    root_rank: int,
+    name: str | None = None,
+    process_set: dist.ProcessGroup | None = global_process_set,
+) -> torch.Tensor:
+    """The root's tensor, in place, without gradients."""
+    broadcasting.broadcast_parameters([(name or "tensor", tensor)], root_rank, group=_group(process_set))
     return tensor
 
 
-def broadcast_object(obj: Any, root_rank: int = 0, name: str | None = None) -> Any:
-    """The root's object, pickled by torch.distributed."""
-    holder = [obj]
-    dist.broadcast_object_list(holder, src=root_rank)
-    return holder[0]
+def broadcast_object(
+    obj: Any,
+    root_rank: int = 0,
+    name: str | None = None,
+    process_set: dist.ProcessGroup | None = global_process_set,
+) -> Any:
+    """The root's object, pickled: with cloudpickle where it is installed."""
+    return broadcasting.broadcast_object(obj, root_rank, group=_group(process_set))
+
+
+def broadcast_parameters(
+    params: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor] | torch.Tensor],
+    root_rank: int = 0,
+    process_set: dist.ProcessGroup | None = global_process_set,
+) -> None:
+    """Gives all ranks the root's parameters: `fastagg.broadcast_parameters`; a dict's order is of no account."""
+    given = dict(sorted(params.items())) if isinstance(params, Mapping) else params
+    broadcasting.broadcast_parameters(given, root_rank, group=_group(process_set))
+
+
+def broadcast_optimizer_state(
+    optimizer: torch.optim.Optimizer,
+    root_rank: int = 0,
+    model: torch.nn.Module | None = None,
+    process_set: dist.ProcessGroup | None = global_process_set,
+) -> None:
+    """Gives all ranks the root's state: `fastagg.broadcast_optimizer_state`; the model is not needed."""
+    broadcasting.broadcast_optimizer_state(optimizer, root_rank, group=_group(process_set))
+
+
+class _Reduction(NamedTuple):
+    """What `allreduce` does with a tensor."""
+
+    name: str
+    op: str
+    wire: str
+    prescale: float
+    postscale: float
+    group: dist.ProcessGroup | None
+
+    def make(self, tensor: torch.Tensor) -> None:
+        """Reduces in place."""
+        if code_of_dtype(tensor.dtype) not in FLOATS and not tensor.is_complex():
+            self._add_up_integers(tensor)
+            return
+        if self.prescale != 1.0:
+            tensor.mul_(self.prescale)
+        reduce_named(tensor, self.name, self.op, self.wire, self.group)
+        if self.postscale != 1.0:
+            tensor.mul_(self.postscale)
+
+    def _add_up_integers(self, tensor: torch.Tensor) -> None:
+        _refuse((self.prescale, self.postscale) != (1.0, 1.0), "prescale_factor, postscale_factor: integers need 1")
+        group = group_of(self.group)
+        whole = tensor.contiguous()
+        add_up(whole, f"allreduce {self.name!r}, {self.op} of {description('tensor', tensor)}", group)
+        if self.op == Average:
+            whole.copy_(torch.div(whole, dist.get_world_size(group), rounding_mode="trunc"))
+        if whole is not tensor:
+            tensor.copy_(whole)
 
 
 class _AllReduce(torch.autograd.Function):
     """An all-reduce whose gradient is the all-reduce of the gradients."""
 
     @staticmethod
-    def forward(
-        context: Any, tensor: torch.Tensor, op: str, wire: str, group: dist.ProcessGroup | None
-    ) -> torch.Tensor:
-        context.options = op, wire, group
+    def forward(context: Any, tensor: torch.Tensor, reduction: _Reduction) -> torch.Tensor:
+        context.reduction = reduction
         result = tensor.clone()
-        _reduce(result, op, wire, group)
+        reduction.make(result)
         return result
 
     @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return _AllReduce.apply(gradient, context.reduction), None  # type: ignore[no-untyped-call]
+
+
+class _Broadcast(torch.autograd.Function):
+    """A broadcast whose gradient is the mean of the gradients, on the root."""
+
+    @staticmethod
+    def forward(
+        context: Any, tensor: torch.Tensor, root: int, name: str | None, group: dist.ProcessGroup | None
+    ) -> torch.Tensor:
+        context.options = root, name, group
+        return broadcast_(tensor.clone(), root, name, group)
+
+    @staticmethod
     def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        return _AllReduce.apply(gradient, *context.options), None, None, None  # type: ignore[no-untyped-call]
+        root, name, group = context.options
+        mean = allreduce(gradient, name=name and f"gradient of {name}", process_set=group)
+        return mean if dist.get_rank() == root else torch.zeros_like(mean), None, None, None
 
 
-def _reduce(tensor: torch.Tensor, op: str, wire: str, group: dist.ProcessGroup | None) -> None:
-    """In place; sums of integers by the group's own backend, behind what is under way."""
-    if code_of_dtype(tensor.dtype) in FLOATS:
-        all_reduce(tensor, op=op, wire=wire, group=group)
-    elif op == Sum:
-        channel_of(group_of(group)).line.run(lambda: dist.all_reduce(tensor, group=group))
-    else:
-        raise TypeError(f"averages need a floating dtype (fp32, fp16, bf16, fp64), got {tensor.dtype}")
+def _of_the_optimizer(optimizer: Any, named_parameters: Any) -> Any:
+    """Horovod takes the names of a whole model for an optimizer of a part of it."""
+    if named_parameters is None or not isinstance(optimizer, torch.optim.Optimizer):
+        return named_parameters
+    held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    pairs = named_parameters.items() if isinstance(named_parameters, Mapping) else named_parameters
+    return [pair for pair in pairs if not isinstance(pair, tuple) or len(pair) != 2 or pair[1] in held]
 
 
 def _operation(op: Any, average: bool | None) -> str:

@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastagg import _core
+from fastagg._arguments import as_shape
 from fastagg._backend import CastOperands, SourceOperands, backend_for
 from fastagg._codes import FLOATS, WIRES, Code, float_code, wire_name
-from fastagg._tensor import Kind, View, adopt, kind_of
+from fastagg._quoting import quoted
+from fastagg._tensor import Kept, Kind, View, adopt, kind_of
 
 DEFAULT_BLOCK = 256
 
@@ -37,7 +39,10 @@ class Quantized:
         seed: the (seed, step, tensor) of stochastic rounding, or None.
     """
 
-    __slots__ = ("_data", "_kind", "_nonfinite", "_scales", "block", "dtype", "seed", "shape", "wire")
+    __slots__ = (
+        *("_block", "_data", "_device", "_dtype", "_encoding", "_kind", "_nonfinite"),
+        *("_scales", "_seed", "_shape", "_wire"),
+    )
 
     def __init__(
         self,
@@ -51,18 +56,68 @@ class Quantized:
         nonfinite: bool = False,
         seed: tuple[int, int, int] | None = None,
     ) -> None:
-        """From codes that were sent as plain arrays; `quantize` makes them."""
+        """From codes that were sent as plain arrays; `quantize` makes them.
+
+        Raises:
+            TypeError, ValueError: the arrays are not what the wire, the shape and the block ask for, or a field is none
+                that `quantize` would make.
+        """
         kind = kind_of(data)
         if kind is None:
             raise TypeError(f"data: expected an array, got {type(data).__name__}")
-        self._kind, self.wire, self.shape = kind, wire_name(wire), tuple(shape)
-        # Looked at once: averaging thousands of leaves asks for their addresses again and again.
-        self._data = kind.view(data)
-        self._scales = None if scales is None else adopt(scales)[0].view(scales)
-        self.dtype = kind.dtype_for(float_code(dtype))
-        self.block, self.seed = block, seed
-        self._nonfinite: Any = nonfinite  # or an array of one int32 on the device that tells
-        _check_layout(self)
+        self._kind, self._wire, self._shape = kind, wire_name(wire), as_shape(shape)
+        self._dtype = kind.dtype_for(float_code(dtype))
+        if not isinstance(nonfinite, (bool, np.bool_)):
+            raise TypeError(f"nonfinite: expected a bool, got {nonfinite!r}")
+        self._nonfinite: Any = bool(nonfinite)  # or an array of one int32 on the device that tells
+        self._seed = None if seed is None else random_key(self._wire, "stochastic", seed)
+        codes = kind.view(data)
+        factors = None if scales is None else adopt(scales)[0].view(scales)
+        self._block = _check_layout(kind, self._wire, self._shape, block, codes, factors)
+        self._keep(codes.owner, None if factors is None else factors.owner, codes.device)
+
+    @classmethod
+    def _fresh(cls, kind: Kind, view: View, wire: str, block: int | None, dtype: Any) -> Quantized:
+        """New arrays for the codes of an array, their contents undefined."""
+        layout = codes_layout(kind, wire, view.shape, block)
+        q = cls.__new__(cls)
+        q._kind, q._wire, q._shape, q._dtype, q._block = kind, wire, view.shape, dtype, block
+        q._nonfinite, q._seed = False, None
+        scales = None
+        if block is not None:
+            scales = kind.empty((layout.scales,), _named_dtype(kind, "float32"), view.device)
+        q._keep(kind.empty(layout.shape, layout.dtype, view.device), scales, view.device)
+        return q
+
+    def _keep(self, data: Any, scales: Any, device: str) -> None:
+        """Keeps arrays in objects of our own: a caller who changes the shape or dtype of his changes nothing here."""
+        self._data, self._scales = self._kind.keep(data), None if scales is None else self._kind.keep(scales)
+        self._device, self._encoding = device, (int(WIRES[self._wire]), block_shift(self._block))
+
+    @property
+    def wire(self) -> str:
+        """How the array is encoded."""
+        return self._wire
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the original."""
+        return self._shape
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the original."""
+        return self._dtype
+
+    @property
+    def block(self) -> int | None:
+        """Elements that share a scale, or None."""
+        return self._block
+
+    @property
+    def seed(self) -> tuple[int, int, int] | None:
+        """The key of stochastic rounding, or None."""
+        return self._seed
 
     @property
     def nonfinite(self) -> bool:
@@ -74,17 +129,17 @@ class Quantized:
     @property
     def data(self) -> Any:
         """The codes."""
-        return self._data.owner
+        return self._kind.alias(self._data.array)
 
     @property
     def scales(self) -> Any:
         """One float32 a block, or None."""
-        return None if self._scales is None else self._scales.owner
+        return None if self._scales is None else self._kind.alias(self._scales.array)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the codes and scales."""
-        return int(self.data.nbytes) + (int(self.scales.nbytes) if self.scales is not None else 0)
+        return sum(int(kept.array.nbytes) for kept in _kept(self))
 
     def __reduce__(self) -> tuple[Any, ...]:
         names = ("wire", "shape", "dtype", "block", "nonfinite", "seed")
@@ -138,15 +193,15 @@ def quantize(
     key = random_key(wire, rounding, seed)
     block = check_block(wire, block)
     if out is None:
-        out = _allocate(kind, view, wire, block, kind.dtype_of(array))
+        out = Quantized._fresh(kind, view, wire, block, kind.dtype_of(array))
     else:
         _check_out(out, kind, view, wire, block)
     source = (view.address, 0, view.code, 0)
-    scales = out._scales.address if out._scales else 0
+    scales = out._scales.address() if out._scales else 0
     words = (*key, 0) if key else (0, 0, 0, 0)
     shift = block_shift(block)
-    operands = (source, code, shift, out._data.address, scales, view.elements, key is not None, words, 1.0)
-    out._nonfinite, out.seed = _cast(operands, kind, view.device), key
+    operands = (source, code, shift, out._data.address(), scales, view.elements, key is not None, words, 1.0)
+    out._nonfinite, out._seed = _cast(operands, kind, view.device), key
     return out
 
 
@@ -178,35 +233,40 @@ def dequantize(q: Quantized, *, out: Any = None) -> Any:
     """
     if not isinstance(q, Quantized):
         raise TypeError(f"q: expected a Quantized, got {type(q).__name__}")
-    kind, data = q._kind, q._data
+    kind, device = q._kind, q._device
+    source = source_operands(q)
     if out is None:
-        out = kind.empty(q.shape, q.dtype, data.device)
+        out = kind.empty(q.shape, q.dtype, device)
     elif kind_of(out) is not kind:
         raise TypeError(f"out: expected a {kind.name} array like the codes, got {type(out).__name__}")
     view = kind.writable_view(out)
     if view.code not in FLOATS:
         raise TypeError(f"out: expected a floating dtype, got {out.dtype}")
-    if view.shape != q.shape or view.device != data.device:
-        raise ValueError(f"out: expected shape {q.shape} on {data.device}, got {view.shape} on {view.device}")
-    if _overlap(view, data) or (q._scales is not None and _overlap(view, q._scales)):
+    if view.shape != q.shape or view.device != device:
+        raise ValueError(f"out: expected shape {q.shape} on {device}, got {view.shape} on {view.device}")
+    if _overlaps(q, view):
         raise ValueError("out: overlaps the codes or scales")
-    operands = (source_operands(q), view.code, 0, view.address, 0, view.elements, False, (0, 0, 0, 0), 1.0)
-    backend = backend_for(data.device)
+    operands = (source, view.code, 0, view.address, 0, view.elements, False, (0, 0, 0, 0), 1.0)
+    backend = backend_for(device)
     if backend is None:
         _core.cast(operands)
     else:
-        backend.cast(operands, kind.stream(data.device), 0)
+        backend.cast(operands, kind.stream(device), 0)
     return out
 
 
 def source_operands(q: Quantized) -> SourceOperands:
-    """A `Quantized` as the native code reads it, where it lies."""
-    return q._data.address, q._scales.address if q._scales else 0, WIRES[q.wire], block_shift(q.block)
+    """A `Quantized` as the native code reads it, where it lies now.
+
+    Raises:
+        ValueError: its memory has been taken away.
+    """
+    return q._data.address(), q._scales.address() if q._scales else 0, *q._encoding
 
 
 def device_of(q: Quantized) -> str:
     """Where the codes lie."""
-    return q._data.device
+    return q._device
 
 
 def block_shift(block: int | None) -> int:
@@ -214,8 +274,14 @@ def block_shift(block: int | None) -> int:
     return block.bit_length() - 1 if block else 0
 
 
-def _overlap(one: View, other: View) -> bool:
-    return one.span[0] < other.span[1] and other.span[0] < one.span[1]
+def _kept(q: Quantized) -> list[Kept]:
+    return [q._data] if q._scales is None else [q._data, q._scales]
+
+
+def _overlaps(q: Quantized, view: View) -> bool:
+    """Whether an array shares memory with the codes or the scales."""
+    begin, end = view.span
+    return any(kept.address() < end and begin < kept.address() + int(kept.array.nbytes) for kept in _kept(q))
 
 
 def draw_seed() -> int:
@@ -256,14 +322,14 @@ def check_block(wire: str, block: int | None) -> int | None:
     """
     if not _has_scales(wire):
         if block is not None:
-            raise ValueError(f"block: {wire} has no scales, so no block, got {block!r}")
+            raise ValueError(f"block: {wire} has no scales, so no block, got {quoted(block)}")
         return None
     if block is None:
         return DEFAULT_BLOCK
     low, high = _core.MINIMUM_BLOCK, _core.MAXIMUM_BLOCK
     block = int(block) if isinstance(block, np.integer) else block
     if not isinstance(block, int) or not low <= block <= high or block & (block - 1):
-        raise ValueError(f"block: expected a power of two from {low} to {high}, got {block!r}")
+        raise ValueError(f"block: expected a power of two from {low} to {high}, got {quoted(block)}")
     return block
 
 
@@ -293,15 +359,6 @@ def _named_dtype(kind: Kind, name: str) -> Any:
     return kind.dtype_for(Code[name.upper()])
 
 
-def _allocate(kind: Kind, view: View, wire: str, block: int | None, dtype: Any) -> Quantized:
-    layout = codes_layout(kind, wire, view.shape, block)
-    data = kind.empty(layout.shape, layout.dtype, view.device)
-    scales = None
-    if block is not None:
-        scales = kind.empty((layout.scales,), _named_dtype(kind, "float32"), view.device)
-    return Quantized(data, scales, wire=wire, shape=view.shape, dtype=dtype, block=block)
-
-
 def _check_out(out: Quantized, kind: Kind, view: View, wire: str, block: int | None) -> None:
     """Raises unless `out` can take the codes of `view`."""
     if not isinstance(out, Quantized):
@@ -310,34 +367,40 @@ def _check_out(out: Quantized, kind: Kind, view: View, wire: str, block: int | N
     given = (out.wire, out.shape, out.block, out._kind.name)
     if expected != given:
         raise ValueError(f"out: expected (wire, shape, block, library) {expected}, got {given}")
-    for array in (out.data, out.scales):
-        if array is None:
-            continue
-        target = kind.writable_view(array)
-        if target.device != view.device:
-            raise ValueError(f"out: expected codes on {view.device}, got {target.device}")
-        if _overlap(target, view):
-            raise ValueError("out: overlaps x")
+    if out._device != view.device:
+        raise ValueError(f"out: expected codes on {view.device}, got {out._device}")
+    for kept in _kept(out):
+        kept.address()  # it may have none any more
+        kind.note_write(kept.array)
+    if _overlaps(out, view):
+        raise ValueError("out: overlaps x")
 
 
-def _check_layout(q: Quantized) -> None:
-    """Raises ValueError or TypeError unless the arrays hold what the wire, the shape and the block ask for."""
-    kind, data = q._kind, q._data
-    layout = codes_layout(kind, q.wire, q.shape, q.block)
+def _check_layout(
+    kind: Kind, wire: str, shape: tuple[int, ...], block: int | None, data: View, scales: View | None
+) -> int | None:
+    """The block, as an integer.
+
+    Raises:
+        TypeError, ValueError: the arrays do not hold what the wire, the shape and the block ask for.
+    """
+    if _has_scales(wire) and block is None:
+        raise ValueError(f"block: expected that of the {wire} codes, got None")
+    block = check_block(wire, block)
+    layout = codes_layout(kind, wire, shape, block)
     if data.shape != layout.shape:
-        raise ValueError(f"data: expected shape {layout.shape} for {q.wire} of {q.shape}, got {data.shape}")
-    if q.data.dtype != layout.dtype:
-        raise TypeError(f"data: expected {layout.dtype} for {q.wire}, got {q.data.dtype}")
-    if not _has_scales(q.wire):
-        if q.scales is not None or q.block is not None:
-            raise ValueError(f"scales: {q.wire} has none")
-        return
-    block = check_block(q.wire, q.block)
-    assert block is not None
-    scales = q._scales
+        expected = f"expected shape {quoted(layout.shape)} for {wire} of {quoted(shape)}"
+        raise ValueError(f"data: {expected}, got {data.shape}")
+    if data.owner.dtype != layout.dtype:
+        raise TypeError(f"data: expected {layout.dtype} for {wire}, got {data.owner.dtype}")
+    if block is None:
+        if scales is not None:
+            raise ValueError(f"scales: {wire} has none")
+        return None
     if scales is None or kind_of(scales.owner) is not kind:
-        raise TypeError(f"scales: expected a {kind.name} float32 array, got {type(q.scales).__name__}")
+        got = type(None if scales is None else scales.owner).__name__
+        raise TypeError(f"scales: expected a {kind.name} float32 array, got {got}")
     if scales.code != Code.FLOAT32 or scales.shape != (layout.scales,) or scales.device != data.device:
-        raise ValueError(
-            f"scales: expected {layout.scales} float32 on {data.device}, got {q.scales.dtype} {scales.shape}"
-        )
+        got = f"{scales.owner.dtype} {scales.shape}"
+        raise ValueError(f"scales: expected {layout.scales} float32 on {data.device}, got {got}")
+    return block

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
-import torch
-import torch.distributed as dist
+from fastagg._extras import needing
+
+with needing("torch", __name__):
+    import torch
+    import torch.distributed as dist
 
 from fastagg._errors import PeerError
+from fastagg._messages import gather
+from fastagg._threads import in_another_thread
 from fastagg._transports import group_of
 from fastagg._updates import Structure
 from fastagg.accumulator import Accumulator
@@ -31,8 +37,8 @@ def merge_over_ranks(
 
     Ranks merge in pairs, pairs in fours and so on: the tree follows from the number of ranks alone. So every run gives
     the same bits, and so do the same merges in one process. Another number of ranks rounds the sums in another order:
-    float64 results then differ in their last bits, others seldom, and all are within the error that `Accumulator`
-    states. Clients are numbered on from rank to rank, in `dropped` too. A rank may have none.
+    the results then differ seldom, by the last bit, and all are within the error that `Accumulator` states. Clients are
+    numbered on from rank to rank, in `dropped` too. A rank may have none.
 
     The sums travel as bytes, 6 an fp32 element: up the tree, and down again. A rank needs memory for up to three more
     accumulators meanwhile. What it holds changes only once it has the total.
@@ -49,10 +55,13 @@ def merge_over_ranks(
             or root; or a rank with a NaN among the updates that `batch` had left waiting: on every rank, naming that
             rank and the leaf.
         PeerError: a rank has died, or has hung for the group's timeout. Ranks that had the total before keep it.
-        RuntimeError: torch's own, where a rank had died before the first message.
     """
     link = _Link(group_of(group))
     own = _agreed_state(accumulator, link, root)
+    in_another_thread(lambda: _merge(accumulator, own, link, root))
+
+
+def _merge(accumulator: Accumulator, own: State, link: _Link, root: int | None) -> None:
     gathered = _gathered(own, link)
     total = gathered if link.rank == 0 else link.send(gathered, link.parent)
     total = _spread(total, link) if root is None else _to_root(total, link, link.names.index(root))
@@ -68,7 +77,7 @@ class _Outline(NamedTuple):
     """What all ranks must have in common, and what is wrong on one."""
 
     root: int | None
-    integer_policy: str
+    integer_policy: str | None
     stats: bool
     device: str  # its kind
     leaves: list[str] | None  # None: a rank without clients
@@ -88,8 +97,7 @@ def _agreed_state(accumulator: Accumulator, link: _Link, root: int | None) -> St
         outline = _outline(state, root)
     except (TypeError, ValueError) as error:  # raised once all know it: the others would wait for this rank
         outline = _Outline(None, "", False, "", None, error)
-    everyone: list[Any] = [None] * link.world
-    dist.all_gather_object(everyone, outline, group=link.group)
+    everyone = [pickle.loads(one) for one in gather(pickle.dumps(outline), "merge_over_ranks", link.group)]
     reference = _check_alike(everyone, link.names)
     if state["structure"] is None and reference.device == "cuda":
         state["device"] = f"cuda:{torch.cuda.current_device()}"
@@ -226,7 +234,7 @@ class _Link:
             header: Message = received[0]
             size: int = received[1]
             if not isinstance(header, PeerError) and size:
-                sums = torch.empty(size, dtype=torch.uint8)
+                sums = torch.empty(size, dtype=torch.uint8, device="cpu")
                 self._each_piece(sums, lambda piece: dist.recv(piece, name, self.group))
                 header["sums"] = sums.numpy()
         except RuntimeError as error:

@@ -24,7 +24,7 @@ def average(
     load: Load | None = None,
     fan_in: int = 32,
     nan_policy: str = "raise",
-    integer_policy: str = "max",
+    integer_policy: str | None = None,
     num_cpus: float = 1,
 ) -> Any:
     """`fastagg.trees.average` on the workers of a Ray cluster, which is started on this machine if there is none.

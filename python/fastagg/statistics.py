@@ -245,9 +245,12 @@ def _column(name: str, values: Any, dtype: Any, shape: tuple[int, ...]) -> np.nd
     """An array of the table's own.
 
     Raises:
-        ValueError: its shape is another one.
+        ValueError: its shape is another one, or it holds no integers where it must.
     """
-    column = np.array(values, dtype)
+    column = np.array(values)
+    if dtype is np.int64 and column.dtype.kind == "f" and not (np.abs(column) < 2.0**63).all():
+        raise ValueError(f"{name}: expected integers, got NaN, infinity or one that is too large")
+    column = column.astype(dtype)
     if column.shape != shape:
         raise ValueError(f"{name}: expected shape {shape}, got {column.shape}")
     return column

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from fastagg._errors import DroppedUpdateWarning
+from fastagg._quoting import quoted
 from fastagg._updates import as_weights
 from fastagg.accumulator import Accumulator
 from fastagg.averaging import check_policies
@@ -29,7 +30,7 @@ def average(
     load: Load | None = None,
     fan_in: int = 32,
     nan_policy: str = "raise",
-    integer_policy: str = "max",
+    integer_policy: str | None = None,
 ) -> Any:
     """The weighted mean of many clients, of whom only one is in memory at a time.
 
@@ -38,8 +39,8 @@ def average(
     Chunk c adds up the sources ``c * fan_in`` to ``(c + 1) * fan_in - 1`` in order; chunks are merged in pairs, pairs
     in fours and so on, what is left over last. The tree follows from the number of sources and `fan_in` alone, so the
     result has the same bits as that of `fastagg.ray.average` with the same `fan_in`, on any number of workers. With
-    another `fan_in`, or in one `Accumulator`, the sums are rounded in another order: float64 results then differ in
-    their last bits, others seldom, and all are within the error that `Accumulator` states.
+    another `fan_in`, or in one `Accumulator`, the sums are rounded in another order: the results then differ
+    seldom, by the last bit, and all are within the error that `Accumulator` states.
 
     In memory are one client and at most ``log2(chunks) + 2`` accumulators.
 
@@ -49,7 +50,7 @@ def average(
         load: turns a source into an update: an array, or a sequence or a mapping of arrays or `Quantized`.
         fan_in: sources in a chunk.
         nan_policy: for a client with a NaN or an infinity: "raise", "drop" (leave it out and warn) or "propagate".
-        integer_policy: "max", "first" or "round", as in `fedavg`.
+        integer_policy: "max", "first", "round" or None, as in `fedavg`.
 
     Returns:
         The mean, in the structure, libraries and dtypes of the first source.
@@ -84,7 +85,7 @@ class Chunk(NamedTuple):
     weights: list[float]
     load: Load | None
     nan_policy: str
-    integer_policy: str
+    integer_policy: str | None
 
     def partial_sum(self) -> PartialSum:
         """Reads the sources one after another, and adds them up."""
@@ -124,7 +125,7 @@ class Plan:
         load: Load | None,
         fan_in: int,
         nan_policy: str,
-        integer_policy: str,
+        integer_policy: str | None,
     ) -> None:
         check_policies(nan_policy, integer_policy)
         if not isinstance(fan_in, (int, np.integer)) or fan_in < 1:
@@ -140,7 +141,7 @@ class Plan:
     def result(self, total: PartialSum) -> Any:
         """The mean; warns of every source that was left out."""
         for client, leaf, reason in total.accumulator.dropped:
-            where = "the array" if leaf is None else f"leaf {leaf!r}"
+            where = "the array" if leaf is None else f"leaf {quoted(leaf)}"
             warnings.warn(f"dropped: {self.names[client]}, {where}: {reason}", DroppedUpdateWarning, stacklevel=3)
         return total.accumulator.result()
 

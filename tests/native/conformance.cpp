@@ -27,9 +27,9 @@ using fastagg::Rounding;
 constexpr int64_t kSizes[] = {1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 65, 255, 257, 2047, 2049, 4095, 4097, 10001};
 constexpr Code kInputs[] = {Code::float64,       Code::float32,   Code::float16,   Code::bfloat16,  Code::wire_fp8_e4m3,
                             Code::wire_fp8_e5m2, Code::wire_int8, Code::wire_int4, Code::wire_sign, Code::int8,
-                            Code::uint16,        Code::int64,     Code::state48};
-constexpr Code kResults[] = {Code::float64, Code::float32, Code::float16, Code::bfloat16,
-                             Code::state48, Code::int8,    Code::int32,   Code::uint64};
+                            Code::uint16,        Code::int64,     Code::state48,   Code::state128};
+constexpr Code kResults[] = {Code::float64, Code::float32, Code::float16, Code::bfloat16, Code::state48,
+                             Code::int8,    Code::int32,   Code::uint64,  Code::state128};
 constexpr Code kWires[] = {Code::float32,       Code::float16,   Code::bfloat16,  Code::float64,  Code::wire_fp8_e4m3,
                            Code::wire_fp8_e5m2, Code::wire_int8, Code::wire_int4, Code::wire_sign};
 
@@ -75,6 +75,9 @@ float random_float(bool special) {
   }
 }
 
+/// Bytes of the second plane of sums.
+int64_t companion_bytes(Code code, int64_t count) { return (code == Code::state128 ? 8 : 2) * count; }
+
 /// An encoded source with its scales: floats through the scalar `cast`, integers as random bytes.
 struct Encoded {
   Buffer data, scales;
@@ -82,7 +85,7 @@ struct Encoded {
 
   Encoded(Code code, int64_t count, int64_t misalignment, bool special)
       : data(fastagg::encoded_bytes(code, count) + 8, misalignment * fastagg::encoded_bytes(code, 1)),
-        scales(code == Code::state48 ? 2 * count : 4 * (count / 32 + 1), 0),
+        scales(fastagg::is_state(code) ? companion_bytes(code, count) : 4 * (count / 32 + 1), 0),
         source{data.data(), scales.data(), code, 5} {
     if (fastagg::is_integer(code)) {
       for (int64_t i = 0; i < fastagg::encoded_bytes(code, count); ++i)
@@ -94,6 +97,21 @@ struct Encoded {
         const auto bits = fastagg::bit_cast<uint64_t>(static_cast<double>(random_float(special)));
         reinterpret_cast<uint32_t*>(data.data())[i] = static_cast<uint32_t>(bits >> 32);
         reinterpret_cast<uint16_t*>(scales.data())[i] = static_cast<uint16_t>(bits >> 16);
+      }
+      return;
+    }
+    if (code == Code::state128) {
+      for (int64_t i = 0; i < count; ++i) {
+        const double high = random_float(special);
+        reinterpret_cast<double*>(data.data())[i] = high;
+        reinterpret_cast<double*>(scales.data())[i] = high - high == 0 ? 0x1p-50 * random_float(false) : 0;
+      }
+      return;
+    }
+    if (code == Code::float64) {  // more bits than float32 has, and the ends of the range
+      for (int64_t i = 0; i < count; ++i) {
+        const auto x = static_cast<double>(random_float(special)) * (1 + 0x1p-40 * random_float(false));
+        reinterpret_cast<double*>(data.data())[i] = i % 53 == 7 ? x * 0x1p1022 : i % 53 == 11 ? x * 0x1p-1060 : x;
       }
       return;
     }
@@ -132,7 +150,7 @@ void canonicalise(Buffer& buffer, Code code, int64_t count) {
 }
 
 void check_weighted_sum(const fastagg::Kernels& kernels, Code from, Code to, int64_t count, int clients, bool special) {
-  if (special && (fastagg::is_integer(to) || to == Code::state48)) return;
+  if (special && (fastagg::is_integer(to) || fastagg::is_state(to))) return;
   std::vector<Encoded> inputs;
   inputs.reserve(clients);
   std::vector<fastagg::Source> sources;
@@ -143,8 +161,8 @@ void check_weighted_sum(const fastagg::Kernels& kernels, Code from, Code to, int
     weights.push_back(k % 4 == 3 && count % 4 < 2 ? 0.1 * k : k % 4 == 2 ? kLongestExact : 0.5 * k + 1);
   }
   const auto run = [&](const fastagg::Kernels& loops, Buffer& out, Buffer& companion, bool stream) {
-    fastagg::Leaf leaf{sources.data(), weights.data(), clients,    fastagg::Fold::mean, to, 4.0,
-                       1234,           count,          out.data(), companion.data()};
+    fastagg::Leaf leaf{sources.data(), weights.data(), clients,    fastagg::Fold::mean, to,     4.0,
+                       1234,           count,          out.data(), companion.data(),    0x1p-60};
     const bool finite = loops.weighted_sum(leaf, 0, count, stream);
     canonicalise(out, to, count);
     return finite;
@@ -156,7 +174,8 @@ void check_weighted_sum(const fastagg::Kernels& kernels, Code from, Code to, int
   }
   const int64_t bytes = fastagg::encoded_bytes(to, count), shift = (count % 3) * fastagg::encoded_bytes(to, 1);
   for (const bool stream : {false, true}) {
-    Buffer expected(bytes, shift), actual(bytes, shift), expected_low(2 * count, 0), actual_low(2 * count, 0);
+    Buffer expected(bytes, shift), actual(bytes, shift), expected_low(companion_bytes(to, count), 0),
+        actual_low(companion_bytes(to, count), 0);
     const bool finite = run(*fastagg::scalar_kernels, expected, expected_low, false);
     if (run(kernels, actual, actual_low, stream) != finite) ++failures, std::printf("FAILED: finite flag\n");
     compare(expected, actual, "weighted_sum", kernels.name, from, to, count);
@@ -219,6 +238,31 @@ void check_reduce(const fastagg::Kernels& kernels, Code from, Code to, int64_t c
     ++failures, std::printf("FAILED: squares with %s, code %d\n", kernels.name, static_cast<int>(to));
   compare(expected, actual, "reduce", kernels.name, from, to, count);
   compare(expected_error, actual_error, "reduce (error)", kernels.name, from, to, count);
+}
+
+/// Ranks' float64 values, in place of the first rank's.
+void check_reduce_float64(const fastagg::Kernels& kernels, int64_t count, bool special) {
+  const int ranks = 1 + static_cast<int>(count % 4);
+  std::vector<Encoded> inputs;
+  inputs.reserve(ranks);
+  for (int rank = 0; rank < ranks; ++rank) inputs.emplace_back(Code::float64, count, rank % 3, special);
+  const auto run = [&](const fastagg::Kernels& loops, Buffer& out, double& squares) {
+    memcpy(out.data(), inputs[0].data.data(), out.size);
+    std::vector<const double*> sources{reinterpret_cast<const double*>(out.data())};
+    for (int rank = 1; rank < ranks; ++rank)
+      sources.push_back(reinterpret_cast<const double*>(inputs[rank].data.data()));
+    const bool finite = loops.reduce_float64(sources.data(), ranks, count, ranks, count % 2 ? 0.3 : 0x1p-16,
+                                             reinterpret_cast<double*>(out.data()), &squares);
+    canonicalise(out, Code::float64, count);
+    return finite;
+  };
+  Buffer expected(8 * count, 0), actual(8 * count, 8);
+  double expected_squares = 0, squares = 0;
+  const bool finite = run(*fastagg::scalar_kernels, expected, expected_squares);
+  if (run(kernels, actual, squares) != finite) ++failures, std::printf("FAILED: finite flag\n");
+  if (squares != expected_squares && !(squares != squares && expected_squares != expected_squares))
+    ++failures, std::printf("FAILED: squares of float64 with %s\n", kernels.name);
+  compare(expected, actual, "reduce_float64", kernels.name, Code::float64, Code::float64, count);
 }
 
 void check_server_step(const fastagg::Kernels& kernels, fastagg::Rule rule, Code code, int64_t count, bool special) {
@@ -311,7 +355,7 @@ void check_statistics(const fastagg::Kernels& kernels, Code from, Code to, int64
     sources.push_back(inputs.back().source);
   }
   const std::vector<double> weights(clients, 0.75);
-  const fastagg::Measurement measurement{sources.data(), clients, to == Code::state48 ? 0.25 : 1.0};
+  const fastagg::Measurement measurement{sources.data(), clients, fastagg::is_state(to) ? 0.25 : 1.0};
   const auto run = [&](const fastagg::Kernels& loops, Buffer& out, Buffer& companion, bool stream, Buffer& moments) {
     const fastagg::Leaf leaf{sources.data(), weights.data(), clients,    fastagg::Fold::mean, to, 3.0,
                              1234,           count,          out.data(), companion.data()};
@@ -325,12 +369,12 @@ void check_statistics(const fastagg::Kernels& kernels, Code from, Code to, int64
   const int64_t bytes = fastagg::encoded_bytes(to, count), shift = (count % 3) * fastagg::encoded_bytes(to, 1);
   const int64_t moments_bytes = clients * static_cast<int64_t>(sizeof(fastagg::Moments));
   for (const bool stream : {false, true}) {
-    Buffer expected(bytes, shift), actual(bytes, shift), expected_low(2 * count, 0), actual_low(2 * count, 0),
-        expected_moments(moments_bytes, 0), actual_moments(moments_bytes, 0);
+    Buffer expected(bytes, shift), actual(bytes, shift), expected_low(companion_bytes(to, count), 0),
+        actual_low(companion_bytes(to, count), 0), expected_moments(moments_bytes, 0), actual_moments(moments_bytes, 0);
     const bool finite = run(*fastagg::scalar_kernels, expected, expected_low, false, expected_moments);
     if (run(kernels, actual, actual_low, stream, actual_moments) != finite)
       ++failures, std::printf("FAILED: finite flag\n");
-    if (!(special && to == Code::state48)) compare(expected, actual, "statistics", kernels.name, from, to, count);
+    if (!(special && fastagg::is_state(to))) compare(expected, actual, "statistics", kernels.name, from, to, count);
     if (!special) compare(expected_low, actual_low, "statistics (low)", kernels.name, from, to, count);
     compare(expected_moments, actual_moments, "statistics (moments)", kernels.name, from, to, count);
   }
@@ -346,21 +390,22 @@ void check_isa(const std::string& name) {
         for (const bool special : {false, true}) check_weighted_sum(kernels, from, to, count, 1 + count % 19, special);
     for (const Code from : kInputs)
       for (const Code to : kWires) {
-        if (fastagg::is_integer(from) || from == Code::state48) continue;
+        if (fastagg::is_integer(from) || fastagg::is_state(from)) continue;
         for (const bool special : {false, true})
           for (const Rounding rounding : {Rounding::nearest, Rounding::stochastic})
             check_cast(kernels, from, to, count, rounding, special);
         for (const bool special : {false, true}) check_reduce(kernels, from, to, count, special);
       }
     for (const Code from : kInputs)
-      if (from != Code::state48)
+      if (!fastagg::is_state(from))
         for (const bool special : {false, true})
           check_rows(kernels, from, fastagg::has_scales(from) ? Code::float32 : from, count, 1 + count % 19, special);
     for (const Code from : kInputs)
-      for (const Code to : {Code::float64, Code::float32, Code::bfloat16, Code::state48})
+      for (const Code to : {Code::float64, Code::float32, Code::bfloat16, Code::state48, Code::state128})
         for (const bool special : {false, true})
-          if (!fastagg::is_integer(from) && from != Code::state48)
+          if (!fastagg::is_integer(from) && !fastagg::is_state(from))
             check_statistics(kernels, from, to, count, 1 + count % 5, special);
+    for (const bool special : {false, true}) check_reduce_float64(kernels, count, special);
     for (int rule = 0; rule < fastagg::kRules; ++rule)
       for (const Code code : {Code::float64, Code::float32, Code::float16, Code::bfloat16})
         for (const bool special : {false, true})

@@ -1,6 +1,7 @@
 // Threads as the ranks of a same-host group, over one mapping: so ThreadSanitizer sees what processes do to each other.
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdio>
 #include <string>
@@ -56,7 +57,7 @@ bool is_mean(const std::vector<float>& x, int64_t begin, int64_t end) {
 }
 
 void reduce_all(SharedMemory& group, int rank, int ranks) {
-  constexpr auto wait = std::chrono::seconds(60);
+  const comm::Patience wait{std::chrono::seconds(60), [] { return false; }};
   for (const Code wire : {Code::float32, Code::float16, Code::bfloat16, Code::wire_int8}) {
     for (const int64_t count : {0, 5, 16384, 16385, 300001}) {
       std::vector<float> x = values_of(count, rank, ranks);
@@ -77,6 +78,13 @@ void reduce_all(SharedMemory& group, int rank, int ranks) {
       expect(is_mean(y, own.begin, own.end), "a slice's mean");
       group.all_gather(exchange_of(y, wire), wait);
       expect(is_mean(y, 0, count), "the slices of all");
+    }
+  }
+  for (int root = 0; root < ranks; ++root) {
+    for (const size_t bytes : {0, 5, 10 << 20}) {  // more than the slots hold at once
+      std::vector<char> text(bytes, static_cast<char>(rank));
+      group.broadcast(text.data(), static_cast<int64_t>(bytes), root, "bytes", wait);
+      expect(std::all_of(text.begin(), text.end(), [&](char one) { return one == root; }), "the root's bytes");
     }
   }
   bool refused = false;

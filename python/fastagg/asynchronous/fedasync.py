@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastagg._errors import NonFiniteUpdateError
+from fastagg._sent import Sent
 from fastagg.asynchronous.staleness import INVERSE_ROOT, Staleness
 from fastagg.asynchronous.versioned_server import VersionedServer, renamed
 from fastagg.averaging import NONFINITE, mean_and_dropped
@@ -16,7 +17,9 @@ class FedAsync(VersionedServer):
 
     ``x = (1 - alpha_t) * x + alpha_t * x_new``, ``alpha_t = mixing * s(version now - version of the client's start)``
 
-    Integer and bool leaves follow `integer_policy`, over the server's and the client's; float buffers are mixed.
+    Integer and bool leaves follow `integer_policy`, over the server's and the client's; float buffers are mixed. An
+    update's infinity where the model has the same, as in a causal mask, is no reason to leave it out. Of quantised
+    updates, leaves that nobody trains move to where the wire rounds them, and stay there.
     Methods may be called from several threads.
 
     Attributes:
@@ -31,7 +34,7 @@ class FedAsync(VersionedServer):
         staleness: Staleness = INVERSE_ROOT,
         max_staleness: int | None = None,
         nan_policy: str = "drop",
-        integer_policy: str = "max",
+        integer_policy: str | None = None,
     ) -> None:
         """A server whose model, a copy, is version 0.
 
@@ -41,7 +44,7 @@ class FedAsync(VersionedServer):
             staleness: s, from the number of versions that an update is behind to a weight above 0, at most 1.
             max_staleness: updates further behind are dropped, with a warning; None takes all.
             nan_policy: for an update with a NaN or an infinity, as in `fedavg`: "drop" leaves it out and warns.
-            integer_policy: "max", "first" (the server's stay as they are) or "round", as in `fedavg`.
+            integer_policy: "max", "first" (the server's stay as they are), "round" or None, as in `fedavg`.
         """
         super().__init__(model, staleness, max_staleness, nan_policy, integer_policy)
         self.mixing = in_range(mixing, "mixing")
@@ -71,7 +74,8 @@ class FedAsync(VersionedServer):
             policy = "propagate" if self.nan_policy == "propagate" else "raise"
             try:
                 updates, weights = [self._model, update], [1 - alpha, alpha]
-                mixed, _ = mean_and_dropped(updates, weights, None, None, policy, self.integer_policy)
+                sent = Sent(self._model, unrounded=False)
+                mixed, _ = mean_and_dropped(updates, weights, None, policy, self.integer_policy, sent)
             except NonFiniteUpdateError as error:
                 if self.nan_policy == "raise":
                     raise NonFiniteUpdateError(renamed(error, version)) from None

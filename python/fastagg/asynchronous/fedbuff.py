@@ -7,11 +7,15 @@ from typing import Any
 
 from fastagg._codes import FLOATS, Code, name_of
 from fastagg._errors import NonFiniteUpdateError
+from fastagg._sent import Sent, is_nonfinite, with_zeros
+from fastagg._tensor import adopt
 from fastagg._updates import Structure
 from fastagg.accumulator import Accumulator
 from fastagg.asynchronous.staleness import INVERSE_ROOT, Staleness
-from fastagg.asynchronous.versioned_server import VersionedServer, inputs_of, nonfinite_leaf, renamed
-from fastagg.averaging import NONFINITE, gather
+from fastagg.asynchronous.versioned_server import VersionedServer, nonfinite_leaf, renamed
+from fastagg.averaging import NONFINITE, gather, infinite_leaves, inputs_of
+from fastagg.quantization import Quantized, dequantize
+from fastagg.server.buffers import is_buffer
 from fastagg.server.optimizer import as_buffers, in_range
 from fastagg.server.step import add
 
@@ -27,8 +31,9 @@ class FedBuff(VersionedServer):
 
     Clients send ``delta = trained model - model they started from``, but the values themselves of buffers (integer and
     bool leaves, running_mean, running_var and the others that `fastagg.server.FedAvg.step` names): those become the
-    mean of what the K clients sent, weighted by s. The buffer is an `Accumulator`, so that memory does not grow with K.
-    Methods may be called from several threads.
+    mean of what the K clients sent, weighted by s. Where the model is infinite, as in a causal mask, differences are
+    not looked at and the model stays. The buffer is an `Accumulator`, so that memory does not grow with K. Methods may
+    be called from several threads.
 
     Attributes:
         dropped: the updates that were left out, as (version, reason).
@@ -45,7 +50,7 @@ class FedBuff(VersionedServer):
         max_staleness: int | None = None,
         buffers: Iterable[Any] = (),
         nan_policy: str = "drop",
-        integer_policy: str = "max",
+        integer_policy: str | None = None,
     ) -> None:
         """A server whose model, a copy, is version 0.
 
@@ -105,7 +110,7 @@ class FedBuff(VersionedServer):
                 return self._version
             self._check(update, version)
             try:
-                self._buffer.add(update, weight)
+                self._buffer.add(self._finite(update), weight)
             except NonFiniteUpdateError:
                 reason = f"it {NONFINITE}"
                 if self.nan_policy == "raise":
@@ -134,7 +139,24 @@ class FedBuff(VersionedServer):
 
     def _new_buffer(self) -> Accumulator:
         policy = "propagate" if self.nan_policy == "propagate" else "raise"
-        return Accumulator(nan_policy=policy, integer_policy=self.integer_policy)
+        return Accumulator(nan_policy=policy, integer_policy=self.integer_policy, sent=self._sent())
+
+    def _sent(self) -> Sent:
+        """The model whose infinities are no fault of an update's."""
+        return Sent(self._model, unrounded=False)
+
+    def _finite(self, update: Any) -> Any:
+        """The update without the differences from infinities of the model, which are NaN."""
+        structure, inputs = Structure(self._model), inputs_of(self._model)
+        infinite = infinite_leaves(inputs)
+        if not infinite:
+            return update
+        leaves, names = structure.leaves(update, "update"), structure.names or (None,)
+        for index in infinite:
+            if not is_buffer(names[index], inputs[index].dtype, self.buffers):
+                leaf = dequantize(leaves[index]) if isinstance(leaves[index], Quantized) else adopt(leaves[index])[1]
+                leaves[index] = with_zeros(leaf, is_nonfinite(inputs[index].owners[0]))
+        return structure.build(leaves)
 
     def _loaded_buffer(self, state: dict[str, Any]) -> Accumulator:
         """The buffer that a state holds, with this server's policies.
@@ -145,13 +167,14 @@ class FedBuff(VersionedServer):
         saved = state.get("buffer")
         if not isinstance(saved, dict):
             raise ValueError("state: expected a buffer, as FedBuff.state_dict() saves it")
-        buffer = self._new_buffer()
-        if saved.get("count") == 0:
-            return buffer
-        own = ("nan_policy", "integer_policy", "batch", "low_memory")
-        buffer.load_state_dict({**saved, **{name: getattr(buffer, name) for name in own}})
-        if saved["structure"] is None or _leaves_of_buffer(saved) != self._leaves_for_buffer():
+        own, buffer = self._new_buffer(), Accumulator()
+        buffer.load_state_dict(saved)
+        if buffer.count == 0:
+            return own
+        if _leaves_of_buffer(saved) != self._leaves_for_buffer():
             raise ValueError("state: its buffer is of another model, or has summed integers under another policy")
+        for name in ("nan_policy", "integer_policy", "batch", "low_memory"):
+            setattr(buffer, name, getattr(own, name))
         return buffer
 
     def _leaves_for_buffer(self) -> dict[Any, tuple[Any, ...]]:
@@ -181,13 +204,14 @@ class FedBuff(VersionedServer):
         divisor = self._buffer.count if self.divisor == "count" else total
         rate = self.learning_rate * total / divisor
         stepped = add(self._model, self._buffer.result(), rate, self.buffers, keep_buffers=False)
-        self._buffer.reset()
-        where = None if self.nan_policy == "propagate" else nonfinite_leaf(stepped)
+        self._buffer.reset(sent=self._sent())
+        where = None if self.nan_policy == "propagate" else nonfinite_leaf(stepped, self._model)
         if where is not None:
             step = f"the step from version {self._version} leads to a NaN or an infinity"
             raise NonFiniteUpdateError(f"the model, {where}: {step}; the buffer has been emptied")
         self._model = stepped
         self._version += 1
+        self._buffer.reset(sent=self._sent())
 
 
 def _leaves_of_buffer(saved: dict[str, Any]) -> dict[Any, tuple[Any, ...]]:

@@ -7,9 +7,11 @@ import warnings
 from typing import Any, NamedTuple
 
 from fastagg._errors import DroppedUpdateWarning, NonFiniteUpdateError
+from fastagg._quoting import quoted
+from fastagg._sent import same_infinities
 from fastagg._updates import Structure
 from fastagg.asynchronous.staleness import Staleness
-from fastagg.averaging import NONFINITE, LeafInputs, check_policies, fedavg, gather, nonfinite_leaves
+from fastagg.averaging import NONFINITE, check_policies, copy_of, fedavg, infinite_leaves, inputs_of
 from fastagg.server.optimizer import in_range
 from fastagg.server.step import interpolate
 
@@ -25,7 +27,7 @@ class VersionedServer:
     """What both servers share: versions, who is too old, and the checkpoint."""
 
     def __init__(
-        self, model: Any, staleness: Staleness, max_staleness: int | None, nan_policy: str, integer_policy: str
+        self, model: Any, staleness: Staleness, max_staleness: int | None, nan_policy: str, integer_policy: str | None
     ) -> None:
         check_policies(nan_policy, integer_policy)
         if not callable(staleness):
@@ -36,7 +38,7 @@ class VersionedServer:
         self.nan_policy, self.integer_policy = nan_policy, integer_policy
         self.dropped: list[DroppedContribution] = []
         self._lock = threading.RLock()
-        self._model = fedavg([model])
+        self._model = fedavg([model], integer_policy=integer_policy, sent=model)
         self._version = 0
 
     def __repr__(self) -> str:
@@ -44,8 +46,8 @@ class VersionedServer:
 
     @property
     def model(self) -> Any:
-        """The newest model. It never changes: later versions are new arrays."""
-        return self._model
+        """The newest model: a copy, so that nobody who trains it in place changes the server's."""
+        return self.latest()[0]
 
     @property
     def version(self) -> int:
@@ -53,9 +55,10 @@ class VersionedServer:
         return self._version
 
     def latest(self) -> tuple[Any, int]:
-        """The newest model and its version, which belong together whatever other threads add."""
+        """A copy of the newest model and its version, which belong together whatever other threads add."""
         with self._lock:
-            return self._model, self._version
+            model, version = self._model, self._version
+        return copy_of(model), version  # versions are never written again, so no lock is needed while this copies
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of the model and what is held, for `load_state_dict`; the constructor's arguments are not in it."""
@@ -64,7 +67,7 @@ class VersionedServer:
                 "format": 1,
                 "server": type(self).__name__,
                 "version": self._version,
-                "model": fedavg([self._model], nan_policy="propagate"),
+                "model": copy_of(self._model),
                 "dropped": [tuple(dropped) for dropped in self.dropped],
             }
 
@@ -87,13 +90,13 @@ class VersionedServer:
             raise ValueError(f"state: expected what {type(self).__name__}.state_dict() returned, format 1")
         try:
             model = interpolate(self._model, state["model"], 1.0)
-            where = None if self.nan_policy == "propagate" else nonfinite_leaf(model)
+            where = None if self.nan_policy == "propagate" else nonfinite_leaf(model, self._model)
             if where is not None:
                 raise NonFiniteUpdateError(f"the model, {where}: it {NONFINITE}")
             version = as_version(state["version"])
             if version < 0:
                 raise ValueError(f"version: expected 0 or more, got {version}")
-            return model, version, [DroppedContribution(*dropped) for dropped in state["dropped"]]
+            return model, version, [_dropped(*dropped) for dropped in state["dropped"]]
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"state: damaged, or of another model: {error}") from None
 
@@ -105,7 +108,7 @@ class VersionedServer:
         """
         version = as_version(version)
         if not 0 <= version <= self._version:
-            raise ValueError(f"version: expected 0 to {self._version}, the newest, got {version}")
+            raise ValueError(f"version: expected 0 to {self._version}, the newest, got {quoted(version)}")
         staleness = self._version - version
         if self.max_staleness is not None and staleness > self.max_staleness:
             self._drop(version, f"its staleness is {staleness}, above max_staleness={self.max_staleness}", stacklevel=4)
@@ -121,24 +124,28 @@ class VersionedServer:
         warnings.warn(f"update of version {version} dropped: {reason}", DroppedUpdateWarning, stacklevel=stacklevel)
 
 
+def _dropped(version: Any, reason: Any) -> DroppedContribution:
+    """A saved update that was left out."""
+    if not isinstance(reason, str):
+        raise TypeError(f"dropped: expected a reason as text, got {reason!r}")
+    return DroppedContribution(as_version(version), reason)
+
+
 def as_version(version: Any) -> int:
     """A version as an integer; raises TypeError if it is none."""
     if isinstance(version, bool) or not hasattr(version, "__index__"):
-        raise TypeError(f"version: expected an integer, got {version!r}")
+        raise TypeError(f"version: expected an integer, got {quoted(version)}")
     return int(version.__index__())
 
 
-def inputs_of(model: Any) -> list[LeafInputs]:
-    """A model's leaves as native operands."""
-    structure = Structure(model)
-    return [gather(column, structure, index, None) for index, column in enumerate(structure.columns([model]))]
-
-
-def nonfinite_leaf(model: Any) -> str | None:
-    """The first leaf with a NaN or an infinity, as errors call it."""
-    inputs = inputs_of(model)
-    flagged = nonfinite_leaves(inputs, 0, inputs[0].kind.stream(inputs[0].device))
-    return Structure(model).leaf_name(flagged[0]) if flagged else None
+def nonfinite_leaf(model: Any, before: Any) -> str | None:
+    """The first leaf with a NaN, or an infinity that the model before does not have, as errors call it."""
+    inputs, structure = inputs_of(model), Structure(model)
+    known = structure.leaves(before, "the model before")
+    for index in infinite_leaves(inputs):
+        if not same_infinities(inputs[index].owners[0], known[index]):
+            return structure.leaf_name(index)
+    return None
 
 
 def renamed(error: Exception, version: int) -> str:

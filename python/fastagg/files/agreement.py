@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fastagg._codes import FLOATS, Code
+from fastagg._integer_codes import IntegerLeaf, refuse_codes
+from fastagg._quoting import quoted
 from fastagg.files.checkpoints import Checkpoint, LeafDescription
 
 
@@ -21,15 +23,31 @@ def leaves_of_mean(checkpoints: Sequence[Checkpoint], target: Code | None) -> di
         _check_names(checkpoint, first)
     for checkpoint in checkpoints:
         for name, expected in first.leaves.items():
-            _check_leaf(f"{checkpoint.path}: leaf {name!r}", checkpoint.leaves[name], expected, target)
+            _check_leaf(f"{checkpoint.path}: leaf {quoted(name)}", checkpoint.leaves[name], expected, target)
     return {name: _mean_of(leaf, target) for name, leaf in first.leaves.items()}
+
+
+def check_integers(checkpoint: Checkpoint) -> None:
+    """Raises ValueError where integer leaves look like another quantiser's codes, or like bytes."""
+    names = tuple(checkpoint.leaves)
+    integers = tuple(
+        IntegerLeaf(place, leaf.dtype, leaf.shape)
+        for place, leaf in enumerate(checkpoint.leaves.values())
+        if leaf.code not in FLOATS
+    )
+    try:
+        refuse_codes(names, integers, lambda place: checkpoint[names[place]])
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.path}: {error}") from None
 
 
 def _check_names(checkpoint: Checkpoint, first: Checkpoint) -> None:
     for what, one, other in (("missing", first, checkpoint), ("unexpected", checkpoint, first)):
         if names := [name for name in one if name not in other.leaves]:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise ValueError(f"{checkpoint.path}: {what} leaf {names[0]!r}{more} (expected those of {first.path})")
+            raise ValueError(
+                f"{checkpoint.path}: {what} leaf {quoted(names[0])}{more} (expected those of {first.path})"
+            )
 
 
 def _check_leaf(who: str, leaf: LeafDescription, expected: LeafDescription, target: Code | None) -> None:

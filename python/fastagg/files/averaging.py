@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,19 +14,23 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastagg._codes import float_code, wire_name
-from fastagg._errors import DroppedUpdateWarning
+from fastagg._errors import DroppedUpdateWarning, NotKeptWarning
+from fastagg._one_thread import OneThread
+from fastagg._quoting import quoted, quoted_list
 from fastagg.averaging import check_policies
-from fastagg.files.agreement import leaves_of_mean
+from fastagg.files.agreement import check_integers, leaves_of_mean
 from fastagg.files.checkpoints import Checkpoint
 from fastagg.files.means import Files, Means, Piece, batches, first_nonfinite
 from fastagg.files.npz import NpzCheckpoint
-from fastagg.files.outputs import check_output, open_output
+from fastagg.files.outputs import FILE_SUFFIXES, check_output, not_kept, open_output
 from fastagg.files.safetensors import SafetensorsCheckpoint
 from fastagg.files.sharded import INDEX_SUFFIX, ShardedCheckpoint
 from fastagg.files.weights import check_weights, combine
 from fastagg.files.writers import Writer
 
 Progress = Callable[[int, int], None]
+
+_PART = re.compile(r"-\d+-of-\d+\.")  # of a larger checkpoint, in the name of a shard
 
 
 class Averaged(NamedTuple):
@@ -38,6 +42,7 @@ class Averaged(NamedTuple):
         bytes_read: bytes of the leaves that were read, twice where files were looked through for NaN first.
         seconds: how long it took.
         dropped: the files that nan_policy="drop" left out, and their first leaf with a NaN or an infinity.
+        not_kept: what stands in the first input or beside it and not in the output, a sentence for each.
     """
 
     output: Path
@@ -45,6 +50,7 @@ class Averaged(NamedTuple):
     bytes_read: int
     seconds: float
     dropped: dict[Path, str]
+    not_kept: list[str]
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
@@ -55,7 +61,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
     Args:
         path: a .safetensors file; a directory with a *.safetensors.index.json, or the index; a .npz file; a .pt or
-            .pth file with a state_dict, which is loaded with weights_only.
+            .pth file with a state_dict, which is loaded with weights_only; or a directory with one such file.
 
     Raises:
         ImportError: a package that the format needs is not installed.
@@ -68,23 +74,47 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         try:
             leaf.check_shape()
         except ValueError as error:
-            raise ValueError(f"{path}: leaf {name!r}: shape {leaf.shape}: {error}") from None
+            raise ValueError(f"{path}: leaf {quoted(name)}: shape {quoted(leaf.shape)}: {error}") from None
     return checkpoint
 
 
 def _open(path: Path) -> Checkpoint:
     """Opens a checkpoint by the format that its name tells."""
-    if path.is_dir() or path.name.endswith(INDEX_SUFFIX):
-        return ShardedCheckpoint(path)
-    if path.suffix == ".safetensors":
-        return SafetensorsCheckpoint(path)
-    if path.suffix == ".npz":
-        return NpzCheckpoint(path)
-    if path.suffix in (".pt", ".pth"):
+    file = _file_in(path) if path.is_dir() else path
+    if file.name.endswith(INDEX_SUFFIX) or (file != path and file.suffix == ".safetensors"):
+        return ShardedCheckpoint(path, file)
+    if file.suffix == ".safetensors":
+        return SafetensorsCheckpoint(file)
+    if file.suffix == ".npz":
+        return NpzCheckpoint(file)
+    if file.suffix in (".pt", ".pth"):
         from fastagg.files.pytorch import TorchCheckpoint
 
-        return TorchCheckpoint(path)
+        return TorchCheckpoint(file)
     raise ValueError(f"{path}: expected a .safetensors, .npz, .pt or .pth file, an index of shards or its directory")
+
+
+def _file_in(folder: Path) -> Path:
+    """What a directory is to be opened as: its index, else its .safetensors file, else its file of another format.
+
+    Raises:
+        ValueError: there is none, or more than one.
+    """
+    names = sorted(entry.name for entry in folder.iterdir() if entry.name.endswith((*FILE_SUFFIXES, INDEX_SUFFIX)))
+    for found in (
+        [name for name in names if name.endswith(INDEX_SUFFIX)],
+        [name for name in names if name.endswith(".safetensors")],
+        names,
+    ):
+        if len(found) == 1 and not _PART.search(found[0]):
+            return folder / found[0]
+        if found:
+            what = "a shard, but not its index" if len(found) == 1 else f"{len(found)} of them"
+            raise ValueError(
+                f"{folder}: expected one index of shards or one checkpoint file, found {what}: "
+                f"{quoted_list(found)}; name what is meant"
+            )
+    raise ValueError(f"{folder}: expected one *{INDEX_SUFFIX} or one checkpoint file in the directory, found 0")
 
 
 def average(
@@ -94,7 +124,7 @@ def average(
     *,
     wire: Any = None,
     nan_policy: str = "raise",
-    integer_policy: str = "max",
+    integer_policy: str | None = None,
     dtype: Any = None,
     normalize: bool = True,
     allow_negative: bool = False,
@@ -120,7 +150,7 @@ def average(
         wire: encodes floating leaves, as `quantize` does, in .safetensors files; `open_checkpoint` gives `Quantized`.
         nan_policy: for a file with a NaN or an infinity: "raise", "drop" (leave the whole file out, weight and all, and
             warn; all files are read once more to find them first) or "propagate" (not with a wire).
-        integer_policy: for integer and bool leaves, as in `fedavg`: "max", "first" or "round".
+        integer_policy: for integer and bool leaves, as in `fedavg`: "max", "first", "round" or None.
         dtype: floating dtype of the result's floating leaves; None keeps the first file's.
         normalize: whether to divide by the sum of the weights. Without, the result is the plain weighted sum.
         allow_negative: permits negative weights (task arithmetic).
@@ -149,13 +179,21 @@ def average(
     with ExitStack() as opened:
         checkpoints = [opened.enter_context(open_checkpoint(path)) for path in inputs]
         leaves = leaves_of_mean(checkpoints, target)
+        if integer_policy is None:
+            check_integers(checkpoints[0])
         used = [index for index, weight in enumerate(numbers) if weight]
         meter = _Meter(checkpoints, used, progress, passes=2 if nan_policy == "drop" else 1)
         dropped = _drop(checkpoints, used, meter) if nan_policy == "drop" else {}
         combination = combine([numbers[index] for index in used], normalize)
         files = Files([checkpoints[index] for index in used], meter.add)
         means = Means(files, combination, integer_policy, check=nan_policy != "propagate")
-        with open_output(output, checkpoints[0], leaves, wire, force) as writer, ThreadPoolExecutor(1) as background:
+        lost = not_kept(output, checkpoints[0])
+        for sentence in lost:
+            warnings.warn(sentence, NotKeptWarning, stacklevel=2)
+        with (
+            open_output(output, checkpoints[0], leaves, wire, force) as writer,
+            OneThread("fastagg-files") as background,
+        ):
             written = background.submit(_write, writer, [], [])
             for batch in batches(leaves, len(used)):
                 arrays = means.of(batch, leaves)
@@ -163,7 +201,8 @@ def average(
                 written = background.submit(_write, writer, batch, arrays)
             written.result()
             writer.finish()
-    return Averaged(output, len(leaves), meter.done, time.perf_counter() - begin, dropped)
+            files.check_whole()
+    return Averaged(output, len(leaves), meter.done, time.perf_counter() - begin, dropped, lost)
 
 
 def _write(writer: Writer, batch: list[Piece], arrays: list[np.ndarray]) -> None:
@@ -199,7 +238,7 @@ def _drop(checkpoints: Sequence[Checkpoint], used: list[int], meter: _Meter) -> 
         if leaf is not None:
             dropped[checkpoint.path] = leaf
             used.remove(index)
-            text = f"{checkpoint.path} dropped: leaf {leaf!r} holds a NaN or an infinity"
+            text = f"{checkpoint.path} dropped: leaf {quoted(leaf)} holds a NaN or an infinity"
             warnings.warn(text, DroppedUpdateWarning, stacklevel=3)
     if not used:
         raise ValueError("every contributing file holds a NaN or an infinity, so none is left to average")

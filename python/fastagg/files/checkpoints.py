@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -13,7 +13,25 @@ import numpy as np
 
 from fastagg._codes import ELEMENT_BYTES, WIRES, Code, code_of_dtype
 from fastagg._overlap import encoded_bytes
-from fastagg.files.mapped_file import release
+from fastagg._quoting import quoted
+from fastagg.files.mapped_file import MappedFile, release
+
+_MOST_DIMENSIONS, _LARGEST_SIZE = 64, 2**63 - 1  # of NumPy's arrays
+
+
+def checked_shape(sizes: Iterable[Any]) -> tuple[int, ...]:
+    """Sizes that a file tells, as a shape; their product is safe to compute, which takes long for what no array has.
+
+    Raises:
+        TypeError: they are none.
+        ValueError: they are no integers of 0 or more, too large, or too many.
+    """
+    shape = tuple(sizes)
+    if len(shape) > _MOST_DIMENSIONS or not all(type(size) is int and 0 <= size <= _LARGEST_SIZE for size in shape):
+        raise ValueError(
+            f"shape {quoted(shape)}: expected at most {_MOST_DIMENSIONS} sizes, integers of 0 or more below 2**63"
+        )
+    return shape
 
 
 class LeafDescription(NamedTuple):
@@ -60,10 +78,12 @@ class Checkpoint(Mapping[str, Any]):
     """An open checkpoint; iteration gives the names in the order in which the file holds them.
 
     Arrays are read-only views of the mapped file where it has them as plain bytes, and stay valid once it is closed.
+    Where another process cuts the file off while it is open, they read as NaN, and closing it is an error.
 
     Attributes:
         path: what was opened.
         metadata: the file's own texts by name (`__metadata__` of a .safetensors file).
+        module_versions: `_metadata` of a state_dict, by module; None where the file has none.
         leaves: the description of every leaf, known without reading it.
     """
 
@@ -72,6 +92,8 @@ class Checkpoint(Mapping[str, Any]):
         self.metadata: dict[str, str] = {}
         self.leaves: dict[str, LeafDescription] = {}
         self.mapped: list[tuple[int, int]] = []  # spans of memory that are mapped files
+        self.files: list[MappedFile] = []
+        self.module_versions: Any = None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self.path)!r}, {len(self.leaves)} leaves)"
@@ -90,12 +112,30 @@ class Checkpoint(Mapping[str, Any]):
         """Bytes of all leaves, scales left out."""
         return sum(leaf.stored_bytes for leaf in self.leaves.values())
 
+    def leaf(self, name: str) -> Any:
+        """A leaf to be read in pieces: as `self[name]`, a strided array, or what has a `part` of its own."""
+        return self[name]
+
     def release(self, span: tuple[int, int]) -> None:
         """Gives back the pages of a span of a mapped array."""
         release(span, self.mapped)
 
+    def check_whole(self) -> None:
+        """Raises ValueError if a file was cut off since it was opened."""
+        for file in self.files:
+            file.check_whole()
+
     def close(self) -> None:
-        """Closes the file."""
+        """Closes the file.
+
+        Raises:
+            ValueError: it was cut off while it was open.
+        """
+        try:
+            self.check_whole()
+        finally:
+            for file in self.files:
+                file.close()
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -103,4 +143,8 @@ class Checkpoint(Mapping[str, Any]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        try:
+            self.close()
+        except ValueError:
+            if error is None:  # else the block has ended with an error of its own
+                raise

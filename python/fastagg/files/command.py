@@ -16,7 +16,9 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
 from fastagg._codes import WIRES, float_code
-from fastagg._errors import DroppedUpdateWarning
+from fastagg._errors import DroppedUpdateWarning, NotKeptWarning
+from fastagg._quoting import quoted
+from fastagg._sentences import failing_with_a_sentence, sentence
 from fastagg.averaging import INTEGER_POLICIES, NAN_POLICIES
 from fastagg.files import Averaged, average
 
@@ -68,11 +70,13 @@ def average_command(
         ),
     ] = "raise",
     integer_policy: Annotated[
-        str,
+        str | None,
         typer.Option(
-            callback=_one_of(INTEGER_POLICIES), help=f"For integer and bool leaves: {_listed(INTEGER_POLICIES)}."
+            callback=_one_of(INTEGER_POLICIES),
+            help=f"For integer and bool leaves: {_listed(INTEGER_POLICIES)}; without, max, but for other quantisers' "
+            "codes, which are refused.",
         ),
-    ] = "max",
+    ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -95,27 +99,23 @@ def average_command(
     _permit_many_files()
     if weight and len(weight) != len(files):
         raise typer.BadParameter(f"expected {len(files)}, one for each file, got {len(weight)}", param_hint="--weight")
-    try:
-        with warnings.catch_warnings(), _progress_bar() as bar:
-            warnings.simplefilter("ignore", DroppedUpdateWarning)  # said below
-            task = bar.add_task("averaging", total=None)
-            done = average(
-                files,
-                output,
-                weight or None,
-                wire=wire,
-                nan_policy=nan_policy,
-                integer_policy=integer_policy,
-                dtype=dtype,
-                normalize=normalize,
-                allow_negative=allow_negative,
-                force=force,
-                progress=lambda read, total: bar.update(task, completed=read, total=total),
-            )
-    except OSError as error:
-        sys.exit(f"fastagg average: {error if error.filename is None else f'{error.filename}: {error.strerror}'}")
-    except (ImportError, TypeError, ValueError) as error:
-        sys.exit(f"fastagg average: {error}")
+    with failing_with_a_sentence("average"), warnings.catch_warnings(), _progress_bar() as bar:
+        for said_below in (DroppedUpdateWarning, NotKeptWarning):
+            warnings.simplefilter("ignore", said_below)
+        task = bar.add_task("averaging", total=None)
+        done = average(
+            files,
+            output,
+            weight or None,
+            wire=wire,
+            nan_policy=nan_policy,
+            integer_policy=integer_policy,
+            dtype=dtype,
+            normalize=normalize,
+            allow_negative=allow_negative,
+            force=force,
+            progress=lambda read, total: bar.update(task, completed=read, total=total),
+        )
     _report(done, sum(map(bool, weight)) if weight else len(files))
 
 
@@ -135,9 +135,13 @@ def _progress_bar() -> Progress:
 
 def _report(done: Averaged, contributing: int) -> None:
     for path, leaf in done.dropped.items():
-        print(f"dropped {path}: leaf {leaf!r} holds a NaN or an infinity", file=sys.stderr)
+        print(sentence(f"dropped {path}: leaf {quoted(leaf)} holds a NaN or an infinity"), file=sys.stderr)
+    for lost in done.not_kept:
+        print(sentence(lost), file=sys.stderr)
     rate = int(done.bytes_read / max(done.seconds, 1e-9))
     print(
-        f"wrote {done.output}: {done.leaves} leaves of {contributing - len(done.dropped)} files, "
-        f"{decimal(done.bytes_read)} read in {done.seconds:.2f} s, {decimal(rate)}/s"
+        sentence(
+            f"wrote {done.output}: {done.leaves} leaves of {contributing - len(done.dropped)} files, "
+            f"{decimal(done.bytes_read)} read in {done.seconds:.2f} s, {decimal(rate)}/s"
+        )
     )

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 from pathlib import Path
 
 import numpy as np
+
+from fastagg import _core
+from fastagg.files.plain_file import open_plain
 
 _PAGE = mmap.PAGESIZE
 # The first touch of a page maps its neighbours too, as far as one page table: those that have been given back as well.
@@ -17,7 +21,10 @@ if _advise is not None:
 
 
 class MappedFile:
-    """A file's bytes as one read-only array; the mapping lives as long as any view of it."""
+    """A file's bytes as one read-only array; the mapping lives as long as any view of it.
+
+    To read where the file was cut off meanwhile gives NaN as long as it is open; `check_whole` tells.
+    """
 
     def __init__(self, path: Path) -> None:
         """Maps a file.
@@ -26,16 +33,30 @@ class MappedFile:
             OSError: it cannot be read.
             ValueError: it is empty, or no plain file.
         """
-        if path.exists() and not path.is_file():  # to open a pipe would wait for who writes to it
-            raise ValueError(f"{path}: expected a plain file")
-        with path.open("rb") as file:
-            if not path.stat().st_size:
+        self._path = path
+        with os.fdopen(open_plain(path), "rb") as file:
+            if not os.fstat(file.fileno()).st_size:
                 raise ValueError(f"{path}: the file is empty")
             try:
-                mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                self._mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             except OSError as error:  # it keeps a descriptor of its own, and there may be too many
                 raise OSError(error.errno, error.strerror, str(path)) from None
-        self.bytes: np.ndarray = np.frombuffer(mapping, np.uint8)
+        self.bytes: np.ndarray = np.frombuffer(self._mapping, np.uint8)
+        self._guards: list[_core.MappedFileGuard] = []
+        self.guard(self.span)
+
+    def guard(self, span: tuple[int, int]) -> None:
+        """Watches over another mapping of the file too."""
+        self._guards.append(_core.MappedFileGuard(span[0], span[1] - span[0]))
+
+    def check_whole(self) -> None:
+        """Raises ValueError if the file has become shorter since it was opened: what was read of it may be nothing."""
+        if self._mapping.size() < self.bytes.size or any(guard.was_cut() for guard in self._guards):
+            raise ValueError(f"{self._path}: the file was cut off while it was read")
+
+    def close(self) -> None:
+        """Ends the watch over the mapping, which stays."""
+        self._guards.clear()
 
     def __len__(self) -> int:
         return self.bytes.size

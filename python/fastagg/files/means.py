@@ -11,6 +11,7 @@ from fastagg import _core
 from fastagg._backend import MAXIMUM, MEAN, LeafOperands, SourceOperands, weighted_sum
 from fastagg._codes import FLOATS, Code
 from fastagg._overlap import encoded_bytes
+from fastagg._quoting import quoted
 from fastagg._tensor import kind_named
 from fastagg.files.checkpoints import Checkpoint, LeafDescription
 from fastagg.files.mapped_file import span_of
@@ -62,17 +63,17 @@ class Files:
         self.checkpoints = checkpoints
         self._progress = progress
         self._name: str | None = None
-        self._arrays: list[Any] = []
+        self._leaves: list[Any] = []
         self._read: list[tuple[Checkpoint, Span, Any]] = []
 
     def sources(self, piece: Piece) -> list[SourceOperands]:
         """Where every file's part of a piece lies, until `forget`."""
-        if piece.name != self._name:  # what had to be decompressed is kept as long as its leaf is the one at hand
-            self._arrays = []
-            self._arrays, self._name = [checkpoint[piece.name] for checkpoint in self.checkpoints], piece.name
+        if piece.name != self._name:  # what had to be inflated whole is kept as long as its leaf is the one at hand
+            self._leaves = []
+            self._leaves, self._name = [_leaf_of(checkpoint, piece.name) for checkpoint in self.checkpoints], piece.name
         return [
-            self._source(checkpoint, array, piece)
-            for checkpoint, array in zip(self.checkpoints, self._arrays, strict=True)
+            self._source(checkpoint, leaf, piece)
+            for checkpoint, leaf in zip(self.checkpoints, self._leaves, strict=True)
         ]
 
     def _source(self, checkpoint: Checkpoint, leaf: Any, piece: Piece) -> SourceOperands:
@@ -81,10 +82,15 @@ class Files:
             begin, end = (address + encoded_bytes(Code(code), place) for place in (piece.begin, piece.end))
             self._read.append((checkpoint, (begin, end), leaf))
             return begin, scales and scales + 4 * (piece.begin >> shift), code, shift
-        part = leaf.reshape(-1)[piece.begin : piece.end]
+        part = _part_of(leaf, piece)
         view = kind_named("numpy").view(part)  # a copy of what is not aligned
         self._read.append((checkpoint, span_of(part), view.owner))
         return view.address, 0, view.code, 0
+
+    def check_whole(self) -> None:
+        """Raises ValueError if a file was cut off since it was opened."""
+        for checkpoint in self.checkpoints:
+            checkpoint.check_whole()
 
     def forget(self) -> None:
         """Gives back what `sources` has told since the last time."""
@@ -94,12 +100,33 @@ class Files:
         self._read = []
 
 
+def _leaf_of(checkpoint: Checkpoint, name: str) -> Any:
+    """A leaf that is as large as its description, which tells how much of it is read."""
+    leaf, described = checkpoint.leaf(name), checkpoint.leaves[name]
+    if isinstance(leaf, (np.ndarray, Quantized)) and tuple(leaf.shape) != described.shape:
+        raise ValueError(f"{checkpoint.path}: leaf {quoted(name)}: expected shape {described.shape}, got {leaf.shape}")
+    return leaf
+
+
+def _part_of(leaf: Any, piece: Piece) -> np.ndarray:
+    """A piece's elements, in one row and in the machine's order of bytes."""
+    if not isinstance(leaf, np.ndarray):
+        part: np.ndarray = leaf.part(piece.begin, piece.end)
+    elif leaf.flags.c_contiguous:
+        part = leaf.reshape(-1)[piece.begin : piece.end]
+    else:  # copied piece by piece: as a whole it could be much larger than what it is a view of
+        part = leaf.flat[piece.begin : piece.end]
+    return part if part.dtype.isnative else part.astype(part.dtype.newbyteorder("="))
+
+
 def first_nonfinite(files: Files, leaves: dict[str, LeafDescription]) -> str | None:
     """The first leaf of a single file with a NaN or an infinity."""
     floats = {name: leaf for name, leaf in leaves.items() if leaf.code in FLOATS}
     for batch in batches(floats, 1):
         for piece in batch:
-            if not _is_finite(files.sources(piece)[0], piece):
+            is_finite = _is_finite(files.sources(piece)[0], piece)
+            files.check_whole()
+            if not is_finite:
                 return piece.name
         files.forget()
     return None
@@ -113,7 +140,7 @@ def _is_finite(source: SourceOperands, piece: Piece) -> bool:
 class Means:
     """The weighted sums of batches of pieces; they stay valid until the batch after the next."""
 
-    def __init__(self, files: Files, combination: Combination, integer_policy: str, check: bool) -> None:
+    def __init__(self, files: Files, combination: Combination, integer_policy: str | None, check: bool) -> None:
         self._files, self._combination = files, combination
         self._integer_policy, self._check = integer_policy, check
         self._rooms = [np.empty(0, np.uint8), np.empty(0, np.uint8)]
@@ -126,7 +153,9 @@ class Means:
         """
         arrays = self._allocate(batch, results)
         leaves = [self._operands(piece, results[piece.name], array) for piece, array in zip(batch, arrays, strict=True)]
-        for index in weighted_sum(leaves, "cpu", 0, self._check):
+        nonfinite = weighted_sum(leaves, "cpu", 0, self._check)
+        self._files.check_whole()
+        for index in nonfinite:
             self._raise(batch[index], leaves[index].sources, results[batch[index].name])
         if self._check:
             self._check_narrow(batch, leaves)
@@ -138,14 +167,14 @@ class Means:
 
     def _operands(self, piece: Piece, result: LeafDescription, array: np.ndarray) -> LeafOperands:
         sources: list[Any] = self._files.sources(piece)
-        weights, divisor = self._combination.for_result(result.code)
+        weights, divisor, rest = self._combination
         fold = MEAN
         if result.code not in FLOATS and self._integer_policy != "round":
             fold = MAXIMUM
             sources = sources[:1] if self._integer_policy == "first" else sources
         count = piece.end - piece.begin
         out = array.ctypes.data
-        return LeafOperands(sources, None, weights, divisor, count, fold, out, result_code=result.code)
+        return LeafOperands(sources, None, weights, divisor, count, fold, out, result_code=result.code, rest=rest)
 
     def _check_narrow(self, batch: list[Piece], leaves: list[LeafOperands]) -> None:
         """Raises ValueError where a sum was finite, and is too large for the 16 bits of its result."""
@@ -175,9 +204,9 @@ class Means:
         """Raises ValueError for the first file that holds a NaN or an infinity, or else for the result."""
         for checkpoint, source in zip(self._files.checkpoints, sources, strict=False):
             if not _is_finite(source, piece):
-                raise ValueError(f"{checkpoint.path}: leaf {piece.name!r} holds a NaN or an infinity")
+                raise ValueError(f"{checkpoint.path}: leaf {quoted(piece.name)} holds a NaN or an infinity")
         raise _too_large(piece, result.code)
 
 
 def _too_large(piece: Piece, code: Code) -> ValueError:
-    return ValueError(f"leaf {piece.name!r}: the result is too large for {code.name.lower()}")
+    return ValueError(f"leaf {quoted(piece.name)}: the result is too large for {code.name.lower()}")

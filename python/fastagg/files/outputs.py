@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from fastagg.files.atomic import atomic_directory, atomic_file, check_place
+from fastagg._quoting import quoted, quoted_list
+from fastagg.files.atomic import atomic_directory, atomic_file, check_place, keep_permissions, new_mode
 from fastagg.files.checkpoints import Checkpoint, LeafDescription
+from fastagg.files.quantized import METADATA_KEY
 from fastagg.files.sharded import INDEX_SUFFIX, ShardedCheckpoint
 from fastagg.files.writers import NpzWriter, SafetensorsWriter, TorchWriter, Writer, write_all
 
@@ -25,15 +28,12 @@ def check_output(output: Path, wire: str | None, force: bool) -> None:
         FileExistsError, FileNotFoundError: something is there, and not `force`; or its directory is not.
         ValueError: its format is none that is written, or holds no codes; or it would replace something else.
     """
-    check_place(output, force)
+    check_place(output, force, is_directory=output.suffix not in FILE_SUFFIXES)
     if output.name.endswith(INDEX_SUFFIX):
         raise ValueError(f"{output}: name the directory of the shards, not their index")
     if wire is not None and output.suffix in FILE_SUFFIXES[1:]:
         raise ValueError(f"{output}: only .safetensors files hold quantised leaves")
-    if output.suffix in FILE_SUFFIXES:
-        if output.is_dir():
-            raise IsADirectoryError(f"{output} is a directory")
-    elif os.path.lexists(output):
+    if output.suffix not in FILE_SUFFIXES and os.path.lexists(output):
         _check_replaceable(output)
 
 
@@ -43,7 +43,40 @@ def _check_replaceable(folder: Path) -> None:
         raise ValueError(f"{folder}: expected a directory to replace")
     for path in folder.iterdir():
         if not path.is_file() or not path.name.endswith((".safetensors", INDEX_SUFFIX)):
-            raise ValueError(f"{folder}: not replaced, for it holds {path.name!r} beside its shards")
+            raise ValueError(f"{folder}: not replaced, for it holds {quoted(path.name)} beside its shards")
+
+
+def not_kept(output: Path, first: Checkpoint) -> list[str]:
+    """What stands in the first input, or beside its shards, and will not be in the output: a sentence for each."""
+    sentences = []
+    if output.suffix not in FILE_SUFFIXES and isinstance(first, ShardedCheckpoint):
+        others = sorted(entry.name for entry in first.folder.iterdir() if not _is_part(entry.name))
+        if others:
+            sentences.append(
+                f"{first.folder}: what lies beside the shards is not copied: {quoted_list(others)}; copy what belongs "
+                "to the result"
+            )
+    texts = sorted(first.metadata.keys() - {METADATA_KEY, "format"})
+    if texts and output.suffix in FILE_SUFFIXES[1:]:
+        sentences.append(
+            f"{first.path}: its metadata are not kept, for which {output.suffix} has no place: {quoted_list(texts)}"
+        )
+    if output.suffix not in FILE_SUFFIXES[2:] and _has_versions(first.module_versions):
+        sentences.append(
+            f"{first.path}: the versions of its modules (_metadata of a state_dict) are not kept: only .pt has them"
+        )
+    return sentences
+
+
+def _is_part(name: str) -> bool:
+    """Whether a file of a sharded checkpoint's directory is one of its own; hidden ones are nobody's."""
+    return name.endswith((".safetensors", INDEX_SUFFIX)) or name.startswith(".")
+
+
+def _has_versions(module_versions: Any) -> bool:
+    """Whether the modules of a state_dict have versions that loading asks for: 1 is as good as none."""
+    versions = module_versions.values() if isinstance(module_versions, Mapping) else ()
+    return any(isinstance(one, Mapping) and one.get("version", 1) not in (1, None) for one in versions)
 
 
 @contextmanager
@@ -70,7 +103,7 @@ def open_output(
         )
     with (
         atomic_directory(output, force) as folder,
-        closing(ShardedWriter(folder, first, leaves, wire)) as shards,
+        closing(ShardedWriter(folder, output, first, leaves, wire)) as shards,
     ):
         yield shards
 
@@ -82,15 +115,22 @@ def _writer(
         return SafetensorsWriter(descriptor, leaves, first.metadata, wire)
     if output.suffix == ".npz":
         return NpzWriter(descriptor, leaves)
-    return TorchWriter(descriptor, output.parent, leaves)
+    return TorchWriter(descriptor, output.parent, leaves, first.module_versions)
 
 
 class ShardedWriter:
     """A directory of .safetensors files and their index; the leaves come shard by shard."""
 
-    def __init__(self, folder: Path, like: ShardedCheckpoint, leaves: dict[str, LeafDescription], wire: str | None):
-        """Nothing is written yet."""
-        self._folder, self._like, self._leaves, self._wire = folder, like, leaves, wire
+    def __init__(
+        self,
+        folder: Path,
+        output: Path,
+        like: ShardedCheckpoint,
+        leaves: dict[str, LeafDescription],
+        wire: str | None,
+    ) -> None:
+        """Nothing is written yet; `output` is what the folder will be."""
+        self._folder, self._output, self._like, self._leaves, self._wire = folder, output, like, leaves, wire
         self._shard_of = {name: shard for shard, opened in like.shards.items() for name in opened}
         self._weight_map: dict[str, str] = {}
         self._nbytes = 0
@@ -105,8 +145,10 @@ class ShardedWriter:
         self._writer.write(name, begin, array)
 
     def finish(self) -> None:
-        """See `Writer`. The index comes last."""
+        """See `Writer`. The index, if there is one, comes last."""
         self._end_shard()
+        if self._like.index_name is None:
+            return
         metadata = {**self._like.index_metadata, "total_size": self._nbytes}
         index = json.dumps({"metadata": metadata, "weight_map": dict(sorted(self._weight_map.items()))}, indent=2)
         descriptor = self._create(self._like.index_name)
@@ -138,4 +180,7 @@ class ShardedWriter:
         self.close()
 
     def _create(self, name: str) -> int:
-        return os.open(self._folder / name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        replaced = self._output / name
+        descriptor = os.open(self._folder / name, os.O_RDWR | os.O_CREAT | os.O_EXCL, new_mode(replaced, 0o666))
+        keep_permissions(descriptor, replaced)
+        return descriptor

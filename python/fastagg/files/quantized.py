@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from fastagg._codes import FLOATS, WIRES, code_of_dtype, name_of
+from fastagg._quoting import printable, quoted
 from fastagg._tensor import kind_named
-from fastagg.files.checkpoints import LeafDescription
+from fastagg.files.checkpoints import LeafDescription, checked_shape
 from fastagg.quantization import codes_layout
 
 METADATA_KEY = "fastagg.quantized"
@@ -62,18 +63,17 @@ def leaves_of_metadata(metadata: Mapping[str, str]) -> dict[str, QuantizedLeaf]:
     try:
         described = json.loads(metadata[METADATA_KEY])
         if described["version"] != VERSION:
-            raise ValueError(f"version {described['version']!r}, expected {VERSION}")
+            raise ValueError(f"version {quoted(described['version'])}, expected {VERSION}")
         return {name: _leaf(name, entry) for name, entry in described["leaves"].items()}
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"the metadata's {METADATA_KEY} cannot be understood: {error}") from None
+        reason = printable(str(error))
+        raise ValueError(f"the metadata's {METADATA_KEY} cannot be understood: {reason}") from None
 
 
 def _leaf(name: str, entry: dict[str, Any]) -> QuantizedLeaf:
-    wire, block, dtype, shape = entry["wire"], entry["block"], entry["dtype"], tuple(entry["shape"])
-    if wire not in WIRES or code_of_dtype(dtype) not in FLOATS:
-        raise ValueError(f"leaf {name!r}: wire {wire!r} or dtype {dtype!r}")
-    if not all(type(size) is int and size >= 0 for size in shape):
-        raise ValueError(f"leaf {name!r}: shape {shape}")
+    wire, block, dtype, shape = entry["wire"], entry["block"], entry["dtype"], checked_shape(entry["shape"])
+    if wire not in WIRES or not isinstance(dtype, str) or code_of_dtype(dtype) not in FLOATS:
+        raise ValueError(f"leaf {quoted(name)}: wire {quoted(wire)} or dtype {quoted(dtype)}")
     if not (block is None or type(block) is int):
-        raise ValueError(f"leaf {name!r}: block {block!r}")
+        raise ValueError(f"leaf {quoted(name)}: block {quoted(block)}")
     return quantized_leaf(name, wire, block, dtype, shape)

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastagg._quoting import printable, quoted
 from fastagg._tensor import kind_named
-from fastagg.files.checkpoints import Checkpoint, LeafDescription
+from fastagg.files.checkpoints import Checkpoint, LeafDescription, checked_shape
 from fastagg.files.mapped_file import MappedFile
 from fastagg.files.quantized import leaves_of_metadata
 from fastagg.quantization import Quantized
@@ -33,7 +34,7 @@ DTYPES = {
 ELEMENT_BYTES = {name: 2 if name == "bfloat16" else np.dtype(name).itemsize for name in DTYPES.values()}
 
 LENGTH_BYTES = 8  # of the header's length, which begins the file
-_LARGEST_HEADER = 100_000_000  # the format's own limit
+LARGEST_HEADER = 100_000_000  # the format's own limit
 
 
 class Tensor(NamedTuple):
@@ -58,7 +59,7 @@ class SafetensorsCheckpoint(Checkpoint):
         """
         super().__init__(path)
         self._file = MappedFile(path)
-        self.mapped = [self._file.span]
+        self.files, self.mapped = [self._file], [self._file.span]
         try:
             self.metadata, self._tensors = read_header(self._file.bytes)
             self._quantized = leaves_of_metadata(self.metadata)
@@ -91,7 +92,7 @@ class SafetensorsCheckpoint(Checkpoint):
         try:
             return Quantized(codes, scales, wire=leaf.wire, shape=leaf.shape, dtype=leaf.dtype, block=leaf.block)
         except (TypeError, ValueError) as error:
-            raise type(error)(f"leaf {name!r}: {error}") from None
+            raise type(error)(f"leaf {quoted(name)}: {error}") from None
 
     def _describe(self) -> dict[str, LeafDescription]:
         """Every leaf, a quantised one in the place of its codes."""
@@ -99,7 +100,9 @@ class SafetensorsCheckpoint(Checkpoint):
         scales = {leaf.scales for leaf in self._quantized.values()}
         for part in [*by_codes, *scales - {None}]:
             if part not in self._tensors:
-                raise ValueError(f"tensor {part!r}, of which the metadata tells, is missing")
+                raise ValueError(f"tensor {quoted(part)}, of which the metadata tells, is missing")
+        if both := self._quantized.keys() & self._tensors.keys():
+            raise ValueError(f"leaf {quoted(min(both))} is there twice, as codes and as it is")
         described = {}
         for name, tensor in self._tensors.items():
             if name in by_codes:
@@ -121,12 +124,13 @@ def read_header(file: np.ndarray) -> tuple[dict[str, str], dict[str, Tensor]]:
         raise ValueError(f"truncated: {file.size} bytes are no .safetensors file")
     length = int.from_bytes(file[:LENGTH_BYTES].tobytes(), "little")
     data = LENGTH_BYTES + length
-    if length > _LARGEST_HEADER:
-        raise ValueError(f"no .safetensors file: a header of {length} bytes (at most {_LARGEST_HEADER})")
+    if length > LARGEST_HEADER:
+        raise ValueError(f"no .safetensors file: a header of {length} bytes (at most {LARGEST_HEADER})")
     if data > file.size:
         raise ValueError(f"truncated: the header ends at byte {data}, the file at {file.size}")
     header = _parse(file[LENGTH_BYTES:data].tobytes())
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata  # the format's own library takes null, too
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise ValueError("the header's __metadata__ is no mapping from names to texts")
     _check_unicode([*header, *metadata, *metadata.values()])
@@ -140,7 +144,7 @@ def _parse(text: bytes) -> dict[str, Any]:
     try:
         header = json.loads(text.decode(), object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"the header is no valid JSON: {error}") from None
+        raise ValueError(f"the header is no valid JSON: {printable(str(error))}") from None
     if not isinstance(header, dict):
         raise ValueError("the header is no JSON object")
     return header
@@ -152,30 +156,45 @@ def _check_unicode(texts: list[str]) -> None:
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise ValueError(f"the header's text {text!r} is no Unicode") from None
+            raise ValueError(f"the header's text {quoted(text)} is no Unicode") from None
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    if len(set(names)) < len(names):
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands there twice")
-    return dict(pairs)
+    whole = dict(pairs)
+    if len(whole) < len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f"{quoted(twice)} stands there twice")
+    return whole
 
 
 def _tensor(name: str, entry: Any, data: int) -> Tensor:
     """One entry of the header."""
     try:
-        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        dtype, sizes, (begin, end) = entry["dtype"], list(entry["shape"]), entry["data_offsets"]
     except (KeyError, TypeError, ValueError):
-        raise ValueError(f"leaf {name!r}: the header lacks its dtype, shape or data_offsets") from None
+        raise ValueError(f"leaf {quoted(name)}: the header lacks its dtype, shape or data_offsets") from None
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise TypeError(f"leaf {name!r}: dtype {dtype} is not supported (expected one of {', '.join(DTYPES)})")
-    if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
-        raise ValueError(f"leaf {name!r}: shape {shape} and data_offsets {begin, end} must be integers of 0 or more")
+        raise TypeError(
+            f"leaf {quoted(name)}: dtype {_plain(dtype)} is not supported (expected one of {', '.join(DTYPES)})"
+        )
+    try:
+        shape = checked_shape(sizes)
+    except ValueError as error:
+        raise ValueError(f"leaf {quoted(name)}: {error}") from None
+    if not all(type(number) is int and number >= 0 for number in (begin, end)):
+        raise ValueError(f"leaf {quoted(name)}: data_offsets {quoted((begin, end))} must be integers of 0 or more")
     size = math.prod(shape) * ELEMENT_BYTES[DTYPES[dtype]]
     if end - begin != size:
-        raise ValueError(f"leaf {name!r}: expected {size} bytes for {dtype} {shape}, got {end - begin}")
+        raise ValueError(
+            f"leaf {quoted(name)}: expected {quoted(size)} bytes for {dtype} {quoted(shape)}, got {quoted(end - begin)}"
+        )
     return Tensor(DTYPES[dtype], shape, data + begin, data + end)
+
+
+def _plain(dtype: Any) -> str:
+    """A dtype without quotes where it is a text."""
+    return printable(dtype) if isinstance(dtype, str) else quoted(dtype)
 
 
 def _check_places(tensors: dict[str, Tensor], data: int, size: int) -> None:
@@ -183,10 +202,10 @@ def _check_places(tensors: dict[str, Tensor], data: int, size: int) -> None:
     reached = data
     for name, tensor in tensors.items():
         if tensor.end > size:
-            raise ValueError(f"truncated: leaf {name!r} ends at byte {tensor.end}, the file at {size}")
+            raise ValueError(f"truncated: leaf {quoted(name)} ends at byte {quoted(tensor.end)}, the file at {size}")
         if tensor.begin != reached:
             what = "overlaps another one" if tensor.begin < reached else "leaves a gap before it"
-            raise ValueError(f"leaf {name!r}: {what} (its bytes begin at {tensor.begin}, expected {reached})")
+            raise ValueError(f"leaf {quoted(name)}: {what} (its bytes begin at {tensor.begin}, expected {reached})")
         reached = tensor.end
     if reached != size:
         raise ValueError(f"{size - reached} bytes behind the last tensor belong to none")

@@ -9,8 +9,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastagg._codes import Code
-
 # A sum of decimal weights is off by this much of their magnitudes at most: less is zero, and nothing to divide by.
 _SMALLEST_SHARE = 1e-12
 # Powers of two whose reciprocals are normal numbers too.
@@ -18,15 +16,11 @@ _LARGEST_EXPONENT = 900
 
 
 class Combination(NamedTuple):
-    """``sum_k(scaled[k] * x_k) / divisor``, and ``sum_k(plain[k] * x_k)`` for float64."""
+    """``sum_k(weights[k] * x_k) / (divisor + rest)``, the rest being what rounding has taken from the divisor."""
 
-    scaled: list[float]
+    weights: list[float]
     divisor: float
-    plain: list[float]
-
-    def for_result(self, code: Code) -> tuple[list[float], float]:
-        """Weights and divisor for a result of that code."""
-        return (self.plain, 1.0) if code == Code.FLOAT64 else (self.scaled, self.divisor)
+    rest: float
 
 
 def check_weights(weights: Iterable[float] | None, paths: Sequence[Path], signed: bool) -> list[float]:
@@ -72,10 +66,8 @@ def combine(weights: list[float], normalize: bool) -> Combination:
     factor = math.ldexp(1.0, -3 - min(max(exponent, -_LARGEST_EXPONENT), _LARGEST_EXPONENT))
     scaled = [weight * factor for weight in weights]
     if not normalize:
-        return Combination(scaled, factor, weights)
+        return Combination(scaled, factor, 0.0)
     total = math.fsum(scaled)
     if abs(total) <= _SMALLEST_SHARE * math.fsum(map(abs, scaled)):
         raise ValueError("weights: their sum is zero, so they cannot be normalized")
-    # NumPy's sum is the one of `fedavg`; where terms cancel, its error would be that of every element.
-    plain_total = total if min(scaled) < 0 else float(np.asarray(scaled).sum())
-    return Combination(scaled, total, (np.asarray(scaled) / plain_total).tolist())
+    return Combination(scaled, total, math.fsum((*scaled, -total)))

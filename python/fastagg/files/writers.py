@@ -9,14 +9,17 @@ import mmap
 import os
 import tempfile
 import zipfile
+from collections import Counter, OrderedDict
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from fastagg._codes import FLOATS, WIRES
+from fastagg._extras import needing
 from fastagg._npy import npy_header
 from fastagg._overlap import encoded_bytes
+from fastagg._quoting import quoted
 from fastagg.files.checkpoints import LeafDescription
 from fastagg.files.npz import SUFFIX
 from fastagg.files.quantized import METADATA_KEY, QuantizedLeaf, metadata_of_leaves, quantized_leaf
@@ -25,6 +28,7 @@ from fastagg.quantization import check_block, quantize
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _HEADER_ALIGNMENT = 8
+_DEFAULT_METADATA = {"format": "pt"}  # of a file without any: transformers before 4.49 cannot read one without
 _LARGEST_MEMBER_NAME = 2**16 - 1 - len(SUFFIX)  # bytes
 # Bytes after which the disk is told: while it writes, the sums go on, and there is less to wait for at the end.
 _WRITEBACK_BYTES = 32 << 20
@@ -89,7 +93,7 @@ class SafetensorsWriter:
         """
         self._descriptor, self._unsynced = descriptor, 0
         self._quantized: dict[str, QuantizedLeaf] = {}
-        metadata = {name: text for name, text in metadata.items() if name != METADATA_KEY}
+        metadata = {name: text for name, text in metadata.items() if name != METADATA_KEY} or _DEFAULT_METADATA.copy()
         if wire is not None:
             block = check_block(wire, None)
             floats = {name: leaf for name, leaf in leaves.items() if leaf.code in FLOATS}
@@ -112,7 +116,7 @@ class SafetensorsWriter:
             return
         coded = quantize(array, leaf.wire, block=leaf.block)
         if coded.nonfinite:
-            raise ValueError(f"leaf {name!r}: the result is too large for {leaf.wire}")
+            raise ValueError(f"leaf {quoted(name)}: the result is too large for {leaf.wire}")
         self._write_bytes(leaf.codes, encoded_bytes(WIRES[leaf.wire], begin), coded.data)
         if leaf.scales is not None and leaf.block is not None:
             self._write_bytes(leaf.scales, 4 * (begin // leaf.block), coded.scales)
@@ -135,8 +139,8 @@ class SafetensorsWriter:
             quantized = self._quantized.get(name)
             tensors += [(name, leaf)] if quantized is None else quantized.tensors()
         if len(dict(tensors)) < len(tensors):
-            names = [name for name, _ in tensors]
-            raise ValueError(f"leaf {next(n for n in names if names.count(n) > 1)!r} is also a name of codes or scales")
+            twice = Counter(name for name, _ in tensors).most_common(1)[0][0]
+            raise ValueError(f"leaf {quoted(twice)} is also a name of codes or scales")
         placed, end = {}, 0
         for name, leaf in sorted(tensors, key=lambda item: -item[1].element_bytes):
             placed[name] = Tensor(leaf, end)
@@ -174,9 +178,9 @@ class NpzWriter:
         """
         for name, leaf in leaves.items():
             if zipfile.ZipInfo(name + SUFFIX).filename != name + SUFFIX or len(name.encode()) > _LARGEST_MEMBER_NAME:
-                raise ValueError(f"leaf {name!r}: .npz cannot hold such a name")
+                raise ValueError(f"leaf {quoted(name)}: .npz cannot hold such a name")
             if leaf.dtype == "bfloat16":
-                raise TypeError(f"leaf {name!r}: .npz has no bf16: ask for another dtype, or write .safetensors")
+                raise TypeError(f"leaf {quoted(name)}: .npz has no bf16: ask for another dtype, or write .safetensors")
         self._leaves = leaves
         self._file = os.fdopen(os.dup(descriptor), "w+b")
         self._archive = zipfile.ZipFile(self._file, "w", zipfile.ZIP_STORED)
@@ -212,11 +216,15 @@ class TorchWriter:
     is mapped, so that memory holds no more of them than the system likes.
     """
 
-    def __init__(self, descriptor: int, folder: Path, leaves: dict[str, LeafDescription]) -> None:
+    def __init__(
+        self, descriptor: int, folder: Path, leaves: dict[str, LeafDescription], module_versions: Any = None
+    ) -> None:
         """Makes room for the tensors."""
-        import torch
+        with needing("torch", "To write .pt files fastagg"):
+            import torch
 
         self._torch, self._descriptor, self._leaves = torch, descriptor, leaves
+        self._module_versions = module_versions
         self._places, end = {}, 0
         for name, leaf in leaves.items():
             self._places[name] = end
@@ -233,7 +241,10 @@ class TorchWriter:
     def finish(self) -> None:
         """See `Writer`."""
         mapping = mmap.mmap(self._scratch.fileno(), 0)
-        state = {name: self._tensor(mapping, name, leaf) for name, leaf in self._leaves.items()}
+        state: Any = {name: self._tensor(mapping, name, leaf) for name, leaf in self._leaves.items()}
+        if self._module_versions is not None:
+            state = OrderedDict(state)
+            state._metadata = self._module_versions
         with os.fdopen(os.dup(self._descriptor), "wb") as file:
             self._torch.save(state, file)
 
@@ -244,6 +255,6 @@ class TorchWriter:
     def _tensor(self, mapping: mmap.mmap, name: str, leaf: LeafDescription) -> Any:
         dtype = getattr(self._torch, leaf.dtype)
         if not leaf.elements:
-            return self._torch.empty(leaf.shape, dtype=dtype)
+            return self._torch.empty(leaf.shape, dtype=dtype, device="cpu")
         flat = self._torch.frombuffer(mapping, dtype=dtype, count=leaf.elements, offset=self._places[name])
         return flat.reshape(leaf.shape)

@@ -2,7 +2,8 @@
 
 An `Array` holds the bytes of an .npy file. bf16 and quantised leaves, which .npy cannot hold, travel as
 `Array(dtype, shape, stype="fastagg.<wire>" or "fastagg.<wire>.<block>", data=scales + codes)`, dtype and shape being
-the leaf's own.
+the leaf's own. Codes that were rounded stochastically add ".seed.<seed>.<step>.<tensor>" to the stype: whoever steps
+from the model that was sent rounds that with the same numbers.
 """
 
 from __future__ import annotations
@@ -10,25 +11,35 @@ from __future__ import annotations
 import ctypes
 import io
 import math
+import re
 from collections.abc import Collection, Mapping
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord
 
 from fastagg import _core
+from fastagg._arguments import as_shape
 from fastagg._codes import FLOATS, WIRES, Code, code_of_dtype, name_of, wire_name
+from fastagg._integer_codes import IntegerLeaf, refuse_codes
 from fastagg._npy import NpyHeader, npy_header, read_npy_header
+from fastagg._quoting import printable, quoted
+from fastagg._sent import rounded_like
 from fastagg._tensor import HUGE, kind_named
 from fastagg.quantization import Quantized, codes_layout, dequantize
 from fastagg.server.buffers import is_buffer
 
+if TYPE_CHECKING:
+    import torch
+
 Leaf = np.ndarray | Quantized
 
 _CHUNK = 1 << 16  # elements of a temporary that stays in the cache
+_LONGEST_ERROR = 150  # characters of NumPy's, which repeats the header
 _NUMPY = "numpy.ndarray"
 _OURS = "fastagg"
+_STYPE = re.compile(r"fastagg\.(\w+)(?:\.([0-9]{1,9}))?(?:\.seed\.([0-9]{1,20})\.([0-9]{1,10})\.([0-9]{1,10}))?")
 
 
 class FreshArrays:
@@ -40,6 +51,13 @@ class FreshArrays:
         self.views: dict[str, np.ndarray] = {}
         for name, leaf in like.items():
             self._arrays[name], self.views[name] = _fresh(tuple(leaf.shape), np.dtype(leaf.dtype).newbyteorder("="))
+
+    def read_only(self) -> dict[str, np.ndarray]:
+        """The arrays, for whoever is to look at what is sent."""
+        arrays = {name: view[...] for name, view in self.views.items()}
+        for array in arrays.values():
+            array.flags.writeable = False
+        return arrays
 
     def record(self) -> ArrayRecord:
         """The arrays as they are now."""
@@ -80,11 +98,12 @@ def read_leaf(array: Array) -> Leaf:
         TypeError: it is serialised in another way, or holds elements that cannot be averaged.
         ValueError: its bytes are not what its header promises.
     """
-    if array.stype == _NUMPY:
+    stype = array.stype
+    if stype == _NUMPY:
         return read_npy(array.data)
-    if array.stype.split(".")[0] == _OURS:
+    if isinstance(stype, str) and stype.split(".", 1)[0] == _OURS:
         return _read_quantized(array)
-    raise TypeError(f"expected an array serialised by numpy.ndarray or fastagg, got {array.stype!r}")
+    raise TypeError(f"expected an array serialised by numpy.ndarray or fastagg, got {quoted(stype)}")
 
 
 def read_record(record: ArrayRecord) -> dict[str, Leaf]:
@@ -93,8 +112,9 @@ def read_record(record: ArrayRecord) -> dict[str, Leaf]:
     for name, array in record.items():
         try:
             leaves[name] = read_leaf(array)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"leaf {name!r}: {error}") from None
+        except Exception as error:  # an overflow, for one: bytes can claim to be anything
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"leaf {quoted(name)}: {error}") from None
     return leaves
 
 
@@ -109,7 +129,8 @@ def read_npy(data: bytes) -> np.ndarray:
     header = _parse_header(data[:size])
     got = len(data) - size
     if got != header.nbytes:
-        raise ValueError(f"its header promises {header.nbytes} bytes of {header.dtype} {header.shape}, got {got}")
+        promised = f"{quoted(header.nbytes)} bytes of {header.dtype} {quoted(header.shape)}"
+        raise ValueError(f"its header promises {promised}, got {got}")
     flat = np.frombuffer(data, header.dtype, offset=size) if got else np.empty(0, header.dtype)
     if header.dtype == np.bool_ and flat.view(np.uint8).max(initial=0) > 1:
         raise ValueError("its bytes are not those of bools")
@@ -119,34 +140,41 @@ def read_npy(data: bytes) -> np.ndarray:
 @lru_cache(maxsize=4096)
 def _parse_header(header: bytes) -> NpyHeader:
     """A header of elements that can be averaged; all clients' arrays of a leaf begin with the same bytes."""
-    parsed = read_npy_header(io.BytesIO(header))
+    try:
+        parsed = read_npy_header(io.BytesIO(header))
+    except ValueError as error:
+        raise ValueError(printable(str(error), _LONGEST_ERROR)) from None
     if code_of_dtype(parsed.dtype) is None:
-        raise TypeError(f"dtype {parsed.dtype} is not supported (expected a real floating, integer or bool dtype)")
+        expected = "expected a real floating, integer or bool dtype"
+        raise TypeError(f"dtype {printable(str(parsed.dtype))} is not supported ({expected})")
     return parsed
 
 
 def _read_quantized(array: Array) -> Leaf:
-    wire, block = _parse_stype(array.stype)
-    shape = tuple(array.shape)
+    wire, block, seed = _parse_stype(array.stype)
+    shape = as_shape(array.shape)
     layout = codes_layout(kind_named("numpy"), wire, shape, block)
     scales_size = 4 * layout.scales
     expected = scales_size + math.prod(layout.shape) * layout.dtype.itemsize
     if len(array.data) != expected:
-        raise ValueError(f"expected {expected} bytes of {wire} codes for {shape}, got {len(array.data)}")
+        raise ValueError(f"expected {expected} bytes of {wire} codes for {quoted(shape)}, got {len(array.data)}")
     memory = np.frombuffer(array.data, np.uint8)
     scales = memory[:scales_size].view(np.float32) if block is not None else None
     codes = memory[scales_size:].view(layout.dtype).reshape(layout.shape)
     if wire == "bf16" and array.dtype == "bfloat16":
         brain: np.ndarray = codes.view(kind_named("numpy").dtype_named("bfloat16"))
         return brain
-    return Quantized(codes, scales, wire=wire, shape=shape, dtype=array.dtype, block=block)
+    return Quantized(codes, scales, wire=wire, shape=shape, dtype=array.dtype, block=block, seed=seed)
 
 
-def _parse_stype(stype: str) -> tuple[str, int | None]:
-    _, wire, *block = stype.split(".")
-    if wire not in WIRES or len(block) > 1 or not all(part.isdecimal() for part in block):
-        raise ValueError(f"expected a stype such as fastagg.int8.256, got {stype!r}")
-    return wire_name(wire), int(block[0]) if block else None
+def _parse_stype(stype: str) -> tuple[str, int | None, tuple[int, int, int] | None]:
+    """The wire, the block and the key of stochastic rounding."""
+    match = _STYPE.fullmatch(stype)
+    if match is None or match[1] not in WIRES:
+        raise ValueError(f"expected a stype such as fastagg.int8.256, got {quoted(stype)}")
+    block = None if match[2] is None else int(match[2])
+    seed = None if match[3] is None else (int(match[3]), int(match[4]), int(match[5]))
+    return wire_name(match[1]), block, seed
 
 
 def as_array(leaf: Leaf) -> np.ndarray:
@@ -164,7 +192,13 @@ def in_dtype(leaf: Leaf, dtype: Any) -> Leaf:
         return leaf
     if isinstance(leaf, Quantized):
         return Quantized(
-            leaf.data, leaf.scales, wire=leaf.wire, shape=leaf.shape, dtype=name_of(dtype), block=leaf.block
+            leaf.data,
+            leaf.scales,
+            wire=leaf.wire,
+            shape=leaf.shape,
+            dtype=name_of(dtype),
+            block=leaf.block,
+            seed=leaf.seed,
         )
     array = np.asarray(as_array(leaf), order="C")
     if own == Code.FLOAT64:
@@ -174,32 +208,52 @@ def in_dtype(leaf: Leaf, dtype: Any) -> Leaf:
 
 
 def squared_distance(one: Mapping[str, Leaf], other: Mapping[str, Leaf], buffers: Collection[str]) -> float:
-    """``sum((one - other)^2)`` over the parameters of two models of the same leaves, in float64."""
+    """``sum((one - other)^2)`` over the parameters of two models of the same leaves, in float64.
+
+    A leaf that is quantised in the other is compared with this one's as the same wire rounds it; equal infinities have
+    no distance.
+    """
     total = 0.0
     for name, leaf in one.items():
         if is_buffer(name, leaf.dtype, buffers):
             continue
-        first, second = as_array(leaf).reshape(-1), as_array(other[name]).reshape(-1)
+        first, second = rounded_like(as_array(leaf), other[name]).reshape(-1), as_array(other[name]).reshape(-1)
         for begin in range(0, first.size, _CHUNK):
             with np.errstate(over="ignore", invalid="ignore"):  # the caller looks at the sum
-                difference = np.subtract(
-                    first[begin : begin + _CHUNK], second[begin : begin + _CHUNK], dtype=np.float64
-                )
-                total += float(difference @ difference)
+                parts = first[begin : begin + _CHUNK], second[begin : begin + _CHUNK]
+                difference = np.subtract(*parts, dtype=np.float64)
+                square = float(difference @ difference)
+                if math.isnan(square):
+                    difference[parts[0] == parts[1]] = 0
+                    square = float(difference @ difference)
+                total += square
     return total
+
+
+def check_integer_leaves(model: Mapping[str, Leaf]) -> None:
+    """Raises ValueError where a model's integer leaves look like another quantiser's codes, or like bytes."""
+    names, leaves = tuple(model), list(model.values())
+    integers = tuple(
+        IntegerLeaf(place, leaf.dtype, tuple(leaf.shape))
+        for place, leaf in enumerate(leaves)
+        if code_of_dtype(leaf.dtype) not in FLOATS
+    )
+    refuse_codes(names, integers, lambda place: as_array(leaves[place]))
 
 
 def write_leaf(leaf: Any) -> Array:
     """A NumPy array, torch tensor or `Quantized` as an `Array`."""
     if isinstance(leaf, Quantized):
-        stype = ".".join([_OURS, leaf.wire, *([] if leaf.block is None else [str(leaf.block)])])
+        seed = () if leaf.seed is None else ("seed", *leaf.seed)
+        stype = ".".join(map(str, (_OURS, leaf.wire, *(() if leaf.block is None else (leaf.block,)), *seed)))
         parts = [part for part in (leaf.scales, leaf.data) if part is not None]
         data = b"".join(_bytes_of(part) for part in parts)
         return Array(name_of(leaf.dtype), tuple(leaf.shape), stype, data)
+    leaf = leaf if isinstance(leaf, np.ndarray) else _on_host(leaf)
     if name_of(leaf.dtype) == "bfloat16":
         return Array("bfloat16", tuple(leaf.shape), f"{_OURS}.bf16", _bytes_of(leaf))
     array, view = _fresh(tuple(leaf.shape), np.dtype(name_of(leaf.dtype)))
-    view[...] = leaf if isinstance(leaf, np.ndarray) else leaf.detach().cpu().numpy()
+    view[...] = leaf if isinstance(leaf, np.ndarray) else leaf.numpy()
     return array
 
 
@@ -208,5 +262,13 @@ def _bytes_of(array: Any) -> bytes:
         return array.tobytes()
     import torch
 
-    elements: np.ndarray = array.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    elements: np.ndarray = _on_host(array).reshape(-1).view(torch.uint8).numpy()
     return elements.tobytes()
+
+
+def _on_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor's values in the host's memory; raises TypeError if they are not plain."""
+    from fastagg._plain_tensors import check_plain, in_order
+
+    check_plain(tensor)
+    return in_order(tensor).cpu()

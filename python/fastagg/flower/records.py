@@ -36,7 +36,8 @@ def to_array_record(
     Args:
         state_dict: names to torch tensors, NumPy arrays or `Quantized`.
         wire: "fp16", "bf16", "int8", "int4" or any other of `fastagg.quantize` for the floating leaves; None sends them
-            as they are. Buffers (running statistics, integers) and `Quantized` leaves always travel as they are.
+            as they are. Buffers (running statistics, integers) and `Quantized` leaves always travel as they are; leaves
+            with an infinity or a NaN, such as causal masks, do on wires with scales, which cannot say where it is.
         rounding: "nearest" or "stochastic".
         seed: of stochastic rounding; leaf number t is rounded with (seed, 0, t). None draws one a leaf.
         block: elements that share a scale.
@@ -60,7 +61,9 @@ def to_array_record(
             leaf = _as_leaf(leaf)
             if wire is not None and not isinstance(leaf, Quantized) and not is_buffer(name, leaf.dtype, buffers):
                 key = None if seed is None or rounding == "nearest" else (seed, 0, index)
-                leaf = quantize(leaf, wire, rounding=rounding, seed=key, block=block)
+                codes = quantize(leaf, wire, rounding=rounding, seed=key, block=block)
+                if codes.scales is None or not codes.nonfinite:
+                    leaf = codes
             record[name] = write_leaf(leaf)
         except (TypeError, NotImplementedError) as error:  # torch's, of a tensor without values
             raise TypeError(f"leaf {name!r}: {error}") from None

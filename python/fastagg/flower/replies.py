@@ -11,7 +11,13 @@ from typing import Any, NamedTuple
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 
 from fastagg._codes import name_of
+from fastagg._quoting import printable, quoted
 from fastagg.flower.arrays import Leaf, read_record
+
+# Those of `Accumulator`: beyond them a sum of weights, or of weighted metrics, could leave the range of floats.
+_LARGEST_WEIGHT, _SMALLEST_WEIGHT = 2.0**300, 2.0**-300
+
+_NO_LIST, _ANY_LENGTH = -1, -2  # in the place of a metric's length
 
 
 class LeftOutReply(NamedTuple):
@@ -42,11 +48,11 @@ class Reply(NamedTuple):
     def form(self, metric_lengths: bool) -> frozenset[Any]:
         """What all replies of a mean must share: the records' and metrics' names, and the leaves with their shapes.
 
-        With `metric_lengths`, also which metrics are lists, and how long.
+        And which metrics are lists; with `metric_lengths`, also how long.
         """
         records = {*self.content.metric_records, *(self.content.array_records if self.leaves else ())}
         metrics = {
-            (name, len(value) if metric_lengths and isinstance(value, list) else -1)
+            (name, (len(value) if metric_lengths else _ANY_LENGTH) if isinstance(value, list) else _NO_LIST)
             for name, value in self.metrics.items()
         }
         return frozenset({*records, *metrics, *form_of(self.leaves)})
@@ -65,15 +71,25 @@ def read_reply(message: Message, server_round: int, weighted_by_key: str, has_ar
 
     Raises:
         UnusableReplyError: it is of another round, carries not just one record of each kind, no weight that is a
-            finite number of 0 or more, or arrays whose bytes are not what they claim to be. A reply of weight 0 has no
-            leaves: nobody looks at its arrays.
+            finite number of 0 or more, metrics that are no numbers, or arrays whose bytes are not what they claim to
+            be. A reply of weight 0 has no leaves: nobody looks at its arrays.
     """
+    try:
+        return _read(message, server_round, weighted_by_key, has_arrays)
+    except UnusableReplyError:
+        raise
+    except Exception as error:  # nothing that a node sends may end the round of all
+        raise UnusableReplyError(f"cannot be read: {printable(f'{type(error).__name__}: {error}')}") from None
+
+
+def _read(message: Message, server_round: int, weighted_by_key: str, has_arrays: bool) -> Reply:
     group = message.metadata.group_id
-    if isinstance(group, str) and group.isdecimal() and int(group) != server_round:
-        raise UnusableReplyError(f"is of round {group}, not of round {server_round}")
+    if isinstance(group, str) and group.isdecimal() and group != str(server_round):
+        raise UnusableReplyError(f"is of round {printable(group)}, not of round {server_round}")
     content = message.content
     metrics: MetricRecord = _only(content.metric_records, "MetricRecord")
     weight = _read_weight(metrics, weighted_by_key)
+    _check_metrics(metrics)
     leaves: dict[str, Leaf] = {}
     if has_arrays and weight > 0:
         arrays: ArrayRecord = _only(content.array_records, "ArrayRecord")
@@ -96,16 +112,22 @@ def _read_weight(metrics: MetricRecord, key: str) -> float:
     if key not in metrics:
         raise UnusableReplyError(f"its MetricRecord has no {key!r}, by which replies are weighted")
     value = metrics[key]
-    if isinstance(value, (list, bool)) or not 0 <= value < math.inf:
-        raise UnusableReplyError(f"expected a finite {key!r} of 0 or more, got {value!r}")
-    return _as_float(value, key)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise UnusableReplyError(f"expected a finite {key!r} of 0 or more, got {quoted(value)}")
+    if value and not _SMALLEST_WEIGHT <= value <= _LARGEST_WEIGHT:
+        raise UnusableReplyError(f"its weight: expected 0, or 2**-300 to 2**300, got {quoted(value)} as {key!r}")
+    return float(value)
 
 
-def _as_float(value: float, key: str) -> float:
-    try:
-        return float(value)
-    except OverflowError:
-        raise UnusableReplyError(f"expected a {key!r} in the range of floats, got {value!r}") from None
+def _check_metrics(metrics: MetricRecord) -> None:
+    """Raises UnusableReplyError unless all are numbers, or lists of numbers, in the range of floats."""
+    for name, value in metrics.items():
+        if not all(_is_float(one) for one in (value if isinstance(value, list) else [value])):
+            raise UnusableReplyError(f"expected its metric {quoted(name)} in the range of floats, got {quoted(value)}")
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 1 << 1023)
 
 
 def agreed_form(forms: Collection[frozenset[Any]], model: frozenset[Any]) -> frozenset[Any] | None:
@@ -133,7 +155,7 @@ def differences(form: frozenset[Any], agreed: frozenset[Any]) -> str:
     """What a reply lacks and what it has too much, for the report."""
     missing, unexpected = (sorted(map(_describe, part)) for part in (agreed - form, form - agreed))
     parts = [
-        f"{what} {', '.join(names[:5])}{', …' if len(names) > 5 else ''}"
+        f"{what} {printable(', '.join(names[:5]))}{', …' if len(names) > 5 else ''}"
         for what, names in (("lacks", missing), ("has", unexpected))
         if names
     ]
@@ -142,7 +164,8 @@ def differences(form: frozenset[Any], agreed: frozenset[Any]) -> str:
 
 def _describe(item: Any) -> str:
     if isinstance(item, str):
-        return f"record {item!r}"
+        return f"record {quoted(item)}"
+    name = quoted(item[0])
     if len(item) == 2:
-        return f"metric {item[0]!r}" + (f" of length {item[1]}" if item[1] >= 0 else "")
-    return f"leaf {item[0]!r} {item[2]} {item[1]}"
+        return f"metric {name}" + ({_NO_LIST: "", _ANY_LENGTH: ", a list"}.get(item[1], f" of length {item[1]}"))
+    return f"leaf {name} {item[2]} {quoted(item[1])}"

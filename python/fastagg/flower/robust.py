@@ -11,7 +11,9 @@ from flwr.app import RecordDict
 from flwr.serverapp import strategy as flower
 from flwr.serverapp.strategy.multikrum import select_multikrum
 
-from fastagg.flower.arrays import FreshArrays
+from fastagg._sent import is_nonfinite, with_zeros
+from fastagg.averaging import infinite_leaves, inputs_of
+from fastagg.flower.arrays import FreshArrays, Leaf, as_array
 from fastagg.flower.replies import Reply
 from fastagg.flower.rounds import LOG, Mean, Members
 from fastagg.flower.strategies import FedAvg
@@ -30,7 +32,7 @@ class _Robust(FedAvg):
         self,
         *args: Any,
         nan_policy: str = "drop",
-        integer_policy: str = "round",
+        integer_policy: str | None = None,
         streaming: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -41,7 +43,8 @@ class _Robust(FedAvg):
             nan_policy: for a reply that holds a NaN or an infinity: "drop" leaves it out, "raise" ends the round with
                 an error, "propagate" leaves it to the rule.
             integer_policy: for integer and bool leaves: "round" (the rule's own answer, rounded), or "max" or "first"
-                of the replies that take part.
+                of the replies that take part; None is "round", but ends a run whose model looks like another
+                quantiser's codes.
             streaming: refused: no rule here is a sum.
             **kwargs: Flower's.
 
@@ -63,7 +66,8 @@ class _Robust(FedAvg):
         if all(isinstance(reply.node, int) for reply in replies):
             order = sorted(range(len(replies)), key=lambda index: replies[index].node)
             replies, weights = [replies[index] for index in order], [weights[index] for index in order]
-        rule, updates = self._rule(replies), [reply.leaves for reply in replies]
+        rule, constants = self._rule(replies), Constants(self._model)
+        updates = [constants.taken_out(reply.leaves) for reply in replies]
         try:
             outcome = rule.aggregate(
                 updates, weights, out=out, nan_policy=nan_policy, integer_policy=self.integer_policy
@@ -74,7 +78,35 @@ class _Robust(FedAvg):
                 raise
             LOG.warning("aggregate_train: %s keeps the model: %s", type(self).__name__, error)
             return _members(replies, [], dropped)
+        constants.put_back(out, len(replies))
         return _members(replies, outcome.selected, outcome.dropped)
+
+
+class Constants:
+    """Where the model that was sent is infinite, as a causal mask is: a reply's same infinity is no fault of it."""
+
+    def __init__(self, model: dict[str, Leaf]) -> None:
+        """Looks the model through; an empty one has no constants."""
+        arrays = {name: as_array(leaf) for name, leaf in model.items()}
+        infinite = infinite_leaves(inputs_of(arrays)) if arrays else []
+        self._values = {name: arrays[name] for name in (list(arrays)[index] for index in infinite)}
+        self._counts = {name: np.zeros(values.shape, int) for name, values in self._values.items()}
+
+    def taken_out(self, leaves: dict[str, Leaf]) -> dict[str, Leaf]:
+        """A reply's leaves with zeros in the places of the same infinities."""
+        replaced = {}
+        for name, values in self._values.items():
+            array = as_array(leaves[name])
+            same = is_nonfinite(values) & (array == values)
+            self._counts[name] += same
+            replaced[name] = with_zeros(array, same)
+        return {**leaves, **replaced}
+
+    def put_back(self, out: dict[str, np.ndarray], count: int) -> None:
+        """Writes the infinities that more than half of so many replies have had."""
+        for name, values in self._values.items():
+            most = 2 * self._counts[name] > count
+            out[name][most] = values[most]
 
 
 def _is_too_few(rule: Rule, count: int) -> bool:

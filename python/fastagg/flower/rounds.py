@@ -13,6 +13,9 @@ from flwr.app import Message
 from flwr.serverapp.exception import AggregationError
 
 from fastagg._errors import NonFiniteUpdateError
+from fastagg._forms import Forms
+from fastagg._quoting import quoted
+from fastagg._sent import Sent
 from fastagg.accumulator import Accumulator
 from fastagg.averaging import NONFINITE
 from fastagg.flower.arrays import FreshArrays, Leaf, in_dtype
@@ -63,15 +66,17 @@ class Settings(NamedTuple):
         weighed: a reply with its weight in the mean.
         aggregate: writes the mean of replies of one form, by their weights, into arrays; its last argument is the
             nan_policy "drop" or "propagate".
+        sent: what the mean is to know of the model that was sent, as it is when the first reply comes.
     """
 
     nan_policy: str
-    integer_policy: str
+    integer_policy: str | None
     streaming: bool
     in_model_dtypes: bool
     metric_lengths: bool
     weighed: Callable[[Reply], Reply]
     aggregate: Callable[[list[Reply], list[float], dict[str, np.ndarray], str], Members]
+    sent: Callable[[], Sent | None]
 
 
 class Round(ABC):
@@ -98,11 +103,11 @@ class Round(ABC):
         node = message.metadata.src_node_id
         if message.has_error():
             self.failures += 1
-            LOG.info("\t> Received error in reply from node %s: %s", node, message.error.reason)
+            LOG.info("\t> Received error in reply from node %s: %s", quoted(node), quoted(message.error.reason))
             return
         self.results += 1
         try:
-            if node in self._nodes:
+            if isinstance(node, int) and node in self._nodes:
                 raise UnusableReplyError("has already replied in this round")
             reply = read_reply(message, self.number, self._weighted_by_key, self.has_arrays)
             if reply.weight > 0:
@@ -121,7 +126,7 @@ class Round(ABC):
 
     def _leave_out(self, node: int, reason: str) -> None:
         self.left_out.append(LeftOutReply(self.number, node, reason))
-        LOG.warning("\t> Left out the reply of node %s: %s", node, reason)
+        LOG.warning("\t> Left out the reply of node %s: %s", quoted(node), reason)
 
 
 class EvaluationRound(Round):
@@ -246,60 +251,75 @@ class _Collected:
         return Mean(arrays, members.replies)
 
 
-class _Form(NamedTuple):
+class _Leaf(NamedTuple):
     """A leaf without its elements."""
 
     shape: tuple[int, ...]
     dtype: Any
 
 
+class _Sums(NamedTuple):
+    """What is kept of the replies of one form: their sums, the leaves' shapes and dtypes, and all but their arrays."""
+
+    accumulator: Accumulator
+    leaves: dict[str, _Leaf]
+    replies: list[Reply]
+
+
 class _Streamed:
-    """Adds each reply to the sums when it comes, and keeps nothing of its arrays."""
+    """Adds each reply to sums when it comes, and keeps nothing of its arrays.
+
+    Replies whose metrics differ have sums of their own until all are there.
+    """
 
     def __init__(self, settings: Settings, model: dict[str, Leaf], leave_out: Callable[[int, str], None]) -> None:
-        self._settings, self._model = settings, model
-        nan_policy = "propagate" if settings.nan_policy == "propagate" else "raise"
-        self._sums = Accumulator(nan_policy=nan_policy, integer_policy=settings.integer_policy, low_memory=True)
-        self._leaves: dict[str, _Form] = {}
-        self._form: frozenset[Any] = frozenset()
-        self._replies: list[Reply] = []
+        self._settings, self._wanted, self._leave_out = settings, form_of(model), leave_out
+        self._sums: Forms[frozenset[Any], _Sums] = Forms(lambda form, sums: len(sums.replies))
 
     def add(self, reply: Reply) -> None:
-        """Adds a reply to the sums.
+        """Adds a reply to the sums of those of its form, that is: with the same metrics.
 
         Raises:
-            UnusableReplyError: it differs from the model or from the first reply, or holds a NaN or an infinity.
+            UnusableReplyError: it differs from the model, or holds a NaN or an infinity.
         """
-        form = self._checked_form(reply)
+        leaves = form_of(reply.leaves)
+        if self._wanted and leaves != self._wanted:
+            raise UnusableReplyError(differences(leaves, self._wanted))
+        form = reply.form(self._settings.metric_lengths)
+        sums = self._sums.get(form) or self._new_sums(reply)
         try:
-            self._sums.add(reply.leaves, reply.weight)
+            sums.accumulator.add(reply.leaves, reply.weight)
         except NonFiniteUpdateError as error:
             if self._settings.nan_policy == "raise":
                 raise NonFiniteUpdateError(f"node {reply.node}, {_without_number(error)}") from None
             raise UnusableReplyError(_without_number(error)) from None
         except (TypeError, ValueError) as error:
             raise UnusableReplyError(_without_number(error)) from None
-        if not self._replies:
-            self._form = form
-            self._leaves = {name: _Form(tuple(leaf.shape), leaf.dtype) for name, leaf in reply.leaves.items()}
-        self._replies.append(reply._replace(leaves={}))
+        sums.replies.append(reply._replace(leaves={}))
+        gone = self._sums.has_grown(form, sums)
+        for left_out in gone.replies if gone else ():
+            self._leave_out(left_out.node, "its metrics are unlike most others', of too many kinds")
 
-    def _checked_form(self, reply: Reply) -> frozenset[Any]:
-        wanted, leaves = form_of(self._model), form_of(reply.leaves)
-        if wanted and leaves != wanted:
-            raise UnusableReplyError(differences(leaves, wanted))
-        form = reply.form(self._settings.metric_lengths)
-        if self._form and form != self._form:
-            raise UnusableReplyError(differences(form, self._form))
-        return form
+    def _new_sums(self, reply: Reply) -> _Sums:
+        nan_policy = "propagate" if self._settings.nan_policy == "propagate" else "raise"
+        integer_policy, sent = self._settings.integer_policy, self._settings.sent()
+        sums = Accumulator(nan_policy=nan_policy, integer_policy=integer_policy, low_memory=True, sent=sent)
+        leaves = {name: _Leaf(tuple(leaf.shape), leaf.dtype) for name, leaf in reply.leaves.items()}
+        return _Sums(sums, leaves, [])
 
     def mean(self) -> Mean | None:
-        """The mean, and whose it is; None if there is nobody."""
-        if not self._replies:
+        """The mean of the replies with the metrics that most have; None if there is nobody."""
+        agreed = self._sums.best()
+        for form, sums in self._sums:
+            if form != agreed:
+                for reply in sums.replies:
+                    self._leave_out(reply.node, differences(form, agreed or frozenset()))
+        chosen = None if agreed is None else self._sums.get(agreed)
+        if chosen is None:
             return None
-        arrays = FreshArrays(self._leaves)
-        self._sums.result(out=arrays.views)
-        return Mean(arrays, self._replies)
+        arrays = FreshArrays(chosen.leaves)
+        chosen.accumulator.result(out=arrays.views)
+        return Mean(arrays, chosen.replies)
 
 
 def _without_number(error: Exception) -> str:

@@ -16,10 +16,19 @@ from flwr.serverapp.strategy.fedopt import FedOpt as FlowerFedOpt
 from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 
 from fastagg import server
-from fastagg._errors import NonFiniteUpdateError
+from fastagg._errors import NonFiniteUpdateError, NoUpdateLeftError
+from fastagg._quoting import quoted
+from fastagg._sent import Sent, same_infinities
 from fastagg.averaging import NONFINITE, check_policies, mean_and_dropped
 from fastagg.flower.accounted_privacy import AccountedAggregateTrain
-from fastagg.flower.arrays import FreshArrays, Leaf, as_array, read_record, squared_distance
+from fastagg.flower.arrays import (
+    FreshArrays,
+    Leaf,
+    as_array,
+    check_integer_leaves,
+    read_record,
+    squared_distance,
+)
 from fastagg.flower.replies import LeftOutReply, Reply, UnusableReplyError, differences, form_of
 from fastagg.flower.rounds import LOG, EvaluationRound, Mean, Members, Round, Settings, TrainingRound
 from fastagg.flower.streaming import StreamingGrid
@@ -55,7 +64,7 @@ class FedAvg(flower.FedAvg):
         self,
         *args: Any,
         nan_policy: str = "drop",
-        integer_policy: str = "max",
+        integer_policy: str | None = None,
         streaming: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -65,7 +74,8 @@ class FedAvg(flower.FedAvg):
             *args: Flower's.
             nan_policy: for a reply that holds a NaN or an infinity: "drop" leaves it out, "raise" ends the round with
                 an error, "propagate" adds it.
-            integer_policy: for integer and bool leaves: "max", "first" or "round", as in `fastagg.fedavg`.
+            integer_policy: for integer and bool leaves: "max", "first", "round" or None, as in `fastagg.fedavg`: None
+                ends a run whose model looks like another quantiser's codes before its first round.
             streaming: add every reply to the sums when it arrives, and free it, so that the server's memory does not
                 grow with the number of nodes. A reply must then have the leaves of the model that was sent, and an
                 override of `aggregate_train` is called without replies.
@@ -96,6 +106,8 @@ class FedAvg(flower.FedAvg):
     ) -> Iterable[Message]:
         """The round's messages to the nodes that Flower samples."""
         self._model = read_record(arrays)
+        if self.integer_policy is None:
+            check_integer_leaves(self._model)
         self._round = self._open_round(server_round)
         return _of_round(server_round, self._sampled(server_round, arrays, config, grid))
 
@@ -118,6 +130,7 @@ class FedAvg(flower.FedAvg):
             _is_flowers_mean(self.train_metrics_aggr_fn),
             self._weighed,
             self._aggregate,
+            self._sent,
         )
         return TrainingRound(server_round, self.weighted_by_key, settings, self._model)
 
@@ -176,9 +189,16 @@ class FedAvg(flower.FedAvg):
     ) -> Members:
         """Writes the replies' mean."""
         updates = [reply.leaves for reply in replies]
-        _, dropped = mean_and_dropped(updates, weights, out, None, nan_policy, self.integer_policy)
+        try:
+            _, dropped = mean_and_dropped(updates, weights, out, nan_policy, self.integer_policy, self._sent())
+        except NoUpdateLeftError as error:
+            dropped = error.dropped
         contributing = [reply for client, reply in enumerate(replies) if client not in dropped]
         return Members(contributing, [(replies[client], leaf_name) for client, leaf_name in dropped.items()])
+
+    def _sent(self) -> Sent | None:
+        """What the mean is to know of the model that was sent: here, where that is infinite itself."""
+        return Sent(self._model, unrounded=False) if self._model else None
 
     def _next_model(self, server_round: int, mean: Mean) -> FreshArrays:
         """The model that a round's mean leads to."""
@@ -216,6 +236,8 @@ class _ServerOptimized(FedAvg):
     """A strategy whose next model is a server optimiser's step from the model that was sent towards the mean.
 
     Buffers (integer leaves, running statistics, and those named in `buffers=`) are no parameters: they take the mean.
+    A quantised reply counts by how far it is from the model as its wire rounds that, so that no layer moves by
+    roundings alone.
     """
 
     _in_model_dtypes = True
@@ -252,8 +274,10 @@ class _ServerOptimized(FedAvg):
         Raises:
             ValueError: the state is of another strategy or model, or damaged. Nothing has changed then.
         """
-        if not isinstance(state, dict) or state.keys() != {"optimizer", "steps"} or not isinstance(state["steps"], int):
+        if not isinstance(state, dict) or state.keys() != {"optimizer", "steps"}:
             raise ValueError(f"state: expected what {type(self).__name__}.state_dict() returned")
+        if not isinstance(state["steps"], int) or state["steps"] < 0:
+            raise ValueError(f"state: expected a number of steps, got {state['steps']!r}")
         self.optimizer.load_state_dict(state["optimizer"])
         self._steps, self.buffers = state["steps"], self.optimizer.buffers
 
@@ -264,6 +288,9 @@ class _ServerOptimized(FedAvg):
         messages = flower.FedAvg.configure_train(self, server_round, arrays, config, grid)
         self.current_arrays = {name: as_array(leaf) for name, leaf in self._model.items()}  # where Flower copies
         return messages
+
+    def _sent(self) -> Sent | None:
+        return None if self.current_arrays is None else Sent(_current_model(self), self.buffers)
 
     def _next_model(self, server_round: int, mean: Mean) -> FreshArrays:
         current = _current_model(self)
@@ -311,7 +338,7 @@ class FedAvgM(_ServerOptimized, flower.FedAvgM):
 
     def _next_model(self, server_round: int, mean: Mean) -> FreshArrays:
         following = super()._next_model(server_round, mean) if self.server_opt else mean.arrays
-        self.current_arrays = following.views
+        self.current_arrays = following.read_only()
         return following
 
 
@@ -382,14 +409,18 @@ class QFedAvg(_ServerOptimized, flower.QFedAvg):
     def _weighed(self, reply: Reply) -> Reply:
         loss = reply.metrics.get(self.train_loss_key)
         if isinstance(loss, (list, bool)) or loss is None or not 0 <= loss < math.inf:
-            raise UnusableReplyError(f"expected a finite {self.train_loss_key!r} of 0 or more, got {loss!r}")
+            raise UnusableReplyError(f"expected a finite {self.train_loss_key!r} of 0 or more, got {quoted(loss)}")
         current = _current_model(self)
         if form_of(current) != form_of(reply.leaves):
             raise UnusableReplyError(differences(form_of(reply.leaves), form_of(current)))
         distance = squared_distance(current, reply.leaves, self.buffers)
         weight, divisor = self._shares(loss, distance)
-        if not weight + divisor < _LARGEST_SHARE and all(np.isfinite(as_array(x)).all() for x in reply.leaves.values()):
-            raise UnusableReplyError(f"its {self.train_loss_key!r} {loss!r}, or its model, is too large for its share")
+        if not weight + divisor < _LARGEST_SHARE and all(
+            same_infinities(as_array(leaf), current[name]) for name, leaf in reply.leaves.items()
+        ):
+            raise UnusableReplyError(
+                f"its {self.train_loss_key!r} {quoted(loss)}, or its model, is too large for its share"
+            )
         return reply._replace(weight=weight, divisor=divisor)
 
     def _shares(self, loss: float, distance: float) -> tuple[float, float]:

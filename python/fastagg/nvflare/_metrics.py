@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+from fastagg._quoting import quoted
 
 
 def numbers_of(metrics: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, str]]:
-    """The finite numbers among a client's metrics, and why each of the others cannot be averaged."""
+    """The finite numbers among a client's metrics, and why each of the others cannot be averaged, by its quoted name.
+
+    Raises:
+        TypeError: they are no mapping.
+    """
+    if not isinstance(metrics, Mapping):
+        raise TypeError(f"metrics: expected a dict, got {type(metrics).__name__}")
     averaged, skipped = {}, {}
     for name, value in metrics.items():
         number = as_number(value)
         if number is None:
-            skipped[name] = f"expected a number, got {type(value).__name__}"
+            skipped[quoted(name)] = f"expected a number, got {type(value).__name__}"
         elif not math.isfinite(number):
-            skipped[name] = f"expected a finite number, got {number}"
+            skipped[quoted(name)] = f"expected a finite number, got {number}"
         else:
             averaged[name] = number
     return averaged, skipped
@@ -36,8 +44,15 @@ def mean_metrics(metrics: list[dict[str, float] | None], weights: list[float]) -
     for name in names:
         terms = [(weight, one[name]) for one, weight in sent if name in one]
         total = math.fsum(weight for weight, _ in terms)
-        means[name] = math.fsum(weight / total * value for weight, value in terms)
+        means[name] = _sum(weight / total * value for weight, value in terms)
     return means or None
+
+
+def _sum(terms: Iterable[float]) -> float:
+    try:
+        return math.fsum(terms)
+    except OverflowError:  # all of them are nearly as large as a float can be
+        return math.inf
 
 
 def as_number(value: Any) -> float | None:

@@ -8,10 +8,13 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+from nvflare.apis.fl_context import FLContext
 from nvflare.app_common.abstract.fl_model import FLModel, MetaKey, ParamsType
+from nvflare.app_common.abstract.model import ModelLearnableKey
 from nvflare.app_common.app_constant import AppConstants
 
 from fastagg._codes import code_of_dtype, name_of
+from fastagg._quoting import printable, quoted, quoted_list
 from fastagg._tensor import adopt
 from fastagg.nvflare._metrics import as_number
 from fastagg.nvflare._wire import DESCRIPTIONS, check_processing, unpack
@@ -19,29 +22,70 @@ from fastagg.quantization import Quantized
 
 
 class ReplyForm(NamedTuple):
-    """What replies must share to be averaged: FULL or DIFF, and every leaf's name, shape and dtype."""
+    """What replies must share to be averaged: the round, FULL or DIFF, and every leaf's name, shape and dtype."""
 
+    current_round: int | None
     params_type: str
     leaves: frozenset[tuple[str, tuple[int, ...], str]]
 
     def difference_from(self, other: ReplyForm) -> str:
         """In what a reply of this form differs from the others', which have the other one."""
+        if self.current_round != other.current_round:
+            return f"expected a reply of round {other.current_round}, got one of round {quoted(self.current_round)}"
         if self.params_type != other.params_type:
             return f"expected params_type {other.params_type} like most replies', got {self.params_type}"
         mine = {name: (shape, dtype) for name, shape, dtype in self.leaves}
         theirs = {name: (shape, dtype) for name, shape, dtype in other.leaves}
         for what, names in (("missing", theirs.keys() - mine.keys()), ("unexpected", mine.keys() - theirs.keys())):
             if names:
-                return f"{what} leaves {', '.join(repr(name) for name in sorted(names, key=str)[:5])}"
-        name = min((name for name in mine if mine[name] != theirs[name]), key=str)
+                return f"{what} leaves {quoted_list(sorted(names, key=quoted)[:5])}"
+        name = min((name for name in mine if mine[name] != theirs[name]), key=quoted)
         (shape, dtype), (other_shape, other_dtype) = mine[name], theirs[name]
-        return f"leaf {name!r}: expected {other_dtype} {other_shape} like most replies', got {dtype} {shape}"
+        expected = f"{other_dtype} {quoted(other_shape)} like most replies'"
+        return f"leaf {quoted(name)}: expected {expected}, got {dtype} {quoted(shape)}"
+
+    def fits(self, shapes: Mapping[Any, tuple[int, ...]]) -> bool:
+        """Whether the leaves have these names and shapes."""
+        return {name: shape for name, shape, _ in self.leaves} == shapes
 
 
 def client_of(model: FLModel) -> str | None:
     """The name of the client that sent a reply, if the workflow has noted it."""
-    name = (model.meta or {}).get("client_name")
+    name = meta_of(model).get("client_name")
     return name if isinstance(name, str) and name not in ("", AppConstants.CLIENT_UNKNOWN) else None
+
+
+def meta_of(model: FLModel) -> Mapping[str, Any]:
+    """A reply's meta; raises TypeError if that is no dict."""
+    meta = {} if model.meta is None else model.meta
+    if not isinstance(meta, Mapping):
+        raise TypeError(f"meta: expected a dict, got {type(meta).__name__}")
+    return meta
+
+
+def round_of(model: FLModel, expected: int | None) -> int | None:
+    """The round that a reply belongs to: the expected one where a workflow tells it, else what the reply states.
+
+    Raises:
+        TypeError, ValueError: the reply states no integer, or another round than the expected one.
+    """
+    stated = model.current_round
+    if stated is not None and (isinstance(stated, bool) or not isinstance(stated, int)):
+        raise TypeError(f"current_round: expected an integer, got {quoted(stated)}")
+    if expected is not None and stated not in (None, expected):
+        raise ValueError(f"expected a reply of round {expected}, got one of round {quoted(stated)}")
+    return stated if expected is None else expected
+
+
+def shapes_of_global_model(fl_ctx: FLContext | None, exclude: re.Pattern[str] | None) -> dict[Any, tuple[int, ...]]:
+    """The names and shapes of the model that a workflow has sent, as far as it tells; empty where it does not."""
+    model = fl_ctx.get_prop(AppConstants.GLOBAL_MODEL) if fl_ctx else None
+    weights = model.get(ModelLearnableKey.WEIGHTS) if isinstance(model, Mapping) else None
+    if not isinstance(weights, Mapping):
+        return {}
+    return {
+        name: tuple(getattr(leaf, "shape", ())) for name, leaf in weights.items() if not _is_excluded(name, exclude)
+    }
 
 
 def number_of_steps(model: FLModel) -> float:
@@ -50,7 +94,7 @@ def number_of_steps(model: FLModel) -> float:
     Raises:
         TypeError, ValueError: it is no finite number of 0 or more.
     """
-    steps = (model.meta or {}).get(MetaKey.NUM_STEPS_CURRENT_ROUND)
+    steps = meta_of(model).get(MetaKey.NUM_STEPS_CURRENT_ROUND)
     return as_weight(1 if steps is None else steps, MetaKey.NUM_STEPS_CURRENT_ROUND)
 
 
@@ -62,9 +106,9 @@ def as_weight(value: Any, what: str) -> float:
     """
     number = as_number(value)
     if number is None:
-        raise TypeError(f"{what}: expected a number, got {value!r}")
+        raise TypeError(f"{what}: expected a number, got {quoted(value)}")
     if not 0 <= number < math.inf:
-        raise ValueError(f"{what}: expected a finite number of 0 or more, got {value!r}")
+        raise ValueError(f"{what}: expected a finite number of 0 or more, got {quoted(value)}")
     return number
 
 
@@ -74,15 +118,11 @@ def leaves_of(model: FLModel, exclude: re.Pattern[str] | None) -> dict[str, Any]
     Raises:
         TypeError, ValueError: there are none, or one cannot be read; the message names it.
     """
-    params, meta = model.params, model.meta or {}
+    params, meta = model.params, meta_of(model)
     if not isinstance(params, Mapping):
         raise TypeError(f"params: expected a dict of arrays, got {type(params).__name__}")
     check_processing(meta)
-    leaves = {
-        name: _in_memory(name, leaf)
-        for name, leaf in params.items()
-        if exclude is None or not exclude.search(str(name))
-    }
+    leaves = {name: _in_memory(name, leaf) for name, leaf in params.items() if not _is_excluded(name, exclude)}
     if not leaves:
         raise ValueError("params: expected at least one array, got none")
     return unpack(leaves, meta[DESCRIPTIONS]) if DESCRIPTIONS in meta else leaves
@@ -93,11 +133,11 @@ def is_on_disk(model: FLModel) -> bool:
     return any(callable(getattr(leaf, "materialize", None)) for leaf in model.params.values())
 
 
-def form_of(model: FLModel, leaves: Mapping[str, Any]) -> ReplyForm:
+def form_of(model: FLModel, leaves: Mapping[str, Any], current_round: int | None) -> ReplyForm:
     """The form of a reply.
 
     Raises:
-        TypeError: a leaf is no array of a dtype that fastagg averages.
+        TypeError, ValueError: a leaf is no array of a dtype that fastagg averages, or there is no such params_type.
     """
     described = []
     for name, leaf in leaves.items():
@@ -107,11 +147,22 @@ def form_of(model: FLModel, leaves: Mapping[str, Any]) -> ReplyForm:
         try:
             array = adopt(leaf)[1]
         except TypeError as error:
-            raise TypeError(f"leaf {name!r}: {error}") from None
+            raise TypeError(f"leaf {quoted(name)}: {printable(str(error), 200)}") from None
         if code_of_dtype(array.dtype) is None:
-            raise TypeError(f"leaf {name!r}: dtype {name_of(array.dtype)} is not supported")
+            raise TypeError(f"leaf {quoted(name)}: dtype {printable(name_of(array.dtype))} is not supported")
         described.append((name, tuple(array.shape), name_of(array.dtype)))
-    return ReplyForm(ParamsType(model.params_type or ParamsType.FULL).value, frozenset(described))
+    return ReplyForm(current_round, _params_type(model).value, frozenset(described))
+
+
+def _params_type(model: FLModel) -> ParamsType:
+    try:
+        return ParamsType(model.params_type or ParamsType.FULL)
+    except ValueError:
+        raise ValueError(f"params_type: expected FULL or DIFF, got {quoted(model.params_type)}") from None
+
+
+def _is_excluded(name: Any, exclude: re.Pattern[str] | None) -> bool:
+    return exclude is not None and exclude.search(str(name)) is not None
 
 
 def _in_memory(name: str, leaf: Any) -> Any:
@@ -123,4 +174,4 @@ def _in_memory(name: str, leaf: Any) -> Any:
     try:
         return materialize()
     except Exception as error:  # safetensors' errors share no base class with others
-        raise ValueError(f"leaf {name!r}: its file cannot be read: {error}") from error
+        raise ValueError(f"leaf {quoted(name)}: its file cannot be read: {printable(str(error))}") from error

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 from nvflare.apis.dxo import MetaKey
 
+from fastagg._arguments import as_shape
 from fastagg._codes import ELEMENT_BYTES, FLOATS, Code, code_of_dtype, name_of
+from fastagg._quoting import quoted
 from fastagg._tensor import adopt, kind_of
 from fastagg.quantization import Quantized, quantize
 
@@ -60,18 +62,24 @@ def check_processing(meta: Mapping[str, Any]) -> None:
     """Raises ValueError if something other than `QuantizeFilter` has processed the parameters and nothing undid it."""
     algorithm = meta.get(MetaKey.PROCESSED_ALGORITHM)
     if algorithm not in (None, ALGORITHM):
-        raise ValueError(f"the parameters are processed by {algorithm!r}: undo that in a filter before the aggregator")
+        raise ValueError(
+            f"the parameters are processed by {quoted(algorithm)}: undo that in a filter before the aggregator"
+        )
 
 
 def _unpack_leaf(name: str, codes: Any, description: Any) -> Quantized:
     if not isinstance(description, Mapping) or description.keys() != _FIELDS:
-        raise ValueError(f"leaf {name!r}: expected a description of {sorted(_FIELDS)}, got {description!r}")
+        raise ValueError(f"leaf {quoted(name)}: expected a description of {sorted(_FIELDS)}, got {quoted(description)}")
     fields = dict(description)
     try:
-        shape = tuple(operator.index(size) for size in fields.pop("shape"))
-        return Quantized(_as_codes(codes, fields["wire"]), fields.pop("scales"), shape=shape, **fields)
+        if not isinstance(fields["nonfinite"], (bool, np.bool_)):
+            raise TypeError(f"nonfinite: expected True or False, got {quoted(fields['nonfinite'])}")
+        fields["nonfinite"], shape = bool(fields["nonfinite"]), tuple(map(operator.index, fields.pop("shape")))
+        quantized = Quantized(_as_codes(codes, fields["wire"]), fields.pop("scales"), shape=shape, **fields)
+        as_shape(shape)
     except (TypeError, ValueError) as error:
-        raise type(error)(f"leaf {name!r}: {error}") from None
+        raise type(error)(f"leaf {quoted(name)}: {error}") from None
+    return quantized
 
 
 def _is_wider(leaf: Any, wire: str) -> bool:

@@ -19,6 +19,8 @@ from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 
 from fastagg._errors import DroppedUpdateWarning
+from fastagg._forms import Forms
+from fastagg._quoting import printable, quoted
 from fastagg.accumulator import Accumulator
 from fastagg.averaging import check_policies
 from fastagg.nvflare._metrics import mean_metrics, numbers_of
@@ -30,7 +32,12 @@ from fastagg.nvflare._replies import (
     is_on_disk,
     leaves_of,
     number_of_steps,
+    round_of,
+    shapes_of_global_model,
 )
+
+_LONGEST_REASON = 500  # characters; what it quotes is much shorter
+_MOST_METRICS = 1000  # whose names are kept, to report each once
 
 
 class DroppedReply(NamedTuple):
@@ -55,7 +62,7 @@ class _Group:
         self.accumulator = accumulator
         self.contributions: dict[int, _Contribution] = {}
         self.mean: dict[str, Any] | None = None
-        self._added = 0
+        self._added = self._reported = 0
 
     def add(self, leaves: dict[str, Any], contribution: _Contribution) -> None:
         """Adds a reply; raises TypeError or ValueError if its leaves cannot be averaged."""
@@ -66,7 +73,8 @@ class _Group:
                 self.accumulator.add(leaves, contribution.weight)
         except (TypeError, ValueError) as error:
             text = str(error).replace(f"the weight of client {number}:", "its weight:", 1)
-            raise type(error)(re.sub(rf"^client {number}[,:] ", "", text)) from None
+            text = re.sub(rf"^client {number}[,:] ", "", text)
+            raise TypeError(text) if isinstance(error, TypeError) else ValueError(text) from None
         self.contributions[number] = contribution
 
     def finish(self) -> list[DroppedReply]:
@@ -76,9 +84,21 @@ class _Group:
                 self.mean = self.accumulator.result()
         except ValueError:  # nobody is left
             self.mean = None
+        return self._found()
+
+    def settle(self) -> list[DroppedReply]:
+        """As `finish`, without the mean."""
+        with _without_warnings():
+            _ = self.accumulator.count  # which adds what waits
+        return self._found()
+
+    def _found(self) -> list[DroppedReply]:
+        """The replies that have been found to hold a NaN or an infinity since the last call."""
+        found = self.accumulator.dropped[self._reported :]
+        self._reported += len(found)
         return [
-            DroppedReply(self.contributions.pop(dropped.client).client, f"leaf {dropped.leaf!r} {dropped.reason}")
-            for dropped in self.accumulator.dropped
+            DroppedReply(self.contributions.pop(one.client).client, f"leaf {quoted(one.leaf)} {one.reason}")
+            for one in found
         ]
 
 
@@ -108,7 +128,7 @@ class FedAvgAggregator(ModelAggregator):
     def __init__(
         self,
         nan_policy: str = "drop",
-        integer_policy: str = "max",
+        integer_policy: str | None = None,
         batch: int = 4,
         aggregation_weights: dict[str, float] | None = None,
         exclude_vars: str | None = None,
@@ -118,7 +138,7 @@ class FedAvgAggregator(ModelAggregator):
         Args:
             nan_policy: for a reply with a NaN or an infinity: "drop" (leave it out), "raise" (the round is an error) or
                 "propagate".
-            integer_policy: "max", "first" or "round", as in `fastagg.fedavg`.
+            integer_policy: "max", "first", "round" or None, as in `fastagg.fedavg`.
             batch: replies that are held until they are added in one pass. Memory is `batch` models and one and a half
                 for the sums. Replies that NVFlare keeps on disk are read and added one by one.
             aggregation_weights: for some clients, by name, a factor of their weight.
@@ -146,11 +166,11 @@ class FedAvgAggregator(ModelAggregator):
     def reset_stats(self) -> None:
         """Forgets the round."""
         with self._lock:
-            self._groups: dict[ReplyForm, _Group] = {}
+            self._groups: Forms[ReplyForm, _Group] = Forms(self._rank)
+            self._shapes: dict[Any, tuple[int, ...]] | None = None  # of the model that was sent, once looked for
             self._clients: set[str] = set()
             self._without_weight: list[str] = []
             self._replies = 0
-            self._round: int | None = None
             self._is_over = False
             self.dropped: list[DroppedReply] = []
 
@@ -160,12 +180,13 @@ class FedAvgAggregator(ModelAggregator):
         client = shareable.get_peer_prop(ReservedKey.IDENTITY_NAME, default=AppConstants.CLIENT_UNKNOWN)
         try:
             model = FLModelUtils.from_shareable(shareable, fl_ctx)
-        except ValueError as error:
+        except Exception as error:  # whatever a client makes NVFlare stumble over
             with self._lock:
                 self._begin()
-                self._drop(client, str(error))
+                self._drop(client, f"it is no model: {error}")
             return False
-        model.meta.setdefault("client_name", client)
+        if client != AppConstants.CLIENT_UNKNOWN:
+            model.meta["client_name"] = client  # whatever it calls itself
         if model.current_round is None:
             model.current_round = shareable.get_cookie(AppConstants.CONTRIBUTION_ROUND)
         return self.accept_model(model)
@@ -180,11 +201,12 @@ class FedAvgAggregator(ModelAggregator):
         with self._lock:
             self._begin()
             self._replies += 1
-            client = client_of(model) or f"reply {self._replies}"
+            client = f"reply {self._replies}"
             try:
+                client = client_of(model) or client
                 self._add(client, model)
-            except (TypeError, ValueError) as error:
-                self._drop(client, str(error))
+            except Exception as error:  # nothing that a client sends may end the round of all
+                self._drop(client, str(error) or type(error).__name__)
                 return False
             return True
 
@@ -195,18 +217,18 @@ class FedAvgAggregator(ModelAggregator):
             ValueError: no reply is left, or under "raise" one holds a NaN or an infinity; the message names the causes.
         """
         with self._lock:
-            groups, self._groups = self._groups, {}
+            groups, self._groups = self._groups, Forms(self._rank)
             self._is_over = True
-            self._finish(groups)
-            chosen = max(groups, key=lambda form: self._rank(form, groups[form]), default=None)
-            if chosen is None or not groups[chosen].contributions:
+            chosen = self._finish(groups)
+            if chosen is None:
                 raise ValueError(f"no reply is left to average: {self._causes()}")
-            for form, group in groups.items():
-                if form != chosen:
+            form, mean = chosen
+            for other, group in groups:
+                if other != form:
                     for contribution in group.contributions.values():
-                        self._drop(contribution.client, form.difference_from(chosen))
-            self._last_form = chosen
-            return self._result(chosen, groups[chosen])
+                        self._drop(contribution.client, other.difference_from(form))
+            self._last_form = form
+            return self._result(form, mean)
 
     def _begin(self) -> None:
         """Begins a round where the last one is over: not every workflow resets what has been aggregated."""
@@ -215,28 +237,22 @@ class FedAvgAggregator(ModelAggregator):
 
     def _add(self, client: str, model: FLModel) -> None:
         """Adds a reply to those of its form; raises TypeError or ValueError if it is wrong."""
-        self._check_round(model)
+        expected = self.fl_ctx.get_prop(AppConstants.CURRENT_ROUND) if self.fl_ctx else None
+        current_round = round_of(model, expected)
         if client in self._clients:
             raise ValueError("a second reply in one round")
         weight = number_of_steps(model) * (self.aggregation_weights or {}).get(client, 1.0)
         leaves = leaves_of(model, self._exclude)
-        form = form_of(model, leaves)
+        form = form_of(model, leaves, current_round)
         if weight == 0:
             self._without_weight.append(client)
         else:
             group = self._groups.get(form) or self._new_group(1 if is_on_disk(model) else self.batch)
             group.add(leaves, _Contribution(client, weight, self._metrics_of(model)))
-            self._groups[form] = group
+            gone = self._groups.has_grown(form, group)
+            for contribution in gone.contributions.values() if gone else ():
+                self._drop(contribution.client, "its structure is unlike most others', of too many kinds")
         self._clients.add(client)
-
-    def _check_round(self, model: FLModel) -> None:
-        """Raises ValueError for a reply of another round than the workflow's or, where that is unknown, the first's."""
-        expected = self.fl_ctx.get_prop(AppConstants.CURRENT_ROUND) if self.fl_ctx else None
-        if expected is None:
-            expected = model.current_round if self._round is None else self._round
-        if model.current_round not in (None, expected):
-            raise ValueError(f"expected a reply of round {expected}, got one of round {model.current_round}")
-        self._round = expected
 
     def _metrics_of(self, model: FLModel) -> dict[str, float] | None:
         """A reply's metrics that can be averaged; warns once of each that cannot."""
@@ -244,8 +260,9 @@ class FedAvgAggregator(ModelAggregator):
             return None
         averaged, skipped = numbers_of(model.metrics)
         for name in skipped.keys() - self._skipped_metrics:
-            self.warning(f"metric {name!r} is not averaged: {skipped[name]}")
-        self._skipped_metrics.update(skipped)
+            if len(self._skipped_metrics) < _MOST_METRICS:
+                self.warning(f"metric {name} is not averaged: {skipped[name]}")
+                self._skipped_metrics.add(name)
         return averaged
 
     def _new_group(self, batch: int) -> _Group:
@@ -258,23 +275,35 @@ class FedAvgAggregator(ModelAggregator):
         integer_policy = self.integer_policy
         return _Group(Accumulator(nan_policy=nan_policy, integer_policy=integer_policy, batch=batch, low_memory=True))
 
-    def _finish(self, groups: dict[ReplyForm, _Group]) -> None:
-        """Makes the groups' means; one accumulator keeps its memory for the next round."""
-        found = [dropped for group in groups.values() for dropped in group.finish()]
-        self._accumulators = [group.accumulator for group in groups.values()][:1]
+    def _finish(self, groups: Forms[ReplyForm, _Group]) -> tuple[ReplyForm, _Group] | None:
+        """The group of most replies, with its mean; its accumulator keeps its memory for the next round."""
+        found, best = [], groups.best()
+        for form, group in groups:
+            found += group.finish() if form == best else group.settle()
+        chosen = groups.best()  # another one, if many of the best were dropped
+        agreeing = None if chosen is None else groups.get(chosen)
+        if agreeing and chosen != best:
+            agreeing.finish()
+        self._accumulators = [agreeing.accumulator] if agreeing else []
         for accumulator in self._accumulators:
             accumulator.reset()
         for client, reason in found:
             self._drop(client, reason)
         if found and self.nan_policy == "raise":
             raise ValueError("; ".join(f"{client}: {reason}" for client, reason in found))
+        return (chosen, agreeing) if chosen and agreeing and agreeing.contributions else None
 
     def _drop(self, client: str, reason: str) -> None:
+        client, reason = printable(client), printable(reason, _LONGEST_REASON)
         self.dropped.append(DroppedReply(client, reason))
         self.warning(f"the reply of {client} is left out: {reason}")
 
-    def _rank(self, form: ReplyForm, group: _Group) -> tuple[int, bool]:
-        return len(group.contributions), form == self._last_form
+    def _rank(self, form: ReplyForm, group: _Group) -> tuple[int, bool, bool]:
+        if self._shapes is None:
+            self._shapes = shapes_of_global_model(self.fl_ctx, self._exclude)
+        last = self._last_form
+        is_last = last is not None and form._replace(current_round=last.current_round) == last
+        return len(group.contributions), form.fits(self._shapes), is_last
 
     def _causes(self) -> str:
         causes = [f"{client}: {reason}" for client, reason in self.dropped]
@@ -289,6 +318,6 @@ class FedAvgAggregator(ModelAggregator):
             params=group.mean,
             params_type=form.params_type,
             metrics=mean_metrics([contribution.metrics for contribution in contributions], weights),
-            current_round=self._round,
-            meta={"nr_aggregated": len(contributions), "current_round": self._round, "fastagg": report},
+            current_round=form.current_round,
+            meta={"nr_aggregated": len(contributions), "current_round": form.current_round, "fastagg": report},
         )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from fastagg._sentences import failing_with_a_sentence, sentence
 from fastagg.report import Run, write_report
 
 
@@ -20,10 +20,6 @@ def report_command(
 
     RUN is a file that `fastagg.report.Run.save` wrote.
     """
-    try:
+    with failing_with_a_sentence("report"):
         write_report(Run.load(run), output, force=force)
-    except OSError as error:
-        sys.exit(f"fastagg report: {error if error.filename is None else f'{error.filename}: {error.strerror}'}")
-    except (ImportError, ValueError) as error:
-        sys.exit(f"fastagg report: {error}")
-    print(f"wrote {output}")
+    print(sentence(f"wrote {output}"))

@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from fastagg._quoting import printable, quoted
 from fastagg.files.atomic import atomic_file
+from fastagg.files.plain_file import read_plain
 from fastagg.outliers import Findings, times_flagged
 from fastagg.report.models import Histogram, LayerComparison, compare_models, weight_histograms
 from fastagg.robust.arguments import as_count
@@ -22,6 +24,8 @@ from fastagg.statistics import Statistics
 FORMAT = "fastagg run"
 VERSION = 1
 _NONFINITE = "$float"  # JSON has no NaN and no infinity
+_LARGEST_FILE = 1 << 30  # bytes
+_MOST_BITS = 14_000  # of an integer that Python writes: 4300 digits
 
 
 @dataclass
@@ -104,7 +108,9 @@ class Run:
         for source in (statistics, findings):
             for client in () if source is None else source.clients:
                 if not isinstance(client, (int, str)):
-                    raise TypeError(f"client {client!r}: expected a label that is a number or a text, for JSON")
+                    raise TypeError(f"client {quoted(client)}: expected a label that is a number or a text, for JSON")
+                if isinstance(client, int) and client.bit_length() > _MOST_BITS:
+                    raise ValueError(f"client {quoted(client)}: expected a number of less than 4300 digits, or a text")
         if any(known.number == round for known in self.rounds):
             raise ValueError(f"round {round} has been recorded already")
         new = Round(round, statistics, findings, _as_metrics(metrics or {}))
@@ -184,18 +190,23 @@ class Run:
             for one in plain["rounds"]:
                 run.record(as_count(one["number"], "round"), **_record_of(one))
             return run
-        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+        except (AttributeError, IndexError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged: {type(error).__name__}: {printable(str(error), 300)}") from error
 
 
 def _natural_order(label: int | str) -> tuple[Any, ...]:
     """So that site9 comes before site10."""
     if not isinstance(label, str):
         return (0, label)
-    return (
-        1,
-        *((part.isdigit(), int(part) if part.isdigit() else part) for part in re.findall(r"[0-9]+|[^0-9]+", label)),
-    )
+    return (1, *map(_by_size, re.findall(r"[0-9]+|[^0-9]+", label)))
+
+
+def _by_size(part: str) -> tuple[Any, ...]:
+    """Digits by the number that they are, which may be too long for Python to read; other text as it is."""
+    if not "0" <= part[0] <= "9":
+        return (False, part)
+    digits = part.lstrip("0")
+    return (True, len(digits), digits)
 
 
 def _check_types(statistics: Any, findings: Any, metrics: Any) -> None:
@@ -216,24 +227,26 @@ def _as_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
             if isinstance(value, (str, bytes)):
                 raise TypeError
             found[str(name)] = float(value)
-        except (TypeError, ValueError):
-            raise TypeError(f"metric {name!r}: expected a number, got {value!r}") from None
+        except (OverflowError, TypeError, ValueError):
+            raise TypeError(f"metric {quoted(name)}: expected a number, got {quoted(value)}") from None
     return found
 
 
 def _read(path: Path) -> dict[str, Any]:
-    text = path.read_bytes()
+    text = read_plain(path, _LARGEST_FILE)
     try:
         plain = json.loads(text, object_hook=_with_nonfinite)
     except UnicodeDecodeError:
         raise ValueError(f"{path} is no run of fastagg: it is not text") from None
-    except ValueError as error:
+    except (RecursionError, ValueError) as error:
         what = "is truncated, or no run of fastagg" if FORMAT.encode() in text[:100] else "is no run of fastagg"
-        raise ValueError(f"{path} {what}: {error}") from None
+        raise ValueError(f"{path} {what}: {printable(str(error), 300)}") from None
     if not isinstance(plain, dict) or plain.get("format") != FORMAT:
         raise ValueError(f"{path} is no run of fastagg: it does not say {FORMAT!r}")
     if plain.get("version") != VERSION:
-        raise ValueError(f"{path} is of version {plain.get('version')}, and this fastagg reads version {VERSION}")
+        raise ValueError(
+            f"{path} is of version {quoted(plain.get('version'))}, and this fastagg reads version {VERSION}"
+        )
     return plain
 
 
@@ -280,7 +293,7 @@ def _row_of(plain: dict[str, Any]) -> LayerComparison:
 
 def _as_text(value: Any) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"expected a text, got {value!r}")
+        raise TypeError(f"expected a text, got {quoted(value)}")
     return value
 
 
@@ -296,4 +309,5 @@ def _without_nonfinite(plain: Any) -> Any:
 
 
 def _with_nonfinite(plain: dict[str, Any]) -> Any:
-    return float(plain[_NONFINITE]) if plain.keys() == {_NONFINITE} else plain
+    text = plain.get(_NONFINITE)
+    return float(text) if isinstance(text, str) and len(plain) == 1 else plain

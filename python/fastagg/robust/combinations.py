@@ -97,7 +97,7 @@ class NormClip(DistanceRule):
     def coefficients(self, geometry: Geometry) -> np.ndarray:
         """Each update's weight, clipped; the rest is the reference's."""
         clipped: np.ndarray = geometry.shares() * clip_factors(np.sqrt(geometry.distances[-1]), self.radius)
-        clipped[-1] = 1 - exact_sum(clipped)
+        clipped[-1] = rest_of(clipped)
         return clipped
 
 
@@ -132,7 +132,7 @@ class FLTrust(DistanceRule):
             shares = np.zeros_like(trust)
             shares[heard] = trust[heard] / exact_sum(trust) * trusted_norm / norms[heard]
             coefficients[near] = shares
-        coefficients[-2] = 1 - exact_sum(coefficients)
+        coefficients[-2] = rest_of(coefficients)
         return coefficients
 
 
@@ -140,6 +140,12 @@ def largest_change(before: np.ndarray, after: np.ndarray) -> float:
     """Of coefficients, in parts of themselves: times a client far away, the smallest one moves the result."""
     parts = np.divide(np.abs(after - before), before, out=np.zeros_like(after), where=before > 0)
     return float(parts.max())
+
+
+def rest_of(coefficients: np.ndarray) -> float:
+    """What coefficients lack to one, unless rounding is all that they lack."""
+    rest = 1 - exact_sum(coefficients)
+    return rest if abs(rest) > len(coefficients) * np.finfo(np.float64).eps else 0.0
 
 
 def clip_factors(distances: np.ndarray, radius: float) -> np.ndarray:

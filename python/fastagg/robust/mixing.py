@@ -9,7 +9,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from fastagg._errors import DroppedUpdateWarning, NonFiniteUpdateError
+from fastagg._errors import DroppedUpdateWarning, NonFiniteUpdateError, NoUpdateLeftError
 from fastagg._updates import as_list
 from fastagg.averaging import NONFINITE
 from fastagg.robust.arguments import as_count
@@ -125,6 +125,6 @@ def _finite(updates: Iterable[Any], nan_policy: str) -> tuple[MixedUpdates, Poin
             warnings.warn(f"client {client} dropped: {leaf_name} {NONFINITE}", DroppedUpdateWarning, stacklevel=3)
         updates = [update for client, update in enumerate(updates) if client not in found]
         if not updates:
-            raise ValueError(f"every client {NONFINITE}, so none is left")
+            raise NoUpdateLeftError(found)
         points = Points(updates)
     return MixedUpdates(updates, np.eye(len(updates))), points

@@ -22,8 +22,17 @@ from fastagg._backend import (
     weighted_sum,
 )
 from fastagg._codes import FLOATS, Code, float_code
+from fastagg._sums import Total
 from fastagg._updates import Structure, as_list
-from fastagg.averaging import NONFINITE, LeafInputs, check_devices, gather, nonfinite_leaves, results_for
+from fastagg.averaging import (
+    NONFINITE,
+    LeafInputs,
+    check_devices,
+    check_integers,
+    gather,
+    nonfinite_leaves,
+    results_for,
+)
 
 __all__ = ["MIDDLE", "NEAR_MEDIAN", "NEAR_TRIMMED", "TRIMMED", "Points"]
 
@@ -93,6 +102,10 @@ class Points:
             return results_for(self.inputs, self.structure, out, self._updates[0])
         except ValueError as error:
             raise ValueError(self._named(error)) from None
+
+    def check_integers(self) -> None:
+        """Raises ValueError where integer leaves look like another quantiser's codes."""
+        check_integers(self.structure, self.inputs, [i for i, leaf in enumerate(self.inputs) if not leaf.is_float])
 
     def check_floats(self) -> None:
         """Raises ValueError where no leaf has distances."""
@@ -172,6 +185,7 @@ class Points:
             if place is not None and share != 0:
                 shares[place] = share
         shares = shares or {len(self._names) - 1: 0.0}  # nothing but zero
+        total = Total(0.0, 0.0).plus([*clients.tolist(), *beside.tolist()])  # 1 but for rounding
         leaves: list[LeafOperands] = []
         for leaf, out in zip(self.inputs, outs, strict=True):
             fold, places = MEAN, list(shares)
@@ -183,7 +197,11 @@ class Points:
             weights = [shares[place] for place in places]
             count = math.prod(leaf.shape)
             code = leaf.result_code
-            leaves.append(LeafOperands(sources, leaf.code, weights, 1.0, count, fold, out, result_code=code))
+            leaves.append(
+                LeafOperands(
+                    *(sources, leaf.code, weights, total.high, count, fold, out), result_code=code, rest=total.rest
+                )
+            )
         weighted_sum(leaves, self._device, self._stream, False)
 
     def sorted_mean(

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple, TypedDict
 
 import numpy as np
 
-from fastagg._errors import DroppedUpdateWarning, NonFiniteUpdateError
+from fastagg._errors import DroppedUpdateWarning, NonFiniteUpdateError, NoUpdateLeftError
 from fastagg._updates import as_weights
 from fastagg.averaging import NONFINITE, check_policies
 from fastagg.robust.mixing import MixedUpdates
@@ -27,15 +27,16 @@ class Options(TypedDict, total=False):
             a rule asks of the number of clients holds for those that stay) or "propagate" (to rules by coordinate NaN
             is plus infinity, which sorts last; to rules by distance such a client is infinitely far from all, and never
             selected).
-        integer_policy: for integer and bool leaves, which have no part in distances: "round" (the default: the rule's
-            own answer, rounded to nearest even, exact below 2**53; an update that is selected alone is copied), or
-            "max" or "first" of those that take part.
+        integer_policy: for integer and bool leaves, which have no part in distances: "round" (the rule's own answer,
+            rounded to nearest even, exact below 2**53; an update that is selected alone is copied), or "max" or "first"
+            of those that take part. None, the default, is "round", but refuses what looks like another quantiser's
+            codes, as `fastagg.fedavg` does.
     """
 
     out: Any
     dtype: Any
     nan_policy: str
-    integer_policy: str
+    integer_policy: str | None
 
 
 class Outcome(NamedTuple):
@@ -76,7 +77,7 @@ class Call(NamedTuple):
 
         Raises:
             NonFiniteUpdateError: the policy is "raise".
-            ValueError: nobody is left.
+            NoUpdateLeftError: nobody is left.
         """
         if self.nan_policy == "raise":
             client, leaf_name = next(iter(found.items()))
@@ -84,7 +85,7 @@ class Call(NamedTuple):
         self.dropped.update(found)
         kept = [member for member in self.members if member not in found]
         if not kept:
-            raise ValueError(f"every contributing client {NONFINITE}, so none is left")
+            raise NoUpdateLeftError(self.dropped)
         return kept
 
 
@@ -101,7 +102,7 @@ class Rule(ABC):
         out: Any = None,
         dtype: Any = None,
         nan_policy: str = "raise",
-        integer_policy: str = "round",
+        integer_policy: str | None = None,
     ) -> Outcome:
         """The aggregate of K updates, and whose it is; see the function of the rule's name."""
         check_policies(nan_policy, integer_policy)
@@ -115,8 +116,10 @@ class Rule(ABC):
         shares /= shares.max()  # so that no sum overflows
         members = np.flatnonzero(shares).tolist()
         self.check(len(members))
+        if integer_policy is None:
+            points.check_integers()
         result, outs = points.new_results(out)
-        call = Call(points, members, shares, outs, nan_policy, integer_policy, {})
+        call = Call(points, members, shares, outs, nan_policy, integer_policy or "round", {})
         return Outcome(result, call.dropped, self.write(call))
 
     def beside(self) -> Mapping[str, Any]:

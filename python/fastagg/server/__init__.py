@@ -5,7 +5,7 @@ A loop written by hand:
     optimizer = FedAdam(learning_rate=0.1)
     for _ in range(rounds):
         updates, counts = train_clients(model)
-        model = optimizer.step(model, fastagg.fedavg(updates, counts))
+        model = optimizer.step(model, fastagg.fedavg(updates, counts, sent=model))
 """
 
 from fastagg.server.fednova import FedNova, local_normalizer

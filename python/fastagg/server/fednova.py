@@ -8,8 +8,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fastagg._errors import DroppedUpdateWarning
-from fastagg._updates import as_list, as_weights
+from fastagg._sent import Sent
+from fastagg._updates import Structure, as_list, as_weights
 from fastagg.averaging import NONFINITE, mean_and_dropped
+from fastagg.server.buffers import is_buffer
 from fastagg.server.optimizer import as_buffers, in_range
 from fastagg.server.step import interpolate
 
@@ -21,7 +23,8 @@ class FedNova:
     ``tau_eff = sum_i(p_i * a_i)`` unless given, over the clients that contribute.
 
     Computed as one mean and one step: ``x + W * (fedavg(updates, p_i / a_i) - x)`` with
-    ``W = learning_rate * tau_eff * sum_i(p_i / a_i)``. Buffers take that mean as it is.
+    ``W = learning_rate * tau_eff * sum_i(p_i / a_i)``. Buffers, which are no sums over steps, take the mean weighted by
+    p_i. Quantised updates count by how far they are from the model as their wire rounds it, see `fedavg`'s `sent`.
     """
 
     def __init__(self, *, learning_rate: float = 1.0, buffers: Iterable[Any] = ()) -> None:
@@ -29,7 +32,7 @@ class FedNova:
 
         Args:
             learning_rate: 0 or more.
-            buffers: names of leaves that take the mean as it is, beside those that `FedAvg.step` names.
+            buffers: names of leaves that take the mean by `weights`, beside those that `FedAvg.step` names.
         """
         self.learning_rate, self.buffers = in_range(learning_rate, "learning_rate"), as_buffers(buffers)
 
@@ -46,7 +49,7 @@ class FedNova:
         tau_eff: float | None = None,
         out: Any = None,
         nan_policy: str = "raise",
-        integer_policy: str = "max",
+        integer_policy: str | None = None,
     ) -> Any:
         """The next model; neither the model nor the updates are altered.
 
@@ -59,7 +62,7 @@ class FedNova:
             tau_eff: the effective number of steps of the round; None for the clients' weighted mean.
             out: as in `FedAvg.step`; may be the model itself.
             nan_policy: as in `fedavg`; a client that is dropped leaves W too.
-            integer_policy: as in `fedavg`.
+            integer_policy: as in `fedavg`, by the clients' `weights`.
 
         Raises:
             TypeError, ValueError: as `fedavg` and `FedAvg.step` raise, or a number of steps is not positive.
@@ -68,7 +71,8 @@ class FedNova:
         weights = as_weights(weights, len(updates))
         normalizers = _as_normalizers(steps, weights)
         shares = [weight / steps for weight, steps in zip(weights, normalizers, strict=True)]
-        mean, dropped = mean_and_dropped(updates, shares, None, None, nan_policy, integer_policy)
+        sent = Sent(model, self.buffers)
+        mean, dropped = mean_and_dropped(updates, shares, None, nan_policy, integer_policy, sent)
         for client, leaf_name in dropped.items():
             warnings.warn(f"client {client} dropped: {leaf_name} {NONFINITE}", DroppedUpdateWarning, stacklevel=2)
         kept = [client for client in range(len(weights)) if client not in dropped]
@@ -77,7 +81,24 @@ class FedNova:
             tau_eff = math.fsum(weights[client] * normalizers[client] for client in kept) / total
         effective = in_range(tau_eff, "tau_eff") * math.fsum(shares[client] for client in kept) / total
         rate = in_range(self.learning_rate * effective, "learning_rate * W")
+        counted = [0.0 if client in dropped else weight for client, weight in enumerate(weights)]
+        self._average_buffers(mean, updates, counted, integer_policy)
         return interpolate(model, mean, rate, out=out, buffers=self.buffers)
+
+    def _average_buffers(self, mean: Any, updates: list[Any], weights: list[float], integer_policy: str | None) -> None:
+        """Writes the mean of the clients' buffers by their weights, whatever their steps, over that of the shares."""
+        structure = Structure(mean)
+        leaves = structure.leaves(mean, "mean")
+        places = [
+            place
+            for place, (name, leaf) in enumerate(zip(structure.names or (None,), leaves, strict=True))
+            if is_buffer(name, leaf.dtype, self.buffers)
+        ]
+        if places:
+            rows = [structure.leaves(update, client) for client, update in enumerate(updates)]
+            columns = [[row[place] for place in places] for row in rows]
+            out = [leaves[place] for place in places]
+            mean_and_dropped(columns, weights, out, "propagate", integer_policy or "max")
 
 
 def local_normalizer(steps: int, *, momentum: float = 0.0, proximal: float = 0.0) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable
 from typing import Any, ClassVar, NamedTuple
 
@@ -10,7 +11,9 @@ import numpy as np
 
 from fastagg._backend import OptimizerOperands
 from fastagg._codes import name_of
+from fastagg._sent import holds_roundings
 from fastagg._tensor import kind_named
+from fastagg._updates import Structure
 from fastagg.server.buffers import is_buffer
 from fastagg.server.step import Operands, operands_of
 
@@ -67,12 +70,15 @@ class ServerOptimizer:
 
         fp32, fp16 and bf16 leaves are computed in float32, fp64 leaves in float64, each operation rounded once, with
         the same bits on every instruction set, thread count and device. Buffers (integer and bool leaves, running_mean,
-        running_var, num_batches_tracked, moving_mean, moving_variance and those in `buffers`) get the mean as it is.
+        running_var, num_batches_tracked, moving_mean, moving_variance and those in `buffers`) get the mean as it is,
+        and so do elements of which the model is infinite.
 
         Args:
             model: what the clients started from: an array, a sequence or a mapping of arrays.
             mean: what `fedavg` or `Accumulator.result` made of their updates, of the same structure, shapes, dtypes and
-                device. Mappings are matched by name, whatever their order.
+                device. Mappings are matched by name, whatever their order. Of quantised updates make it by
+                ``fedavg(..., sent=model)``: else a leaf that nobody trained moves by its roundings, which the adaptive
+                optimisers repeat at full length in every round.
             out: where the result goes; may be the model itself, but not overlap the mean.
             learning_rate: of this step alone, for schedules and bias corrections; None for the optimiser's own.
             check_finite: look for a NaN or an infinity in the mean first, which reads it once more; False saves that
@@ -83,12 +89,16 @@ class ServerOptimizer:
 
         Raises:
             TypeError, ValueError: a leaf's name, shape, dtype, library or device differs from the model's, or from that
-                of the moments; `out` does not fit; a number is out of range; the mean holds a NaN or an infinity.
-                Nothing has changed then.
+                of the moments; `out` does not fit; a number is out of range; the mean holds a NaN, or an infinity where
+                the model has another value. Nothing has changed then.
+
+        Warns:
+            RuntimeWarning: the mean is one of quantised updates that was made without `sent`.
         """
         constants = self._operands(learning_rate)
         operands = operands_of(model, mean, out)
         copied, stepped = operands.split(self._buffers)
+        _warn_of_roundings(operands.structure, mean, stepped)
         kept = self._matching(operands, stepped) if self._moment_count() else None
         if check_finite:
             operands.check_finite()
@@ -125,6 +135,8 @@ class ServerOptimizer:
         try:
             loaded = type(self)(**state["hyperparameters"], buffers=state["buffers"])
             kept = {leaf[0]: loaded._restored(*leaf) for leaf in state["leaves"]} or None
+            if len(kept or {}) != len(state["leaves"]):
+                raise ValueError("a leaf occurs twice")
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise ValueError(f"state: damaged: {error}") from error
         if self._kept is not None and kept is not None:
@@ -191,7 +203,21 @@ class ServerOptimizer:
         arrays = [np.asarray(moment) for moment in moments]
         if len(arrays) != count or any((array.dtype, array.shape) != (expected, tuple(shape)) for array in arrays):
             raise ValueError(f"leaf {name!r}: expected {count} moments of {expected} {tuple(shape)}")
-        return _Kept(library, dtype, tuple(shape), device, [kind.from_numpy(array, device) for array in arrays])
+        try:
+            return _Kept(library, dtype, tuple(shape), device, [kind.from_numpy(array, device) for array in arrays])
+        except (AssertionError, RuntimeError) as error:  # torch's and CuPy's
+            raise ValueError(f"leaf {name!r}: its moments cannot be put on {device}: {error}") from error
+
+
+def _warn_of_roundings(structure: Structure, mean: Any, stepped: list[int]) -> None:
+    """Warns of a mean that still holds the roundings of its quantised updates, which every round would repeat."""
+    leaves = structure.leaves(mean, "mean")
+    found = next((structure.leaf_name(index) for index in stepped if holds_roundings(leaves[index])), None)
+    if found is not None:
+        advice = "leaves that nobody trains will move; fedavg(..., sent=model) takes the roundings out"
+        warnings.warn(
+            f"mean, {found}: holds the roundings of quantised updates: {advice}", RuntimeWarning, stacklevel=3
+        )
 
 
 def as_buffers(buffers: Iterable[Any]) -> tuple[Any, ...]:

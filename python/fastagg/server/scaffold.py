@@ -6,8 +6,10 @@ import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from fastagg._sent import Sent, is_nonfinite
+from fastagg._tensor import adopt
 from fastagg._updates import Structure
-from fastagg.averaging import fedavg
+from fastagg.averaging import copy_of, fedavg, mean_and_dropped
 from fastagg.server.optimizer import as_buffers, in_range
 from fastagg.server.step import add, interpolate
 
@@ -26,10 +28,8 @@ class Scaffold:
     being their models, N the number of all clients, and c = 0 at first. A client's local step is
     ``y = y - local_rate * (gradient - c_i + c)``; then `client_control` makes its new c_i.
 
-    Buffers are averaged, and have a control of zeros that never changes.
-
-    Attributes:
-        control: c, in the structure and dtypes of the model; each step makes a new one.
+    Buffers are averaged, and have a control of zeros that never changes. Quantised updates count by how far they are
+    from the model as their wire rounds it, see `fedavg`'s `sent`.
     """
 
     def __init__(self, model: Any, clients: int, *, learning_rate: float = 1.0, buffers: Iterable[Any] = ()) -> None:
@@ -45,7 +45,12 @@ class Scaffold:
             raise ValueError(f"clients: expected an integer of 1 or more, got {clients!r}")
         self.clients, self.buffers = clients, as_buffers(buffers)
         self.learning_rate = in_range(learning_rate, "learning_rate")
-        self.control = zeros_like(model)
+        self._control = zeros_like(model)
+
+    @property
+    def control(self) -> Any:
+        """c, in the structure and dtypes of the model: a copy, so that nobody who holds it changes the server's."""
+        return copy_of(self._control)
 
     def __repr__(self) -> str:
         return f"Scaffold(clients={self.clients}, learning_rate={self.learning_rate})"
@@ -57,7 +62,7 @@ class Scaffold:
         changes: Iterable[Any],
         *,
         out: Any = None,
-        integer_policy: str = "max",
+        integer_policy: str | None = None,
     ) -> Any:
         """The next model; the control changes with it. As in the paper, all clients weigh the same.
 
@@ -77,19 +82,19 @@ class Scaffold:
             raise ValueError(f"changes: expected {len(updates)}, one for each update, got {len(changes)}")
         if len(updates) > self.clients:
             raise ValueError(f"updates: expected those of at most {self.clients} clients, got {len(updates)}")
-        mean = fedavg(updates, integer_policy=integer_policy)
+        mean, _ = mean_and_dropped(updates, None, None, "raise", integer_policy, Sent(model, self.buffers))
         try:
             change = fedavg(changes, integer_policy=integer_policy)
         except (TypeError, ValueError) as error:
             raise type(error)(f"changes: {error}") from None
-        control = add(self.control, change, len(updates) / self.clients, self.buffers)
+        control = add(self._control, change, len(updates) / self.clients, self.buffers)
         result = interpolate(model, mean, self.learning_rate, out=out, buffers=self.buffers)
-        self.control = control
+        self._control = control
         return result
 
     def state_dict(self) -> dict[str, Any]:
         """The control, copied, for `load_state_dict`."""
-        return {"version": 1, "clients": self.clients, "control": fedavg([self.control])}
+        return {"version": 1, "clients": self.clients, "control": self.control}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over a saved control.
@@ -102,7 +107,7 @@ class Scaffold:
         if state.get("clients") != self.clients:
             raise ValueError(f"state: expected one of {self.clients} clients, got {state.get('clients')}")
         try:
-            self.control = interpolate(self.control, state["control"], 1.0)
+            self._control = interpolate(self._control, state["control"], 1.0)
         except (TypeError, ValueError) as error:
             raise ValueError(f"state: of another model: {error}") from None
 
@@ -139,6 +144,7 @@ def client_control(
         raise ValueError(f"expected steps and learning_rate above 0, got {steps} and {learning_rate}")
     own = zeros_like(server_control) if control is None else control
     drift = add(local_model, model, -1.0, names, what="model")
+    _clear_infinities(drift, model)
     surplus = add(server_control, drift, 1.0 / distance, names, what="local_model")
     new = add(own, surplus, -1.0, names, what="server_control")
     return ClientControl(new, add(new, own, -1.0, names, what="control"))
@@ -146,7 +152,15 @@ def client_control(
 
 def zeros_like(model: Any) -> Any:
     """A structure of zeros of the same shapes and dtypes."""
-    copied = fedavg([model], nan_policy="propagate")
-    for leaf in Structure(copied).leaves(copied, "model"):
+    zeros = copy_of(model)
+    for leaf in Structure(zeros).leaves(zeros, "model"):
         leaf[...] = 0
-    return copied
+    return zeros
+
+
+def _clear_infinities(drift: Any, model: Any) -> None:
+    """Lets nothing drift from the infinities of a model, such as a causal mask's."""
+    structure = Structure(drift)
+    for leaf, sent in zip(structure.leaves(drift, "drift"), structure.leaves(model, "model"), strict=True):
+        if is_nonfinite(leaf).any():
+            leaf[is_nonfinite(adopt(sent)[1])] = 0

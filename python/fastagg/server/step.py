@@ -19,6 +19,7 @@ from fastagg._backend import (
 )
 from fastagg._codes import FLOATS, Code, name_of
 from fastagg._errors import NonFiniteUpdateError
+from fastagg._sent import is_nonfinite, same_infinities, with_zeros
 from fastagg._tensor import Kind, View, adopt
 from fastagg._updates import Structure
 from fastagg.averaging import LeafInputs, nonfinite_leaves
@@ -78,10 +79,10 @@ class Operands(NamedTuple):
         return parts
 
     def check_finite(self) -> None:
-        """Raises NonFiniteUpdateError for the first leaf of the mean with a NaN or an infinity."""
-        flagged = nonfinite_leaves([_as_inputs(leaf) for leaf in self.mean], 0, self.stream)
-        if flagged:
-            raise NonFiniteUpdateError(f"mean, {self.structure.leaf_name(flagged[0])}: holds a NaN or an infinity")
+        """Raises NonFiniteUpdateError for the first leaf with a NaN, or an infinity that the model does not have."""
+        for index in nonfinite_leaves([_as_inputs(leaf) for leaf in self.mean], 0, self.stream):
+            if not same_infinities(self.mean[index].view.owner, self.model[index].view.owner):
+                raise NonFiniteUpdateError(f"mean, {self.structure.leaf_name(index)}: holds a NaN or an infinity")
 
     def copy(self, source: list[ModelLeaf], indices: list[int]) -> None:
         """Lets the result have the source's values in these leaves."""
@@ -97,18 +98,48 @@ class Operands(NamedTuple):
             weighted_sum(leaves, self.device, self.stream, False)
 
     def step(self, optimizer: OptimizerOperands, indices: list[int], moments: list[list[int]]) -> None:
-        """Steps these leaves, whose moments lie at these addresses; all the way to the mean, they become the mean."""
+        """Steps these leaves, whose moments lie at these addresses; all the way to the mean, they become the mean.
+
+        So do elements of which the model is infinite, such as a causal mask's: no step leads away from infinity.
+        """
         if optimizer[:2] == (INTERPOLATE, 1.0):
             self.copy(self.mean, indices)
             return
+        infinite = {} if optimizer[0] == ADD else self._infinite(indices)
         leaves: list[ModelLeafOperands] = []
         for index, addresses in zip(indices, moments, strict=True):
             first, second = (*addresses, 0, 0)[:2]
-            view = self.model[index].view
-            mean, out = self.mean[index].view.address, self.outs[index].address
-            leaves.append((view.address, mean, first, second, out, view.code, view.elements))
+            x, mean, out = self.model[index].view, self.mean[index].view, self.outs[index]
+            if index in infinite:
+                x, mean = infinite[index].x, infinite[index].mean
+            leaves.append((x.address, mean.address, first, second, out.address, x.code, x.elements))
         if leaves:
             server_step(optimizer, leaves, self.device, self.stream)
+        for index, part in infinite.items():
+            out = self.outs[index].owner
+            (out.detach() if hasattr(out, "detach") else out)[part.where] = part.values
+
+    def _infinite(self, indices: list[int]) -> dict[int, _Infinite]:
+        """Of these leaves, those whose model is infinite somewhere."""
+        flagged = nonfinite_leaves([_as_inputs(self.model[index]) for index in indices], 0, self.stream)
+        return {
+            indices[place]: _infinite_part(self.model[indices[place]], self.mean[indices[place]]) for place in flagged
+        }
+
+
+class _Infinite(NamedTuple):
+    """A leaf whose model is infinite in some places: model and mean with zeros there, and the mean's values."""
+
+    x: View
+    mean: View
+    where: Any
+    values: Any
+
+
+def _infinite_part(model: ModelLeaf, mean: ModelLeaf) -> _Infinite:
+    x, y = model.view.owner, mean.view.owner
+    where = is_nonfinite(x)
+    return _Infinite(model.kind.view(with_zeros(x, where)), model.kind.view(with_zeros(y, where)), where, y[where])
 
 
 def add(
