@@ -32,6 +32,7 @@ test-flower: $(FLOWER)/.stamp-flower $(VENV)/.stamp-package ## run Flower's test
 
 test-all: $(VENV)/.stamp-test $(VENV)/.stamp-package ## also the tests of every value there is, and fuzzers (minutes)
 	python -m pytest --all $(ARGUMENTS)
+	bash tools/fuzz_sanitized.sh
 
 lint: $(VENV)/.stamp-lint ## check style, types, stubs and compiler warnings
 	ruff check

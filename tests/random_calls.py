@@ -107,11 +107,11 @@ def _mean(random: np.random.Generator) -> Call:
     return Call(fastagg.fedavg, (updates, _weights(random, len(updates))), _policies(random))
 
 
-def accumulate(updates: list[Any], weights: list[float], parts: int, **options: Any) -> Any:
-    """The mean by accumulators that are merged."""
-    accumulators = [fastagg.Accumulator(**options) for _ in range(parts)]
+def accumulate(updates: list[Any], weights: list[float], **options: Any) -> Any:
+    """The mean by one to three accumulators that are merged."""
+    accumulators = [fastagg.Accumulator(**options) for _ in range(1 + len(updates) % 3)]
     for index, (update, weight) in enumerate(zip(updates, weights, strict=True)):
-        accumulators[index % parts].add(update, weight)
+        accumulators[index % len(accumulators)].add(update, weight)
     whole, *others = accumulators
     for other in others:
         whole.merge(other)
@@ -122,7 +122,7 @@ def _accumulated(random: np.random.Generator) -> Call:
     updates = _updates(random, [*FLOATS.values(), *INTEGERS])
     weights = _weights(random, len(updates)) or [1.0] * len(updates)
     options = {**_policies(random), "batch": int(random.choice([1, 1, 3, 8]))}
-    return Call(accumulate, (updates, weights, int(random.integers(1, 4))), options)
+    return Call(accumulate, (updates, weights), options)
 
 
 def _quantized(random: np.random.Generator) -> Call:

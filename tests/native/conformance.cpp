@@ -133,7 +133,7 @@ void compare(Buffer& expected, Buffer& actual, const char* operation, const char
               static_cast<int>(to), static_cast<long>(count));
 }
 
-/// NaNs' payloads are free: every NaN becomes one NaN before bytes are compared.
+/// NaNs' payloads and signs are free: every NaN becomes one NaN before bytes are compared.
 void canonicalise(Buffer& buffer, Code code, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
     if (code == Code::float32) {
@@ -145,6 +145,9 @@ void canonicalise(Buffer& buffer, Code code, int64_t count) {
     } else if (code == Code::float16 || code == Code::bfloat16) {
       uint16_t* x = reinterpret_cast<uint16_t*>(buffer.data()) + i;
       if ((*x & 0x7fff) > (code == Code::float16 ? 0x7c00 : 0x7f80)) *x = 0x7fff;
+    } else if (code == Code::wire_fp8_e4m3 || code == Code::wire_fp8_e5m2) {
+      uint8_t* x = reinterpret_cast<uint8_t*>(buffer.data()) + i;
+      if ((*x & 0x7f) > (code == Code::wire_fp8_e4m3 ? 0x7e : 0x7c)) *x = 0x7f;
     }
   }
 }
@@ -227,6 +230,15 @@ void check_reduce(const fastagg::Kernels& kernels, Code from, Code to, int64_t c
         loops.reduce({sources.data(), ranks, static_cast<float>(ranks), feedback, result}, 0, count, &squares);
     canonicalise(out, to, count);
     canonicalise(error, Code::float32, count);
+    if (to == Code::wire_sign && special) {  // has no NaN: one sign for those of the sums
+      std::vector<float> sums(count);
+      result.code = Code::float32, result.out = sums.data();
+      fastagg::scalar_kernels->reduce(
+          {sources.data(), ranks, static_cast<float>(ranks), {residual.data(), 0.5f, nullptr, 2.0f, false}, result}, 0,
+          count, nullptr);
+      for (int64_t i = 0; i < count; ++i)
+        if (sums[i] != sums[i]) out.data()[i / 8] |= static_cast<unsigned char>(1 << i % 8);
+    }
     return finite;
   };
   const int64_t bytes = fastagg::encoded_bytes(to, count);
