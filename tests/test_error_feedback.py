@@ -18,7 +18,7 @@ def group_on(layout):
     hosts = {"one host": "", "two hosts": str(rank // 2), "other hosts": str(rank % 2), "every rank a host": str(rank)}
     os.environ["FASTAGG_HOST"] = hosts[layout]
     group = dist.new_group()
-    channel_of(group)
+    channel_of(group).transport  # where the ranks meet, and see the variable
     del os.environ["FASTAGG_HOST"]
     return group
 
