@@ -22,7 +22,7 @@ for module in _core _cuda; do
   sed -i -E -e 's/^(__[a-z]+__: str) = .*/\1/' -e 's/: list([,)])/: list[typing.Any]\1/g' \
     -e 's/: tuple([,)])/: tuple[typing.Any, ...]\1/g' -e 's/-> list:/-> list[typing.Any]:/' "$stub"
   grep -q '^import typing' "$stub" || sed -i 's/^from __future__ import annotations$/&\nimport typing/' "$stub"
-  ruff check --select I --fix --quiet "$stub"
+  ruff check --select I,RUF022 --fix --quiet "$stub"
   ruff format --quiet "$stub"
   case ${1:-check} in
     write) cp "$stub" "python/fastagg/$module.pyi" ;;
