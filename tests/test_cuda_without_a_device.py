@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(_cuda.device_count() > 0, reason="there is a dev
 ON_HOST = np.ones(64, np.float32)
 SOURCE = (ON_HOST.ctypes.data, 0, Code.FLOAT32, 0)
 CAST = (SOURCE, Code.FLOAT32, 0, ON_HOST.ctypes.data, 0, 64, False, (0, 0, 0, 0), 1.0)
-LEAF = ([ON_HOST.ctypes.data], Code.FLOAT32, [1.0], 1.0, 64, 0, ON_HOST.ctypes.data, 0, Code.FLOAT32, 0)
+LEAF = ([ON_HOST.ctypes.data], Code.FLOAT32, [1.0], 1.0, 64, 0, ON_HOST.ctypes.data, 0, Code.FLOAT32, 0, 0.0)
 
 
 @pytest.mark.parametrize(
