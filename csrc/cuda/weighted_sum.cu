@@ -13,8 +13,9 @@ namespace {
 template <Code code>
 constexpr int kInFlight = sizeof(Element<code>) == 1 ? 8 : 4;
 /// Blocks that a multiprocessor shall hold at least: with kBlocks, too few registers were left for the loads of float32
-/// clients, of which then only two were under way, and 8-bit clients spilled.
-constexpr int kSumBlocks = 5;
+/// clients, of which then only two were under way, and 8-bit clients spilled. Pairs spilled with five, on sm_80.
+template <Part part>
+constexpr int kSumBlocks = part == Part::pairs ? 4 : 5;
 
 /// Element j of those loaded, as `dequantize` gives it.
 template <Code code, int n>
@@ -275,7 +276,7 @@ FASTAGG_INLINE bool fold(const TableLeaf& entry, bool odd, const Leaf& stored, i
 }
 
 template <Part part>
-__global__ void __launch_bounds__(kThreads, kSumBlocks) weighted_sum_kernel(LeafTable table) {
+__global__ void __launch_bounds__(kThreads, kSumBlocks<part>) weighted_sum_kernel(LeafTable table) {
   int64_t index = 0;
   for (int64_t task = blockIdx.x; task < table.tasks; task += gridDim.x) {
     index = leaf_of(table, index, task);
