@@ -17,7 +17,8 @@ for sanitizers in address,undefined thread; do
   printf '\n-- the CPU floor and the same-host transport under %s\n' "$sanitizers"
   cmake -S tests/native -B "$folder/native" -DFASTAGG_SANITIZE="$sanitizers" >/dev/null
   cmake --build "$folder/native" --parallel 2
-  "$folder/native/conformance"
+  if [ "$sanitizers" = thread ]; then "$folder/native/conformance" threads; # loops of one thread have no races
+  else "$folder/native/conformance"; fi
   "$folder/native/exchange"
   printf '\n-- the CUDA kernels on the CPU under %s\n' "$sanitizers"
   cmake -S tests/cuda_on_cpu -B "$folder/cuda" -DFASTAGG_CUDA_ON_CPU_MODULE=OFF -DFASTAGG_SANITIZE="$sanitizers" \
