@@ -13,7 +13,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compr
 
 import fastagg
 from all_reduce_cases import GLOO, OPEN_MPI, TORCH_HOOK, fastagg_over
-from fastagg._transports import channel_of
+from fastagg.distributed.channels import channel_of
 
 Call = Callable[[], Any]
 

@@ -36,7 +36,7 @@ CHUNK = 1 << 20
 COMMAND = """
 import sys
 from pathlib import Path
-from fastagg._commands import application
+from fastagg.cli.commands import application
 try:
     application(["average", *sys.argv[1:]])
 finally:

@@ -13,11 +13,11 @@ from itertools import pairwise
 import torch
 
 import gpu_machine
-from fastagg._arithmetic import Arithmetic, DeviceArithmetic, HostArithmetic
-from fastagg._backend import backend_for
-from fastagg._codes import Code
-from fastagg._exchange import NO_KEY
-from fastagg._tensor import kind_named
+from fastagg._arrays.registry import kind_named
+from fastagg._native.backend import backend_for
+from fastagg._native.codes import Code
+from fastagg.distributed.exchange.arithmetic import Arithmetic, DeviceArithmetic, HostArithmetic
+from fastagg.distributed.exchange.exchange import NO_KEY
 from gpu_cases import FASTAGG, Case
 from gpu_subject import Contender
 from gpu_timing import Call

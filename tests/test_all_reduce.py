@@ -19,7 +19,7 @@ from transports import by_transport, by_transport_of_the_host, on
 WORLDS = [1, 2, 3, 4]
 
 EXACT = """
-from fastagg._transports import channel_of
+from fastagg.distributed.channels import channel_of
 # Integers whose sums every wire but sign holds exactly: the extreme of a block, and the sum's, are chosen so.
 for count in (0, 7, 70001) if few else (0, 1, 7, 4095, 16384, 16385, 131072, 131073, 300001):
     for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
@@ -103,10 +103,10 @@ def test_overflow_nonfinite_strides_lists_and_subgroups(transport: str) -> None:
 FLOAT64 = """
 import hashlib
 import numpy as np
-from fastagg._codes import Code
-from fastagg._exchange import Exchange
-from fastagg._transports import channel_of
-from fastagg.communication import encoding_of
+from fastagg._native.codes import Code
+from fastagg.distributed.exchange.exchange import Exchange
+from fastagg.distributed.channels import channel_of
+from fastagg.distributed.collectives import encoding_of
 if "TWO_HOSTS" in os.environ:
     os.environ["FASTAGG_HOST"] = str(rank // 2)
 transport = channel_of(dist.group.WORLD).transport
@@ -166,10 +166,10 @@ def test_all_transports_end_with_the_same_bits_and_the_seed_decides_them(world: 
 
 
 EXTREMES = """
-from fastagg._codes import Code
-from fastagg._exchange import Exchange
-from fastagg._transports import channel_of
-from fastagg.communication import encoding_of
+from fastagg._native.codes import Code
+from fastagg.distributed.exchange.exchange import Exchange
+from fastagg.distributed.channels import channel_of
+from fastagg.distributed.collectives import encoding_of
 if "TWO_HOSTS" in os.environ:
     os.environ["FASTAGG_HOST"] = str(rank // 2)
 # Rounding up never makes a finite value infinite.
@@ -268,10 +268,10 @@ def test_threads_use_groups_of_their_own_at_the_same_time(transport: str) -> Non
 
 HOSTS = """
 os.environ["FASTAGG_HOST"] = str(rank // 2)
-from fastagg._transports import channel_of
-from fastagg._exchange import Exchange, Feedback
-from fastagg.communication import encoding_of
-from fastagg._codes import Code
+from fastagg.distributed.channels import channel_of
+from fastagg.distributed.exchange.exchange import Exchange, Feedback
+from fastagg.distributed.collectives import encoding_of
+from fastagg._native.codes import Code
 for dtype in (torch.float32, torch.float16, torch.float64):
     for count in (0, 1, 5000, 300001):
         for wire in ("fp32", "fp16", "int8"):
@@ -307,7 +307,7 @@ os.environ["FASTAGG_HOST"] = str(min(rank, 1))
 x = torch.full((70000,), float(rank))
 fastagg.all_reduce(x)
 assert torch.all(x == 1)
-from fastagg._transports import channel_of
+from fastagg.distributed.channels import channel_of
 print(channel_of(dist.group.WORLD).transport.reason)
 """
 
@@ -397,7 +397,7 @@ os.environ["FASTAGG_TRANSPORT"] = "backend" if rank else ""
 x = torch.full((5,), float(rank))
 fastagg.all_reduce(x)
 assert torch.all(x == 0.5)
-from fastagg._transports import channel_of
+from fastagg.distributed.channels import channel_of
 assert "asks for it" in channel_of(dist.group.WORLD).transport.reason
 assert lines == ["group of 2 ranks: gloo backend, because FASTAGG_TRANSPORT=backend asks for it"]
 """
@@ -409,7 +409,7 @@ def test_a_rank_chooses_the_transport_for_all() -> None:
 
 FALLBACK = """
 import resource
-from fastagg._transports import channel_of
+from fastagg.distributed.channels import channel_of
 if rank == 0:  # whose segment may not grow
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, resource.RLIM_INFINITY))
 x = torch.full((70000,), float(rank))

@@ -845,7 +845,7 @@ def test_a_pt_file_without_room_keeps_no_descriptor(tmp_path):
 
 LIMITED = """
 import resource, sys
-from fastagg._commands import application
+from fastagg.cli.commands import application
 resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
 application(["average", *sys.argv[1:]])
 """
@@ -954,7 +954,7 @@ def test_more_files_than_descriptors(tmp_path):
     path = write(tmp_path / "a.safetensors", {"w": np.ones(2, np.float32)})
     program = f"""
 import resource
-from fastagg._commands import application
+from fastagg.cli.commands import application
 from fastagg.files import average
 paths, output = [{str(path)!r}] * 100, {str(tmp_path / "out.safetensors")!r}
 _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -162,7 +162,7 @@ def test_optimizers_get_the_roots_state_and_options() -> None:
 DIFFER = """
 if "TWO_HOSTS" in os.environ:
     os.environ["FASTAGG_HOST"] = str(rank // 2)
-from fastagg.broadcasting import broadcast_object
+from fastagg.distributed.broadcast import broadcast_object
 optimizer = torch.optim.SGD([torch.ones(3)], lr=0.1 + rank)
 x = torch.full((3,), float(rank))
 last = rank == world - 1

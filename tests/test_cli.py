@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 import fastagg
 import scripts
 from fastagg import _commands, _extras
-from fastagg._commands import application
+from fastagg.cli.commands import application
 
 NO_PLUGINS = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
 

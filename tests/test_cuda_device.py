@@ -137,7 +137,7 @@ def test_a_device_that_is_not_current() -> None:
 
 def test_an_error_names_the_call_and_leaves_everything_usable() -> None:
     from fastagg import _cuda
-    from fastagg._codes import Code
+    from fastagg._native.codes import Code
 
     on_host = np.ones(64, np.float32)
     source = (on_host.ctypes.data, 0, Code.FLOAT32, 0)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import fastagg
-from fastagg._codes import Code
+from fastagg._native.codes import Code
 
 _cuda: Any = pytest.importorskip("fastagg._cuda", reason="a build without CUDA")
 

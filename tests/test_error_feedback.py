@@ -10,7 +10,7 @@ from ranks import run_ranks
 
 COMMON = """
 from torch.nn.parallel import DistributedDataParallel
-from fastagg._transports import channel_of
+from fastagg.distributed.channels import channel_of
 from fastagg.ddp import AllReduceState, GradScaler, all_reduce_hook
 
 def group_on(layout):

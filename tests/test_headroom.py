@@ -14,7 +14,7 @@ pytest.importorskip("torch")
 
 import torch
 
-from fastagg.headroom import Report, Row, report
+from fastagg.ddp.benchmark import Report, Row, report
 from ranks import run_ranks
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "headroom.py"

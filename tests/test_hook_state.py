@@ -377,7 +377,7 @@ def test_gradients_that_are_not_the_parameters_own_are_refused_by_name() -> None
 def test_a_residual_of_another_size_dtype_or_device_never_reaches_native_code() -> None:
     import torch
 
-    from fastagg._exchange import Feedback
+    from fastagg.distributed.exchange.exchange import Feedback
 
     values, right = torch.zeros(10), torch.zeros(10)
     Feedback(right, 1.0, right).check(values)

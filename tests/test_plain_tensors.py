@@ -13,7 +13,7 @@ from torch.masked import masked_tensor
 from torch.testing._internal.two_tensor import TwoTensor
 
 import fastagg
-from fastagg.communication import all_reduce
+from fastagg.distributed.collectives import all_reduce
 from fastagg.server import FedAvg
 from processes import output_of
 from ranks import run_ranks

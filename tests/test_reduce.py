@@ -11,8 +11,8 @@ import torch
 import backends
 import fastagg
 from fastagg import _backend, _core
-from fastagg._arithmetic import DeviceArithmetic, HostArithmetic
-from fastagg._codes import WIRES, Code
+from fastagg._native.codes import WIRES, Code
+from fastagg.distributed.exchange.arithmetic import DeviceArithmetic, HostArithmetic
 from reference import assert_same_bits
 
 ENCODED = ["fp32", "fp16", "bf16", "fp8_e4m3", "fp8_e5m2", "int8", "int4", "sign"]

@@ -652,7 +652,7 @@ def invoke() -> Any:
     pytest.importorskip("matplotlib")
     from typer.testing import CliRunner
 
-    from fastagg._commands import application
+    from fastagg.cli.commands import application
 
     return lambda *arguments: CliRunner().invoke(application, ["report", *map(str, arguments)])
 

@@ -26,7 +26,7 @@ def hosts() -> Iterator[Hosts]:
 
 
 EXACT = """
-from fastagg._transports import channel_of
+from fastagg.distributed.channels import channel_of
 
 def sent_bytes():
     return int(open(f"/sys/class/net/{os.environ['GLOO_SOCKET_IFNAME']}/statistics/tx_bytes").read())

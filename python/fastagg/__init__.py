@@ -3,13 +3,14 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from fastagg._backend import get_num_threads, set_num_threads
-from fastagg._build import __version__, build_info
 from fastagg._errors import CudaError, DroppedUpdateWarning, NonFiniteUpdateError, PeerError
 from fastagg._extras import EXTRAS
-from fastagg.accumulator import Accumulator
-from fastagg.averaging import fedavg
-from fastagg.quantization import Quantized, dequantize, quantize
+from fastagg._native.backend import get_num_threads, set_num_threads
+from fastagg._native.build import __version__, build_info
+from fastagg.averaging.accumulator import Accumulator
+from fastagg.averaging.mean import fedavg
+from fastagg.quantization.cast import dequantize, quantize
+from fastagg.quantization.quantized import Quantized
 from fastagg.statistics import Statistics
 
 if TYPE_CHECKING:
@@ -28,9 +29,9 @@ if TYPE_CHECKING:
     from fastagg import server as server
     from fastagg import statistics as statistics
     from fastagg import trees as trees
-    from fastagg.broadcasting import broadcast_optimizer_state, broadcast_parameters
-    from fastagg.communication import all_reduce
-    from fastagg.distributed_optimizer import DistributedOptimizer
+    from fastagg.distributed.broadcast import broadcast_optimizer_state, broadcast_parameters
+    from fastagg.distributed.collectives import all_reduce
+    from fastagg.distributed.optimizer import DistributedOptimizer
 
 __all__ = [
     "Accumulator",
@@ -55,10 +56,10 @@ __all__ = [
 
 
 _NEED_TORCH = {
-    "DistributedOptimizer": "distributed_optimizer",
-    "all_reduce": "communication",
-    "broadcast_optimizer_state": "broadcasting",
-    "broadcast_parameters": "broadcasting",
+    "DistributedOptimizer": "distributed.optimizer",
+    "all_reduce": "distributed.collectives",
+    "broadcast_optimizer_state": "distributed.broadcast",
+    "broadcast_parameters": "distributed.broadcast",
 }
 
 

@@ -1,5 +1,5 @@
 """`python -m fastagg`: the command line."""
 
-from fastagg.cli import main
+from fastagg.cli.entry import main
 
 main()

@@ -20,13 +20,14 @@ with needing("torch", __name__):
     import torch.distributed as dist
     import torch.distributed.nn  # now: optimizers load it, and loaded beside a group it would keep that to the very end
 
-from fastagg import broadcasting, distributed_optimizer
-from fastagg._codes import FLOATS, WIRES, code_of_dtype
-from fastagg._messages import add_up, gather
-from fastagg._named_tensors import description
-from fastagg._transports import group_of
-from fastagg.communication import OPERATIONS, reduce_named
-from fastagg.distributed_optimizer import SynchronizedOptimizer
+from fastagg._native.codes import FLOATS, WIRES, code_of_dtype
+from fastagg.distributed import broadcast as broadcasting
+from fastagg.distributed import optimizer as distributed_optimizer
+from fastagg.distributed.channels import group_of
+from fastagg.distributed.collectives import OPERATIONS, reduce_named
+from fastagg.distributed.messages import add_up, gather
+from fastagg.distributed.named_tensors import description
+from fastagg.distributed.optimizer import SynchronizedOptimizer
 
 __all__ = [
     "Average",

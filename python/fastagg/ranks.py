@@ -14,11 +14,11 @@ with needing("torch", __name__):
     import torch.distributed as dist
 
 from fastagg._errors import PeerError
-from fastagg._messages import gather
-from fastagg._threads import in_another_thread
-from fastagg._transports import group_of
-from fastagg._updates import Structure
-from fastagg.accumulator import Accumulator
+from fastagg._updates.structure import Structure
+from fastagg.averaging.accumulator import Accumulator
+from fastagg.distributed.channels import group_of
+from fastagg.distributed.host_executor import in_another_thread
+from fastagg.distributed.messages import gather
 
 __all__ = ["merge_over_ranks"]
 

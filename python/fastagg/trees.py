@@ -13,9 +13,9 @@ import numpy as np
 
 from fastagg._errors import DroppedUpdateWarning
 from fastagg._quoting import quoted
-from fastagg._updates import as_weights
-from fastagg.accumulator import Accumulator
-from fastagg.averaging import check_policies
+from fastagg._updates.policies import check_policies
+from fastagg._updates.weights import as_weights
+from fastagg.averaging.accumulator import Accumulator
 
 __all__ = ["average"]
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastagg._errors import NonFiniteUpdateError
-from fastagg._sent import Sent
+from fastagg._errors import NONFINITE, NonFiniteUpdateError
+from fastagg._updates.sent import Sent
 from fastagg.asynchronous.staleness import INVERSE_ROOT, Staleness
 from fastagg.asynchronous.versioned_server import VersionedServer, renamed
-from fastagg.averaging import NONFINITE, mean_and_dropped
+from fastagg.averaging.mean import mean_and_dropped
 from fastagg.server.optimizer import in_range
 
 

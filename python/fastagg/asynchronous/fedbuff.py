@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from fastagg._codes import FLOATS, Code, name_of
-from fastagg._errors import NonFiniteUpdateError
-from fastagg._sent import Sent, is_nonfinite, with_zeros
-from fastagg._tensor import adopt
-from fastagg._updates import Structure
-from fastagg.accumulator import Accumulator
+from fastagg._arrays.registry import adopt
+from fastagg._errors import NONFINITE, NonFiniteUpdateError
+from fastagg._native.codes import FLOATS, Code, name_of
+from fastagg._updates.leaves import gather, infinite_leaves, inputs_of
+from fastagg._updates.sent import Sent, is_nonfinite, with_zeros
+from fastagg._updates.structure import Structure
 from fastagg.asynchronous.staleness import INVERSE_ROOT, Staleness
 from fastagg.asynchronous.versioned_server import VersionedServer, nonfinite_leaf, renamed
-from fastagg.averaging import NONFINITE, gather, infinite_leaves, inputs_of
-from fastagg.quantization import Quantized, dequantize
+from fastagg.averaging.accumulator import Accumulator
+from fastagg.quantization.cast import dequantize
+from fastagg.quantization.quantized import Quantized
 from fastagg.server.buffers import is_buffer
 from fastagg.server.optimizer import as_buffers, in_range
 from fastagg.server.step import add

@@ -6,12 +6,14 @@ import threading
 import warnings
 from typing import Any, NamedTuple
 
-from fastagg._errors import DroppedUpdateWarning, NonFiniteUpdateError
+from fastagg._errors import NONFINITE, DroppedUpdateWarning, NonFiniteUpdateError
 from fastagg._quoting import quoted
-from fastagg._sent import same_infinities
-from fastagg._updates import Structure
+from fastagg._updates.leaves import infinite_leaves, inputs_of
+from fastagg._updates.policies import check_policies
+from fastagg._updates.sent import same_infinities
+from fastagg._updates.structure import Structure
 from fastagg.asynchronous.staleness import Staleness
-from fastagg.averaging import NONFINITE, check_policies, copy_of, fedavg, infinite_leaves, inputs_of
+from fastagg.averaging.mean import copy_of, fedavg
 from fastagg.server.optimizer import in_range
 from fastagg.server.step import interpolate
 

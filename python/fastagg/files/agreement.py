@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fastagg._codes import FLOATS, Code
-from fastagg._integer_codes import IntegerLeaf, refuse_codes
+from fastagg._native.codes import FLOATS, Code
 from fastagg._quoting import quoted
+from fastagg._updates.integer_codes import IntegerLeaf, refuse_codes
 from fastagg.files.checkpoints import Checkpoint, LeafDescription
 
 

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastagg._codes import float_code, wire_name
 from fastagg._errors import DroppedUpdateWarning, NotKeptWarning
+from fastagg._native.codes import float_code, wire_name
 from fastagg._one_thread import OneThread
 from fastagg._quoting import quoted, quoted_list
-from fastagg.averaging import check_policies
+from fastagg._updates.policies import check_policies
 from fastagg.files.agreement import check_integers, leaves_of_mean
 from fastagg.files.checkpoints import Checkpoint
 from fastagg.files.means import Files, Means, Piece, batches, first_nonfinite

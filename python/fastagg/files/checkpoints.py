@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastagg._codes import ELEMENT_BYTES, WIRES, Code, code_of_dtype
-from fastagg._overlap import encoded_bytes
+from fastagg._native.codes import ELEMENT_BYTES, WIRES, Code, code_of_dtype, encoded_bytes
 from fastagg._quoting import quoted
 from fastagg.files.mapped_file import MappedFile, release
 

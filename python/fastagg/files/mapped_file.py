@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastagg import _core
+from fastagg._native import core
 from fastagg.files.plain_file import open_plain
 
 _PAGE = mmap.PAGESIZE
@@ -42,12 +42,12 @@ class MappedFile:
             except OSError as error:  # it keeps a descriptor of its own, and there may be too many
                 raise OSError(error.errno, error.strerror, str(path)) from None
         self.bytes: np.ndarray = np.frombuffer(self._mapping, np.uint8)
-        self._guards: list[_core.MappedFileGuard] = []
+        self._guards: list[core.MappedFileGuard] = []
         self.guard(self.span)
 
     def guard(self, span: tuple[int, int]) -> None:
         """Watches over another mapping of the file too."""
-        self._guards.append(_core.MappedFileGuard(span[0], span[1] - span[0]))
+        self._guards.append(core.MappedFileGuard(span[0], span[1] - span[0]))
 
     def check_whole(self) -> None:
         """Raises ValueError if the file has become shorter since it was opened: what was read of it may be nothing."""

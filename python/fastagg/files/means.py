@@ -7,16 +7,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastagg import _core
-from fastagg._backend import MAXIMUM, MEAN, LeafOperands, SourceOperands, weighted_sum
-from fastagg._codes import FLOATS, Code
-from fastagg._overlap import encoded_bytes
+from fastagg._arrays.registry import kind_named
+from fastagg._native import core
+from fastagg._native.backend import weighted_sum
+from fastagg._native.codes import FLOATS, Code, encoded_bytes
+from fastagg._native.operands import MAXIMUM, MEAN, LeafOperands, SourceOperands
 from fastagg._quoting import quoted
-from fastagg._tensor import kind_named
 from fastagg.files.checkpoints import Checkpoint, LeafDescription
 from fastagg.files.mapped_file import span_of
 from fastagg.files.weights import Combination
-from fastagg.quantization import Quantized, source_operands
+from fastagg.quantization.quantized import Quantized, source_operands
 
 # Bytes of one file's part of a batch, and of all files'. From 4 MB on, sums would be stored around the cache from which
 # they are written to the file.
@@ -43,7 +43,7 @@ def batches(leaves: dict[str, LeafDescription], files: int) -> Iterator[list[Pie
     used = 0
     for name, leaf in leaves.items():
         size = leaf.element_bytes
-        step = max(room // size // _core.MAXIMUM_BLOCK, 1) * _core.MAXIMUM_BLOCK
+        step = max(room // size // core.MAXIMUM_BLOCK, 1) * core.MAXIMUM_BLOCK
         for begin in range(0, max(leaf.elements, 1), step):
             piece = Piece(name, begin, min(begin + step, leaf.elements))
             nbytes = (piece.end - begin) * size

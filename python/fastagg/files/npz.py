@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from fastagg._codes import code_of_dtype
+from fastagg._native.codes import code_of_dtype
 from fastagg._npy import read_npy_header
 from fastagg._quoting import printable, quoted
 from fastagg.files.checkpoints import Checkpoint, LeafDescription, checked_shape

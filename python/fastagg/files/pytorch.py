@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from fastagg._codes import Code, code_of_dtype, name_of
+from fastagg._arrays.library import unsupported
+from fastagg._arrays.registry import kind_named
 from fastagg._extras import needing
-from fastagg._kind import unsupported
+from fastagg._native.codes import Code, code_of_dtype, name_of
 from fastagg._quoting import printable, quoted
-from fastagg._tensor import kind_named
 from fastagg.files.checkpoints import Checkpoint, LeafDescription
 from fastagg.files.mapped_file import MappedFile, spans_of_mapping
 
@@ -121,7 +121,7 @@ def _check_archive(path: Path, file_bytes: int) -> bool:
 def _describe(path: Path, name: Any, tensor: Any, file_bytes: int) -> LeafDescription:
     import torch
 
-    from fastagg._plain_tensors import check_plain
+    from fastagg._arrays.plain_tensors import check_plain
 
     who = f"{path}: leaf {quoted(name)}"
     if not isinstance(tensor, torch.Tensor):

@@ -9,11 +9,11 @@ import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from fastagg._codes import FLOATS, WIRES, code_of_dtype, name_of
+from fastagg._arrays.registry import kind_named
+from fastagg._native.codes import FLOATS, WIRES, code_of_dtype, name_of
 from fastagg._quoting import printable, quoted
-from fastagg._tensor import kind_named
 from fastagg.files.checkpoints import LeafDescription, checked_shape
-from fastagg.quantization import codes_layout
+from fastagg.quantization.quantized import codes_layout
 
 METADATA_KEY = "fastagg.quantized"
 VERSION = 1

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastagg._arrays.registry import kind_named
 from fastagg._quoting import printable, quoted
-from fastagg._tensor import kind_named
 from fastagg.files.checkpoints import Checkpoint, LeafDescription, checked_shape
 from fastagg.files.mapped_file import MappedFile
 from fastagg.files.quantized import leaves_of_metadata
-from fastagg.quantization import Quantized
+from fastagg.quantization.quantized import Quantized
 
 DTYPES = {
     "F64": "float64",

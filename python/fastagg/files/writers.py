@@ -15,16 +15,16 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from fastagg._codes import FLOATS, WIRES
 from fastagg._extras import needing
+from fastagg._native.codes import FLOATS, WIRES, encoded_bytes
 from fastagg._npy import npy_header
-from fastagg._overlap import encoded_bytes
 from fastagg._quoting import quoted
 from fastagg.files.checkpoints import LeafDescription
 from fastagg.files.npz import SUFFIX
 from fastagg.files.quantized import METADATA_KEY, QuantizedLeaf, metadata_of_leaves, quantized_leaf
 from fastagg.files.safetensors import DTYPES, LENGTH_BYTES
-from fastagg.quantization import check_block, quantize
+from fastagg.quantization.cast import quantize
+from fastagg.quantization.quantized import check_block
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _HEADER_ALIGNMENT = 8

@@ -19,15 +19,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from flwr.app import Array, ArrayRecord
 
-from fastagg import _core
 from fastagg._arguments import as_shape
-from fastagg._codes import FLOATS, WIRES, Code, code_of_dtype, name_of, wire_name
-from fastagg._integer_codes import IntegerLeaf, refuse_codes
+from fastagg._arrays.registry import kind_named
+from fastagg._arrays.torch import HUGE
+from fastagg._native import core
+from fastagg._native.codes import FLOATS, WIRES, Code, code_of_dtype, name_of, wire_name
 from fastagg._npy import NpyHeader, npy_header, read_npy_header
 from fastagg._quoting import printable, quoted
-from fastagg._sent import rounded_like
-from fastagg._tensor import HUGE, kind_named
-from fastagg.quantization import Quantized, codes_layout, dequantize
+from fastagg._updates.integer_codes import IntegerLeaf, refuse_codes
+from fastagg._updates.sent import rounded_like
+from fastagg.quantization.cast import dequantize
+from fastagg.quantization.quantized import Quantized, codes_layout
 from fastagg.server.buffers import is_buffer
 
 if TYPE_CHECKING:
@@ -85,7 +87,7 @@ def _writable_bytes(size: int) -> tuple[bytes, np.ndarray]:
     data: bytes = make(None, ctypes.c_ssize_t(size))
     address: int = address_of(ctypes.py_object(data))
     if size >= HUGE:
-        _core.advise_huge_pages(address, size)
+        core.advise_huge_pages(address, size)
     memory = (ctypes.c_uint8 * size).from_address(address)
     memory.owner = data  # type: ignore[attr-defined]
     return data, np.frombuffer(memoryview(memory), np.uint8)
@@ -268,7 +270,7 @@ def _bytes_of(array: Any) -> bytes:
 
 def _on_host(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor's values in the host's memory; raises TypeError if they are not plain."""
-    from fastagg._plain_tensors import check_plain, in_order
+    from fastagg._arrays.plain_tensors import check_plain, in_order
 
     check_plain(tensor)
     return in_order(tensor).cpu()

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fastagg.averaging import fedavg
+from fastagg.averaging.mean import fedavg
 from fastagg.flower.arrays import read_npy
 
 

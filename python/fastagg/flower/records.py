@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from flwr.app import ArrayRecord, Context, Message
 
-from fastagg._codes import code_of_dtype, name_of, wire_name
-from fastagg._tensor import kind_of
+from fastagg._arrays.registry import kind_of
+from fastagg._native.codes import code_of_dtype, name_of, wire_name
 from fastagg.flower.arrays import read_record, write_leaf
-from fastagg.quantization import Quantized, check_block, dequantize, quantize, random_key
+from fastagg.quantization.cast import dequantize, quantize
+from fastagg.quantization.quantized import Quantized, check_block
+from fastagg.quantization.rounding import random_key
 from fastagg.server.buffers import is_buffer
 from fastagg.server.optimizer import as_buffers
 

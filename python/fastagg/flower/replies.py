@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 
-from fastagg._codes import name_of
+from fastagg._native.codes import name_of
 from fastagg._quoting import printable, quoted
 from fastagg.flower.arrays import Leaf, read_record
 

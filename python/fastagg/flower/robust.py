@@ -11,8 +11,8 @@ from flwr.app import RecordDict
 from flwr.serverapp import strategy as flower
 from flwr.serverapp.strategy.multikrum import select_multikrum
 
-from fastagg._sent import is_nonfinite, with_zeros
-from fastagg.averaging import infinite_leaves, inputs_of
+from fastagg._updates.leaves import infinite_leaves, inputs_of
+from fastagg._updates.sent import is_nonfinite, with_zeros
 from fastagg.flower.arrays import FreshArrays, Leaf, as_array
 from fastagg.flower.replies import Reply
 from fastagg.flower.rounds import LOG, Mean, Members

@@ -12,12 +12,11 @@ import numpy as np
 from flwr.app import Message
 from flwr.serverapp.exception import AggregationError
 
-from fastagg._errors import NonFiniteUpdateError
-from fastagg._forms import Forms
+from fastagg._errors import NONFINITE, NonFiniteUpdateError
 from fastagg._quoting import quoted
-from fastagg._sent import Sent
-from fastagg.accumulator import Accumulator
-from fastagg.averaging import NONFINITE
+from fastagg._updates.forms import Forms
+from fastagg._updates.sent import Sent
+from fastagg.averaging.accumulator import Accumulator
 from fastagg.flower.arrays import FreshArrays, Leaf, in_dtype
 from fastagg.flower.replies import (
     LeftOutReply,

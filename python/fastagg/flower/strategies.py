@@ -16,10 +16,11 @@ from flwr.serverapp.strategy.fedopt import FedOpt as FlowerFedOpt
 from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 
 from fastagg import server
-from fastagg._errors import NonFiniteUpdateError, NoUpdateLeftError
+from fastagg._errors import NONFINITE, NonFiniteUpdateError, NoUpdateLeftError
 from fastagg._quoting import quoted
-from fastagg._sent import Sent, same_infinities
-from fastagg.averaging import NONFINITE, check_policies, mean_and_dropped
+from fastagg._updates.policies import check_policies
+from fastagg._updates.sent import Sent, same_infinities
+from fastagg.averaging.mean import mean_and_dropped
 from fastagg.flower.accounted_privacy import AccountedAggregateTrain
 from fastagg.flower.arrays import (
     FreshArrays,

@@ -13,12 +13,12 @@ from nvflare.app_common.abstract.fl_model import FLModel, MetaKey, ParamsType
 from nvflare.app_common.abstract.model import ModelLearnableKey
 from nvflare.app_common.app_constant import AppConstants
 
-from fastagg._codes import code_of_dtype, name_of
+from fastagg._arrays.registry import adopt
+from fastagg._native.codes import code_of_dtype, name_of
 from fastagg._quoting import printable, quoted, quoted_list
-from fastagg._tensor import adopt
 from fastagg.nvflare._metrics import as_number
 from fastagg.nvflare._wire import DESCRIPTIONS, check_processing, unpack
-from fastagg.quantization import Quantized
+from fastagg.quantization.quantized import Quantized
 
 
 class ReplyForm(NamedTuple):

@@ -10,10 +10,11 @@ import numpy as np
 from nvflare.apis.dxo import MetaKey
 
 from fastagg._arguments import as_shape
-from fastagg._codes import ELEMENT_BYTES, FLOATS, Code, code_of_dtype, name_of
+from fastagg._arrays.registry import adopt, kind_of
+from fastagg._native.codes import ELEMENT_BYTES, FLOATS, Code, code_of_dtype, name_of
 from fastagg._quoting import quoted
-from fastagg._tensor import adopt, kind_of
-from fastagg.quantization import Quantized, quantize
+from fastagg.quantization.cast import quantize
+from fastagg.quantization.quantized import Quantized
 
 ALGORITHM = "fastagg"  # of MetaKey.PROCESSED_ALGORITHM
 DESCRIPTIONS = "fastagg_quantized"  # key of the meta: for each quantised leaf, what describes its codes

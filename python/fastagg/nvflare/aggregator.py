@@ -19,10 +19,10 @@ from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 
 from fastagg._errors import DroppedUpdateWarning
-from fastagg._forms import Forms
 from fastagg._quoting import printable, quoted
-from fastagg.accumulator import Accumulator
-from fastagg.averaging import check_policies
+from fastagg._updates.forms import Forms
+from fastagg._updates.policies import check_policies
+from fastagg.averaging.accumulator import Accumulator
 from fastagg.nvflare._metrics import mean_metrics, numbers_of
 from fastagg.nvflare._replies import (
     ReplyForm,

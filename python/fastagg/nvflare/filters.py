@@ -9,9 +9,11 @@ from nvflare.apis.dxo_filter import DXOFilter
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
 
-from fastagg._codes import wire_name
+from fastagg._native.codes import wire_name
 from fastagg.nvflare._wire import ALGORITHM, DESCRIPTIONS, pack, unpack
-from fastagg.quantization import Quantized, check_block, dequantize, random_key
+from fastagg.quantization.cast import dequantize
+from fastagg.quantization.quantized import Quantized, check_block
+from fastagg.quantization.rounding import random_key
 
 _DATA_KINDS = [DataKind.WEIGHTS, DataKind.WEIGHT_DIFF]
 

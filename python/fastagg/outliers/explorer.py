@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastagg._updates import as_weights
+from fastagg._updates.weights import as_weights
 from fastagg.outliers.features import Features, deviations, features_of, leaf_allowance
 from fastagg.outliers.reasons import notable_limits, reasons_for
 from fastagg.outliers.scores import METHODS, worst_deviations

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastagg._leaf_values import Leaf, blocks_of, columns_of
-from fastagg._updates import as_list
+from fastagg._updates.structure import as_list
+from fastagg._updates.values import Leaf, blocks_of, columns_of
 from fastagg.robust.arguments import as_count
 from fastagg.statistics import as_labels
 

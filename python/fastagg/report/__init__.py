@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from fastagg.report.models import Histogram, LayerComparison, compare_models, weight_histograms
+from fastagg.plots.models import Histogram, LayerComparison, compare_models, weight_histograms
 from fastagg.report.run import Comparison, Round, Run
 
 __all__ = [

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from fastagg import plots
-from fastagg._build import __version__
-from fastagg._drawing import import_matplotlib
 from fastagg._extras import EXTRAS
+from fastagg._native.build import __version__
 from fastagg.outliers.features import leaf_allowance
+from fastagg.plots.drawing import import_matplotlib
 from fastagg.report.run import Round, Run
 
 if TYPE_CHECKING:

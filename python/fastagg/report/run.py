@@ -17,7 +17,7 @@ from fastagg._quoting import printable, quoted
 from fastagg.files.atomic import atomic_file
 from fastagg.files.plain_file import read_plain
 from fastagg.outliers import Findings, times_flagged
-from fastagg.report.models import Histogram, LayerComparison, compare_models, weight_histograms
+from fastagg.plots.models import Histogram, LayerComparison, compare_models, weight_histograms
 from fastagg.robust.arguments import as_count
 from fastagg.statistics import Statistics
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fastagg._backend import MIDDLE, NEAR_MEDIAN, NEAR_TRIMMED, TRIMMED
+from fastagg._native.operands import MIDDLE, NEAR_MEDIAN, NEAR_TRIMMED, TRIMMED
 from fastagg.robust.arguments import as_count
 from fastagg.robust.rules import CoordinateRule, Options, run
 

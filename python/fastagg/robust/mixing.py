@@ -9,9 +9,8 @@ from typing import Any, overload
 
 import numpy as np
 
-from fastagg._errors import DroppedUpdateWarning, NonFiniteUpdateError, NoUpdateLeftError
-from fastagg._updates import as_list
-from fastagg.averaging import NONFINITE
+from fastagg._errors import NONFINITE, DroppedUpdateWarning, NonFiniteUpdateError, NoUpdateLeftError
+from fastagg._updates.structure import as_list
 from fastagg.robust.arguments import as_count
 from fastagg.robust.points import Points
 

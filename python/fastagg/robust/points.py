@@ -8,7 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from fastagg._backend import (
+from fastagg._errors import NONFINITE
+from fastagg._native.backend import sorted_mean, squared_distances, weighted_sum
+from fastagg._native.codes import FLOATS, Code, float_code
+from fastagg._native.operands import (
     MAXIMUM,
     MEAN,
     MIDDLE,
@@ -17,22 +20,11 @@ from fastagg._backend import (
     TRIMMED,
     LeafOperands,
     WindowOperands,
-    sorted_mean,
-    squared_distances,
-    weighted_sum,
 )
-from fastagg._codes import FLOATS, Code, float_code
-from fastagg._sums import Total
-from fastagg._updates import Structure, as_list
-from fastagg.averaging import (
-    NONFINITE,
-    LeafInputs,
-    check_devices,
-    check_integers,
-    gather,
-    nonfinite_leaves,
-    results_for,
-)
+from fastagg._updates.leaves import LeafInputs, check_devices, check_integers, gather, nonfinite_leaves
+from fastagg._updates.outputs import results_for
+from fastagg._updates.structure import Structure, as_list
+from fastagg.averaging.sums import Total
 
 __all__ = ["MIDDLE", "NEAR_MEDIAN", "NEAR_TRIMMED", "TRIMMED", "Points"]
 

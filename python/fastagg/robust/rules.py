@@ -10,9 +10,9 @@ from typing import Any, ClassVar, NamedTuple, TypedDict
 
 import numpy as np
 
-from fastagg._errors import DroppedUpdateWarning, NonFiniteUpdateError, NoUpdateLeftError
-from fastagg._updates import as_weights
-from fastagg.averaging import NONFINITE, check_policies
+from fastagg._errors import NONFINITE, DroppedUpdateWarning, NonFiniteUpdateError, NoUpdateLeftError
+from fastagg._updates.policies import check_policies
+from fastagg._updates.weights import as_weights
 from fastagg.robust.mixing import MixedUpdates
 from fastagg.robust.points import Points
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastagg._backend import NEAR_MEDIAN
+from fastagg._native.operands import NEAR_MEDIAN
 from fastagg.robust.arguments import as_count
 from fastagg.robust.mixing import MixedUpdates
 from fastagg.robust.points import Points

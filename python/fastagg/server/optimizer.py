@@ -9,11 +9,11 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from fastagg._backend import OptimizerOperands
-from fastagg._codes import name_of
-from fastagg._sent import holds_roundings
-from fastagg._tensor import kind_named
-from fastagg._updates import Structure
+from fastagg._arrays.registry import kind_named
+from fastagg._native.codes import name_of
+from fastagg._native.operands import OptimizerOperands
+from fastagg._updates.sent import holds_roundings
+from fastagg._updates.structure import Structure
 from fastagg.server.buffers import is_buffer
 from fastagg.server.step import Operands, operands_of
 

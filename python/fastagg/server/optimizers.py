@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
-from fastagg._backend import ADAGRAD, ADAM, INTERPOLATE, MOMENTUM, YOGI, OptimizerOperands
+from fastagg._native.operands import ADAGRAD, ADAM, INTERPOLATE, MOMENTUM, YOGI, OptimizerOperands
 from fastagg.server.optimizer import ServerOptimizer, as_tau, in_range
 
 

@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from fastagg._sent import Sent, is_nonfinite
-from fastagg._tensor import adopt
-from fastagg._updates import Structure
-from fastagg.averaging import copy_of, fedavg, mean_and_dropped
+from fastagg._arrays.registry import adopt
+from fastagg._updates.sent import Sent, is_nonfinite
+from fastagg._updates.structure import Structure
+from fastagg.averaging.mean import copy_of, fedavg, mean_and_dropped
 from fastagg.server.optimizer import as_buffers, in_range
 from fastagg.server.step import add, interpolate
 

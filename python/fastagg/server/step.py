@@ -5,24 +5,16 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
-from fastagg import _overlap
-from fastagg._backend import (
-    ADD,
-    INTERPOLATE,
-    MAXIMUM,
-    MEAN,
-    LeafOperands,
-    ModelLeafOperands,
-    OptimizerOperands,
-    server_step,
-    weighted_sum,
-)
-from fastagg._codes import FLOATS, Code, name_of
+from fastagg._arrays.library import Kind, View
+from fastagg._arrays.registry import adopt
 from fastagg._errors import NonFiniteUpdateError
-from fastagg._sent import is_nonfinite, same_infinities, with_zeros
-from fastagg._tensor import Kind, View, adopt
-from fastagg._updates import Structure
-from fastagg.averaging import LeafInputs, nonfinite_leaves
+from fastagg._native.backend import server_step, weighted_sum
+from fastagg._native.codes import FLOATS, Code, name_of
+from fastagg._native.operands import ADD, INTERPOLATE, MAXIMUM, MEAN, LeafOperands, ModelLeafOperands, OptimizerOperands
+from fastagg._updates import overlap
+from fastagg._updates.leaves import LeafInputs, nonfinite_leaves
+from fastagg._updates.sent import is_nonfinite, same_infinities, with_zeros
+from fastagg._updates.structure import Structure
 from fastagg.server.buffers import is_buffer
 
 
@@ -239,7 +231,7 @@ def _check_out(out: Any, structure: Structure, model: list[ModelLeaf], mean: lis
     elsewhere = [leaf for leaf, view in zip(model, views, strict=True) if leaf.view.address != view.address]
     for leaves, whose in ((mean, what), (elsewhere, "model")):
         try:
-            _overlap.check([_as_inputs(leaf) for leaf in leaves], views, structure)
+            overlap.check([_as_inputs(leaf) for leaf in leaves], views, structure)
         except ValueError as error:
             raise ValueError(str(error).replace("client 0's", f"the {whose}'s")) from None
     return views

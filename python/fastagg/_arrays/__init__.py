@@ -1,0 +1,1 @@
+"""The array libraries: NumPy, PyTorch, CuPy, and what speaks DLPack."""

@@ -1,0 +1,1 @@
+"""Clients' updates, checked: structure, leaves, weights, policies, results."""

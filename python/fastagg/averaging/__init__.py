@@ -1,0 +1,1 @@
+"""Weighted means: of all updates at once, and of updates as they come."""

@@ -1,0 +1,1 @@
+"""How ranks find each other, agree on a call, and notice who is lost."""

@@ -1,0 +1,1 @@
+"""One file a way to reduce tensors over a group."""
