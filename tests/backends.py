@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 import fastagg
-from fastagg import _backend, _core
+from fastagg import _core
+from fastagg._native import backend as native_backend
 
 NAMES = ("cpu-scalar", "cpu-avx2", "cpu-avx512", "cpu-neon", "cuda-on-cpu", "cuda")
 
@@ -65,14 +66,14 @@ class Cuda(Backend):
 @contextmanager
 def isa(name: str) -> Iterator[None]:
     """Forces an instruction set for a while, without any other module in the CPU's place."""
-    before, override = _core.isa(), _backend.backend_for("cpu")
+    before, override = _core.isa(), native_backend.backend_for("cpu")
     _core.force_isa(name)
-    _backend.override_cpu(None)
+    native_backend.override_cpu(None)
     try:
         yield
     finally:
         _core.force_isa(before)
-        _backend.override_cpu(override)
+        native_backend.override_cpu(override)
 
 
 @contextmanager

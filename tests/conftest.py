@@ -12,7 +12,8 @@ import backends
 import cuda_on_cpu_module
 import fastagg
 import processes
-from fastagg import _backend, _core
+from fastagg import _core
+from fastagg._native import backend as native_backend
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -82,9 +83,9 @@ def _backend_named(name: str, config: pytest.Config) -> Iterator[backends.Backen
             module = cuda_on_cpu_module.load()
         except cuda_on_cpu_module.NotAvailableError as error:
             _is_missing(str(error), config)
-        _backend.override_cpu(module)
+        native_backend.override_cpu(module)
         yield backends.Backend(name)
-        _backend.override_cpu(None)
+        native_backend.override_cpu(None)
     else:
         wanted = name.removeprefix("cpu-")
         if wanted not in _core.available_isas():

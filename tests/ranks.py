@@ -42,7 +42,7 @@ os._exit(0)
 """
 
 # Ranks of this host are forked from a server that has imported what takes them seconds, and has no threads yet.
-_LOADED = ("fastagg.communication", "fastagg.ddp", "pytest", "torch", "torch._dynamo", "torch.nn.parallel")
+_LOADED = ("fastagg.distributed.collectives", "fastagg.ddp", "pytest", "torch", "torch._dynamo", "torch.nn.parallel")
 _servers = multiprocessing.get_context("forkserver")
 _servers.set_forkserver_preload(list(_LOADED))
 

@@ -27,7 +27,7 @@ from fastagg.files.safetensors import DTYPES, read_header
 from processes import output_of
 
 torch = pytest.importorskip("torch")
-application = pytest.importorskip("fastagg._commands").application
+application = pytest.importorskip("fastagg.cli.commands").application
 CliRunner = pytest.importorskip("typer.testing").CliRunner
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)

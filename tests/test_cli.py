@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 
 import fastagg
 import scripts
-from fastagg import _commands, _extras
+from fastagg import _extras
+from fastagg.cli import commands
 from fastagg.cli.commands import application
 
 NO_PLUGINS = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
@@ -83,7 +84,7 @@ def test_without_a_command_s_packages_one_sentence(monkeypatch, command, module)
     extra = _extras.EXTRAS[command]._replace(modules=(module,))
     monkeypatch.setitem(_extras.EXTRAS, command, extra)
     with pytest.raises(SystemExit) as ended:
-        _commands._require(command)
+        commands._require(command)
     assert ended.value.code == f"fastagg {command} needs {module}: pip install 'fastagg[{command}]'"
 
 
@@ -131,10 +132,11 @@ sys.exit(3)
 RUN_BENCH = """
 import sys
 from pathlib import Path
-from fastagg import _commands, _extras
+from fastagg import _extras
+from fastagg.cli import commands
 _extras.EXTRAS["bench"] = _extras.EXTRAS["bench"]._replace(modules=())
-_commands._bench_folder = lambda: Path(sys.argv[1])
-_commands.application(["bench", "--quick", "--output", sys.argv[2]])
+commands._bench_folder = lambda: Path(sys.argv[1])
+commands.application(["bench", "--quick", "--output", sys.argv[2]])
 """
 
 

@@ -96,7 +96,7 @@ def test_wrong_settings_are_refused(name, value):
 @pytest.mark.parametrize("wires", [("fp32",), ("fp32", "int8")])
 def test_figure_is_drawn(results, tmp_path, wires):
     pytest.importorskip("matplotlib")
-    report = pytest.importorskip("fastagg._demo_report")
+    report = pytest.importorskip("fastagg.cli.demo_report")
     output = tmp_path / "folder" / "figure.png"
     report.draw(replace(results, runs=results.runs[: len(wires)]), output)
     picture = output.read_bytes()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import graphlib
+import importlib
 import os
 import re
 import shutil
@@ -29,63 +31,26 @@ MAY_INCLUDE = {
     "bindings": {"core", "cpu", "cuda", "comm", "bindings"},
 }
 
-# Floor 4: what each module may import of fastagg. All others are floor 5, which no module of floor 4 may import.
-MAY_IMPORT = {
-    "_codes": {"_quoting"},
-    "_errors": set(),
-    "_arguments": {"_quoting"},
-    "_quoting": set(),
-    "_backend": {"_arguments", "_core", "_codes", "_extras"},
-    "_extras": set(),
-    "_build": {"_core"},
-    "_kind": {"_codes"},
-    "_numpy_arrays": {"_core", "_codes", "_kind"},
-    "_plain_tensors": set(),
-    "_torch_arrays": {"_core", "_codes", "_kind", "_plain_tensors"},
-    "_cupy_arrays": {"_codes", "_kind", "_numpy_arrays"},
-    "_tensor": {"_cupy_arrays", "_kind", "_numpy_arrays", "_torch_arrays"},
-    "quantization": {"_core", "_arguments", "_backend", "_codes", "_quoting", "_tensor"},
-    "_updates": {"_quoting", "_tensor", "quantization"},
-    "_overlap": {"_core", "_codes"},
-    "statistics": set(),
-    "_buffers": {"_codes"},
-    "_integer_codes": {"_codes", "_quoting"},
-    "_sent": {"_backend", "_buffers", "_codes", "_tensor", "_updates", "quantization"},
-    "averaging": {
-        *(
-            "_backend",
-            "_codes",
-            "_errors",
-            "_integer_codes",
-            "_overlap",
-            "_sent",
-            "_tensor",
-            "_updates",
-            "quantization",
-        ),
-        "statistics",
-    },
-    "_sums": {"_arguments", "_codes", "_tensor", "averaging"},
-    "_measured": {"_arguments", "_codes", "_sums", "_updates", "averaging", "statistics"},
-    "_accumulator_state": {"_arguments", "_measured", "_sums", "_updates", "averaging"},
-    "accumulator": {
-        *(
-            "_accumulator_state",
-            "_arguments",
-            "_backend",
-            "_codes",
-            "_errors",
-            "_measured",
-            "_sent",
-            "_sums",
-            "_tensor",
-        ),
-        "_updates",
-        *("averaging", "quantization", "statistics"),
-    },
-    "server/buffers": {"_buffers"},
-}
-KNOW_A_LIBRARY = {"_plain_tensors", "_torch_arrays", "_cupy_arrays"}
+# The rooms of the package, lower floors first: a folder or a module, for the modules that no other name fits better. A
+# module imports its own room and floors below. Whoever adds a room says here where it stands.
+FLOORS: tuple[tuple[str, ...], ...] = (
+    ("_errors", "_extras", "_one_thread", "_public", "_quoting", "statistics"),
+    ("_arguments", "_npy"),
+    ("_native",),
+    ("_arrays", "distributed/exchange", "distributed/rendezvous"),
+    ("quantization", "distributed/transports"),
+    ("_updates", "distributed"),
+    ("averaging", "ddp", "files", "horovod", "plots"),
+    ("nvflare", "ranks", "robust", "server", "trees"),
+    ("asynchronous", "flower", "outliers", "ray"),
+    ("report",),
+    ("cli",),
+    ("__init__", "__main__"),
+)
+FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+# Who may know an array library. All that stands on the process groups of torch may know it too.
+KNOW_A_LIBRARY = {"_arrays/plain_tensors", "_arrays/torch", "_arrays/cupy", "server/proximal"}
+NUMPY_ALONE = ("_arguments", "_arrays", "_native", "_updates", "averaging", "quantization", "server", "statistics")
 ARRAY_LIBRARIES = {"torch", "cupy", "jax", "tensorflow"}
 
 
@@ -213,24 +178,64 @@ def imports_of(path: Path) -> tuple[set[str], set[str]]:
     return inside, {name.split(".")[0] for name in outside}
 
 
-@pytest.mark.parametrize("module", MAY_IMPORT)
-def test_python_modules_import_only_what_is_below(module: str) -> None:
-    inside, _ = imports_of(PYTHON / f"{module}.py")
-    assert inside <= MAY_IMPORT[module], f"{module} may not import {inside - MAY_IMPORT[module]}"
+MODULES = {
+    str(path.relative_to(PYTHON).with_suffix("")).removesuffix("/__init__"): path
+    for path in sorted(PYTHON.rglob("*.py"))
+}
+NATIVE_MODULES = {"_core", "_cuda"}
+by_module = pytest.mark.parametrize("module", MODULES)
 
 
-def test_the_allowed_imports_have_no_circles() -> None:
-    left = {module: allowed - {"_core"} for module, allowed in MAY_IMPORT.items()}
-    while left:
-        ground = {module for module, allowed in left.items() if not allowed & set(left)}
-        assert ground, f"a circle among {sorted(left)}"
-        left = {module: allowed for module, allowed in left.items() if module not in ground}
+def room_of(module: str) -> str:
+    """The narrowest room that a module stands in."""
+    rooms = [room for room in FLOOR_OF if f"{module}/".startswith(f"{room}/")]
+    assert rooms, f"{module} stands on no floor: FLOORS has no room for it"
+    return max(rooms, key=len)
 
 
-@pytest.mark.parametrize("module", [*(name for name in MAY_IMPORT if name not in KNOW_A_LIBRARY), "__init__"])
-def test_only_tensor_knows_array_libraries(module: str) -> None:
-    _, outside = imports_of(PYTHON / f"{module}.py")
-    assert not outside & ARRAY_LIBRARIES
+def modules_imported_by(module: str) -> set[str]:
+    """The modules of fastagg that a module imports: for types only, or at first use, they count as well."""
+    found = set()
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in (name for name in names if name.split(".")[0] == "fastagg"):
+            path = name.replace(".", "/").removeprefix("fastagg").removeprefix("/") or "__init__"
+            if path not in NATIVE_MODULES:
+                found.add(path if path in MODULES else path.rpartition("/")[0] or "__init__")
+    return found - {module}
+
+
+@by_module
+def test_a_module_imports_its_own_room_and_those_below(module: str) -> None:
+    room = room_of(module)
+    for imported in modules_imported_by(module):
+        other = room_of(imported)
+        assert other == room or FLOOR_OF[other] < FLOOR_OF[room], f"{module} may not import {imported}"
+
+
+def test_imports_have_no_circles() -> None:
+    inside = [module for module in MODULES if module != "__init__"]
+    graph = {module: modules_imported_by(module) - {"__init__"} for module in inside}
+    graphlib.TopologicalSorter(graph).prepare()  # a CycleError names the circle
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if room_of(name) in NUMPY_ALONE or name == "__init__"])
+def test_only_array_libraries_know_array_libraries(module: str) -> None:
+    if module not in KNOW_A_LIBRARY:
+        assert not imports_of(MODULES[module])[1] & ARRAY_LIBRARIES
+
+
+def test_only_native_knows_the_native_modules() -> None:
+    for module, path in MODULES.items():
+        if room_of(module) != "_native":
+            assert not re.findall(r"fastagg import .*_(?:core|cuda)\b|fastagg\._(?:core|cuda)\b", path.read_text()), (
+                module
+            )
 
 
 def test_importing_fastagg_imports_no_optional_package() -> None:
@@ -253,16 +258,15 @@ def test_submodules_are_there_without_an_import_of_their_own() -> None:
 
 
 SUBMODULES = [name for name, extra in fastagg._SUBMODULES.items() if extra is None or not EXTRAS[extra].missing]
+QUICK_SUBMODULES = [name for name in SUBMODULES if name not in ("flower", "nvflare", "ray")]  # others import for long
 
 
 def test_every_submodule_can_be_fetched() -> None:
     from processes import output_of
 
     assert {"horovod", "outliers", "plots", "ranks", "trees"} <= set(fastagg._SUBMODULES)
-    wanted = [name for name in SUBMODULES if name not in ("flower", "nvflare", "ray")]  # which take long
-    assert output_of(f"import fastagg; print(*[getattr(fastagg, name).__name__ for name in {wanted}])").split() == [
-        f"fastagg.{name}" for name in wanted
-    ]
+    program = f"import fastagg; print(*[getattr(fastagg, name).__name__ for name in {QUICK_SUBMODULES}])"
+    assert output_of(program).split() == [f"fastagg.{name}" for name in QUICK_SUBMODULES]
 
 
 def test_completion_shows_what_would_be_fetched() -> None:
@@ -290,6 +294,16 @@ def test_a_submodule_says_what_is_public(name: str) -> None:
     assert public
     if name in SUBMODULES:
         assert all(hasattr(getattr(fastagg, name), one) for one in public)
+
+
+@pytest.mark.parametrize("name", ["", *QUICK_SUBMODULES])
+def test_public_classes_name_the_module_that_users_import(name: str) -> None:
+    """As pickles do, which must outlive a move of files."""
+    module = importlib.import_module(f"fastagg.{name}".rstrip("."))
+    for public in (getattr(module, one) for one in getattr(module, "__all__", ())):
+        if isinstance(public, type) and public.__module__.split(".")[0] == "fastagg":
+            assert getattr(importlib.import_module(public.__module__), public.__name__) is public
+            assert public.__module__ in ("fastagg", module.__name__)
 
 
 TYPED = """

@@ -10,7 +10,8 @@ import torch
 
 import backends
 import fastagg
-from fastagg import _backend, _core
+from fastagg import _core
+from fastagg._native import backend as native_backend
 from fastagg._native.codes import WIRES, Code
 from fastagg.distributed.exchange.arithmetic import DeviceArithmetic, HostArithmetic
 from reference import assert_same_bits
@@ -23,7 +24,7 @@ NEAREST = (False, (0, 0, 0, 0), 1.0)
 def reduce(backend: backends.Backend, operands: Any, norm: bool = True) -> tuple[bool, float]:
     """The operation on a backend's arrays."""
     device = "cuda" if backend.name == "cuda" else "cpu"
-    native = _backend.backend_for(device)
+    native = native_backend.backend_for(device)
     arithmetic = HostArithmetic() if native is None else DeviceArithmetic(native, torch.device(device), 0)
     arithmetic.reduce(operands, norm=norm, check=True)
     return bool(arithmetic.finite), float(arithmetic.squares)

@@ -16,6 +16,7 @@ import torch
 
 import fastagg
 from data import generator, normal
+from fastagg._updates.buffers import is_buffer
 from fastagg.server import (
     FedAdagrad,
     FedAdam,
@@ -29,7 +30,6 @@ from fastagg.server import (
     local_normalizer,
     proximal_term,
 )
-from fastagg.server.buffers import is_buffer
 from reference import FLOATS, assert_same_bits
 
 FLOAT32 = np.dtype(np.float32)

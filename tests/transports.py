@@ -55,13 +55,14 @@ def use(device: str, rank: int) -> None:
     """Lets this process's tensors be a device's."""
     import torch
 
-    from fastagg import _backend, _peer_memory
+    from fastagg._native import backend
+    from fastagg.distributed.transports import peer_memory
 
-    _peer_memory._SLOT_BYTES = 1 << 20  # so that large tensors take several launches
+    peer_memory._SLOT_BYTES = 1 << 20  # so that large tensors take several launches
     if device == "cuda":
         index = rank % torch.cuda.device_count()
         torch.cuda.set_device(index)
         torch.set_default_device(torch.device("cuda", index))
         return
     module: Any = cuda_on_cpu_module.load()
-    _backend.override_cpu(module)
+    backend.override_cpu(module)

@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 stage=build/lint/stage
 rm -rf "$stage"
 cmake --install build/lint/native --prefix "$stage" >/dev/null
-cp python/fastagg/*.py "$stage/fastagg/"
+find python/fastagg -name "*.py" -printf "%P\n" | xargs -I{} install -D -m 644 python/fastagg/{} "$stage/fastagg/{}"
 
 status=0
 for module in _core _cuda; do

@@ -1,4 +1,4 @@
-// _core: the CPU's operations for Python. Addresses come in as integers; python/fastagg/_tensor.py checks what they
+// _core: the CPU's operations for Python. Addresses come in as integers; python/fastagg/_arrays checks what they
 // name.
 #include <pybind11/numpy.h>
 #if defined(__linux__)

@@ -7,6 +7,7 @@ from fastagg._errors import CudaError, DroppedUpdateWarning, NonFiniteUpdateErro
 from fastagg._extras import EXTRAS
 from fastagg._native.backend import get_num_threads, set_num_threads
 from fastagg._native.build import __version__, build_info
+from fastagg._public import name_publicly
 from fastagg.averaging.accumulator import Accumulator
 from fastagg.averaging.mean import fedavg
 from fastagg.quantization.cast import dequantize, quantize
@@ -53,6 +54,8 @@ __all__ = [
     "quantize",
     "set_num_threads",
 ]
+
+name_publicly(globals())
 
 
 _NEED_TORCH = {

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-import fastagg
+from fastagg._native.backend import set_num_threads
 from fastagg.trees import Chunk, Load, PartialSum, Plan, fold, merge
 
 try:
@@ -112,7 +112,7 @@ class _Tasks:
 
 @ray.remote(num_returns=2)
 def _add_up(chunk: Chunk, threads: int) -> tuple[PartialSum | Exception, Exception | None]:
-    fastagg.set_num_threads(threads)
+    set_num_threads(threads)
     try:
         return chunk.partial_sum(), None
     except Exception as error:
@@ -123,7 +123,7 @@ def _add_up(chunk: Chunk, threads: int) -> tuple[PartialSum | Exception, Excepti
 def _merge(
     left: PartialSum | Exception, right: PartialSum | Exception, threads: int
 ) -> tuple[PartialSum | Exception, Exception | None]:
-    fastagg.set_num_threads(threads)
+    set_num_threads(threads)
     try:
         return _merged(left, right), None
     except Exception as error:

@@ -7,9 +7,12 @@ A server written by hand:
     server.add(trained_model, version)  # for each one that is done
 """
 
+from fastagg._public import name_publicly
 from fastagg.asynchronous.fedasync import FedAsync
 from fastagg.asynchronous.fedbuff import FedBuff
 from fastagg.asynchronous.staleness import Staleness, constant, hinge, polynomial
 from fastagg.asynchronous.versioned_server import DroppedContribution
 
 __all__ = ["DroppedContribution", "FedAsync", "FedBuff", "Staleness", "constant", "hinge", "polynomial"]
+
+name_publicly(globals())

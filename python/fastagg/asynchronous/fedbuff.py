@@ -8,6 +8,7 @@ from typing import Any
 from fastagg._arrays.registry import adopt
 from fastagg._errors import NONFINITE, NonFiniteUpdateError
 from fastagg._native.codes import FLOATS, Code, name_of
+from fastagg._updates.buffers import is_buffer
 from fastagg._updates.leaves import gather, infinite_leaves, inputs_of
 from fastagg._updates.sent import Sent, is_nonfinite, with_zeros
 from fastagg._updates.structure import Structure
@@ -16,7 +17,6 @@ from fastagg.asynchronous.versioned_server import VersionedServer, nonfinite_lea
 from fastagg.averaging.accumulator import Accumulator
 from fastagg.quantization.cast import dequantize
 from fastagg.quantization.quantized import Quantized
-from fastagg.server.buffers import is_buffer
 from fastagg.server.optimizer import as_buffers, in_range
 from fastagg.server.step import add
 

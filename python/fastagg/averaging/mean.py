@@ -63,7 +63,7 @@ def fedavg(
         integer_policy: for integer and bool leaves: "max", "first" (the first contributing client's) or "round" (the
             weighted mean rounded to nearest even; in float64, so exact while the sum of weights times values stays
             below 2**53). None is "max" for counters, positions and masks; what looks like another quantiser's codes or
-            like serialised bytes (`_integer_codes` says how) is a ValueError.
+            like serialised bytes (`_updates.integer_codes` says how) is a ValueError.
         stats: also return the `Statistics` of all K clients, those of weight 0 and those dropped included, gathered in
             the same pass; for updates on the CPU.
         sent: the model that the clients started from, of the updates' structure and shapes. It takes the clients'

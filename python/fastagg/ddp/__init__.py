@@ -9,6 +9,7 @@ anything.
 
 from typing import TYPE_CHECKING, Any
 
+from fastagg._public import name_publicly
 from fastagg.ddp.hook import all_reduce_hook
 from fastagg.ddp.scaler import GradScaler
 from fastagg.ddp.state import AllReduceState
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["AllReduceState", "GradScaler", "Report", "all_reduce_hook", "report"]
 
+name_publicly(globals())
+
 
 def __getattr__(name: str) -> Any:
     """The benchmark is fetched at first use: most training has none."""
@@ -25,4 +28,5 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'fastagg.ddp' has no attribute {name!r}")
     from fastagg.ddp import benchmark
 
+    benchmark.Report.__module__ = __name__
     return getattr(benchmark, name)

@@ -3,6 +3,8 @@
 ``from fastagg.flower import FedAvg`` in the place of ``from flwr.serverapp.strategy import FedAvg``.
 """
 
+from fastagg._public import name_publicly
+
 try:
     from fastagg.flower.legacy import aggregate, aggregate_inplace
     from fastagg.flower.records import quantize_mod, to_array_record, to_state_dict
@@ -37,3 +39,5 @@ __all__ = [
     "to_array_record",
     "to_state_dict",
 ]
+
+name_publicly(globals())

@@ -26,11 +26,11 @@ from fastagg._native import core
 from fastagg._native.codes import FLOATS, WIRES, Code, code_of_dtype, name_of, wire_name
 from fastagg._npy import NpyHeader, npy_header, read_npy_header
 from fastagg._quoting import printable, quoted
+from fastagg._updates.buffers import is_buffer
 from fastagg._updates.integer_codes import IntegerLeaf, refuse_codes
 from fastagg._updates.sent import rounded_like
 from fastagg.quantization.cast import dequantize
 from fastagg.quantization.quantized import Quantized, codes_layout
-from fastagg.server.buffers import is_buffer
 
 if TYPE_CHECKING:
     import torch

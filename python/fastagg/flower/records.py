@@ -11,11 +11,11 @@ from flwr.app import ArrayRecord, Context, Message
 
 from fastagg._arrays.registry import kind_of
 from fastagg._native.codes import code_of_dtype, name_of, wire_name
+from fastagg._updates.buffers import is_buffer
 from fastagg.flower.arrays import read_record, write_leaf
 from fastagg.quantization.cast import dequantize, quantize
 from fastagg.quantization.quantized import Quantized, check_block
 from fastagg.quantization.rounding import random_key
-from fastagg.server.buffers import is_buffer
 from fastagg.server.optimizer import as_buffers
 
 if TYPE_CHECKING:

@@ -4,6 +4,8 @@
 >>> recipe = FedAvgRecipe(..., aggregator=FedAvgAggregator())
 """
 
+from fastagg._public import name_publicly
+
 try:
     import nvflare  # noqa: F401
 except ModuleNotFoundError as error:
@@ -13,3 +15,5 @@ from fastagg.nvflare.aggregator import FedAvgAggregator
 from fastagg.nvflare.filters import DequantizeFilter, QuantizeFilter
 
 __all__ = ["DequantizeFilter", "FedAvgAggregator", "QuantizeFilter"]
+
+name_publicly(globals())

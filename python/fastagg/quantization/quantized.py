@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -145,14 +146,10 @@ class Quantized:
 
     def __reduce__(self) -> tuple[Any, ...]:
         names = ("wire", "shape", "dtype", "block", "nonfinite", "seed")
-        return _rebuild, (self.data, self.scales, {name: getattr(self, name) for name in names})
+        return partial(Quantized, **{name: getattr(self, name) for name in names}), (self.data, self.scales)
 
     def __repr__(self) -> str:
         return f"Quantized(wire={self.wire!r}, shape={self.shape}, dtype={self.dtype}, nbytes={self.nbytes})"
-
-
-def _rebuild(data: Any, scales: Any, described: dict[str, Any]) -> Quantized:
-    return Quantized(data, scales, **described)
 
 
 def source_operands(q: Quantized) -> SourceOperands:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from fastagg._public import name_publicly
 from fastagg.plots.models import Histogram, LayerComparison, compare_models, weight_histograms
 from fastagg.report.run import Comparison, Round, Run
 
@@ -18,6 +19,8 @@ __all__ = [
     "weight_histograms",
     "write_report",
 ]
+
+name_publicly(globals())
 
 
 def write_report(run: Run, path: str | os.PathLike[str], *, force: bool = False) -> None:

@@ -4,6 +4,7 @@
 in one pass over memory; rules by distance make one pass for the distances of all pairs and one for the result.
 """
 
+from fastagg._public import name_publicly
 from fastagg.robust.combinations import centered_clip, fltrust, geometric_median, norm_clip
 from fastagg.robust.coordinates import meamed, median, phocas, trimmed_mean
 from fastagg.robust.mixing import MixedUpdates, bucketing, nearest_neighbor_mixing
@@ -27,3 +28,5 @@ __all__ = [
     "squared_distances",
     "trimmed_mean",
 ]
+
+name_publicly(globals())

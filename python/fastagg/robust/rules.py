@@ -144,7 +144,7 @@ class CoordinateRule(Rule):
     """A rule that looks at each coordinate alone: the mean of a window of its sorted values.
 
     Attributes:
-        window: of `fastagg._backend`.
+        window: of `fastagg._native.operands`.
         left_out: values cut at each end, or left out as the farthest.
     """
 

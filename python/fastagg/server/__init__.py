@@ -8,6 +8,7 @@ A loop written by hand:
         model = optimizer.step(model, fastagg.fedavg(updates, counts, sent=model))
 """
 
+from fastagg._public import name_publicly
 from fastagg.server.fednova import FedNova, local_normalizer
 from fastagg.server.optimizers import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedYogi
 from fastagg.server.proximal import add_proximal_gradients, proximal_term
@@ -27,3 +28,5 @@ __all__ = [
     "local_normalizer",
     "proximal_term",
 ]
+
+name_publicly(globals())

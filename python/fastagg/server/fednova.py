@@ -8,11 +8,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fastagg._errors import NONFINITE, DroppedUpdateWarning
+from fastagg._updates.buffers import is_buffer
 from fastagg._updates.sent import Sent
 from fastagg._updates.structure import Structure, as_list
 from fastagg._updates.weights import as_weights
 from fastagg.averaging.mean import mean_and_dropped
-from fastagg.server.buffers import is_buffer
 from fastagg.server.optimizer import as_buffers, in_range
 from fastagg.server.step import interpolate
 

@@ -12,9 +12,9 @@ import numpy as np
 from fastagg._arrays.registry import kind_named
 from fastagg._native.codes import name_of
 from fastagg._native.operands import OptimizerOperands
+from fastagg._updates.buffers import is_buffer
 from fastagg._updates.sent import holds_roundings
 from fastagg._updates.structure import Structure
-from fastagg.server.buffers import is_buffer
 from fastagg.server.step import Operands, operands_of
 
 _LARGEST = float(np.finfo(np.float32).max)

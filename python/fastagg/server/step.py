@@ -12,10 +12,10 @@ from fastagg._native.backend import server_step, weighted_sum
 from fastagg._native.codes import FLOATS, Code, name_of
 from fastagg._native.operands import ADD, INTERPOLATE, MAXIMUM, MEAN, LeafOperands, ModelLeafOperands, OptimizerOperands
 from fastagg._updates import overlap
+from fastagg._updates.buffers import is_buffer
 from fastagg._updates.leaves import LeafInputs, nonfinite_leaves
 from fastagg._updates.sent import is_nonfinite, same_infinities, with_zeros
 from fastagg._updates.structure import Structure
-from fastagg.server.buffers import is_buffer
 
 
 class ModelLeaf(NamedTuple):
