@@ -563,6 +563,15 @@ def test_merging_what_does_not_fit_changes_nothing(other: Any) -> None:
 # Saving
 
 
+def test_options_stay_as_they_were_made():
+    accumulator = fastagg.Accumulator()
+    for name, value in (("batch", 1), ("low_memory", True), ("stats", True), ("nan_policy", "drop")):
+        with pytest.raises(AttributeError):
+            setattr(accumulator, name, value)
+    with pytest.raises(AttributeError):
+        accumulator.integer_policy = "round"  # type: ignore[misc]
+
+
 @pytest.mark.parametrize("save", [pickled, copy.deepcopy, copy.copy])
 @by_dtype
 def test_copies_go_on_from_the_same_bits(save: Any, dtype: np.dtype) -> None:
@@ -810,7 +819,8 @@ def test_low_memory_is_untouched_by_a_refused_update(backend: Backend, policy: s
 def test_low_memory_looks_through_only_what_could_spoil_sums(monkeypatch: pytest.MonkeyPatch) -> None:
     looked_through = []
     monkeypatch.setattr(
-        "fastagg.accumulator.nonfinite_leaves", lambda inputs, client, stream: looked_through.append(inputs) or []
+        "fastagg.averaging.accumulator.nonfinite_leaves",
+        lambda inputs, client, stream: looked_through.append(inputs) or [],
     )
     accumulator = fastagg.Accumulator(low_memory=True, batch=3)
     for _ in range(3):

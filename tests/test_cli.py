@@ -171,8 +171,12 @@ WAIT_IN_A_SCRIPT = f"import scripts\ndef main():{WAIT.replace(chr(10), chr(10) +
 
 
 @pytest.mark.parametrize("where", ["test_nothing.py", "all_reduce.py"])
-@pytest.mark.parametrize("send", [os.killpg, os.kill], ids=["terminal", "program"])
-def test_an_interrupt_ends_bench_and_what_it_started(tmp_path, where, send):
+@pytest.mark.parametrize(
+    ("send", "number"),
+    [(os.killpg, signal.SIGINT), (os.kill, signal.SIGINT), (os.kill, signal.SIGTERM)],
+    ids=["terminal", "program", "terminated"],
+)
+def test_an_interrupt_ends_bench_and_what_it_started(tmp_path, where, send, number):
     (tmp_path / "conftest.py").write_text(BENCH_CONFTEST)
     (tmp_path / "scripts.py").write_text(Path(scripts.__file__).read_text())
     in_a_test = where == "test_nothing.py"
@@ -193,7 +197,7 @@ def test_an_interrupt_ends_bench_and_what_it_started(tmp_path, where, send):
         while not (tmp_path / "begun").exists():
             assert process.poll() is None, process.communicate()[0]
             time.sleep(0.02)
-        send(process.pid, signal.SIGINT)
+        send(process.pid, number)
         output, _ = process.communicate(timeout=30)
     finally:
         process.kill()

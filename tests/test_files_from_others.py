@@ -11,6 +11,7 @@ import subprocess
 import sys
 import warnings
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 
 import ml_dtypes
@@ -257,6 +258,40 @@ def test_an_open_checkpoint_that_is_cut_off_reads_as_nan_and_says_so(tmp_path):
         fastagg.fedavg([leaf, leaf])
     with pytest.raises(ValueError, match=r"a\.safetensors: the file was cut off while it was read"):
         checkpoint.close()
+
+
+@pytest.mark.parametrize("name", ["a\nb.pt", "x\u2028y.pt", "a b.pt"])
+def test_a_torch_file_of_any_name_that_is_cut_off_reads_as_nan(tmp_path, name):
+    torch = pytest.importorskip("torch")
+    torch.save({"w": torch.ones(3_000_000)}, tmp_path / name)
+    checkpoint = open_checkpoint(tmp_path / name)
+    leaf = checkpoint["w"]
+    os.truncate(tmp_path / name, 8192)
+    assert np.isnan(leaf[-5:]).all()
+    with pytest.raises(ValueError, match="the file was cut off while it was read"):
+        checkpoint.close()
+
+
+def test_a_torch_file_whose_name_is_not_utf8_is_explained(tmp_path):
+    torch = pytest.importorskip("torch")
+    torch.save({"w": torch.ones(3)}, tmp_path / "a.pt")
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/q\xff.pt")
+    os.rename(tmp_path / "a.pt", path)
+    refuses(ValueError, "name is not UTF-8: rename it", [path], tmp_path / "out.npz")
+
+
+def test_versions_of_modules_of_any_kind_are_no_traceback(tmp_path):
+    torch = pytest.importorskip("torch")
+    state = OrderedDict(w=torch.ones(3))
+    state._metadata = {"": {"version": torch.zeros(2)}}  # type: ignore[attr-defined]
+    torch.save(state, tmp_path / "a.pt")
+    with pytest.warns(NotKeptWarning, match="versions of its modules"):
+        average([tmp_path / "a.pt"], tmp_path / "out.npz")
+
+
+def test_a_number_of_5000_digits_in_an_index_names_the_file(tmp_path):
+    (tmp_path / "m.safetensors.index.json").write_text('{"metadata": {"total_size": ' + "9" * 5000 + "}}")
+    refuses(ValueError, r"index\.json: the index is no valid JSON", [tmp_path], tmp_path / "out.npz")
 
 
 BUS_ERROR = """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -259,6 +260,28 @@ def test_where_all_replies_are_nan_every_node_is_named(strategy: str, streaming:
         server.aggregate_train(1, [reply_to(request, broken, loss=1.0) for request in requests])
     assert all(f"node {node}: leaf 'a'" in str(caught.value) for node in (1, 2, 3))
     assert sorted(one.node for one in server.left_out) == [1, 2, 3]
+
+
+@by_strategy
+@pytest.mark.parametrize("position", [0, 3])
+def test_a_mask_that_holds_codes_leaves_its_client_out(
+    strategy: str, streaming: bool, position: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it comes: the first reply must not decide for the others, nor end the round."""
+    mask = np.eye(4, dtype=np.uint8)
+    codes = messages.record_of({"mask": np.arange(16, dtype=np.uint8).reshape(4, 4)})["mask"]
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules[__name__], "MODEL", {**MODEL, "mask": mask})
+        patch.setattr(sys.modules[__name__], "RIGHT", [{**right, "mask": mask} for right in RIGHT])
+        model, _, _ = round_of(strategy, None, 0, streaming)
+
+        def change(reply: Message) -> None:
+            reply.content["arrays"]["mask"] = codes
+
+        got, _, left_out = round_of(strategy, change, position, streaming)
+    assert_same(got, model)
+    assert_reported(left_out, node=position + 1)
+    assert "leaf 'mask'" in left_out[0].reason
 
 
 EVALUATED = {name: change for name, change in ODD.items() if name.split(":")[0] in ("weight", "metric", "group")}

@@ -129,6 +129,24 @@ def every_second(t):  # the second optimizer's gradients add up over two iterati
         if step % 2:
             t.optimizers[1].zero_grad()
 
+def failed(t):  # a backward pass that ends half way, before any gradient
+    def fail(gradient):
+        raise ValueError("out of memory")
+    for step in range(6):
+        t.zero_grad()
+        if step % 3 == 1:
+            outputs = t.module(torch.ones(2, 6))
+            outputs.register_hook(fail)
+            assert "out of memory" in refused(ValueError, t.scaler.scale(outputs.sum()).backward)
+            t.scaler.update(256.0)
+        if step % 3 == 2:
+            t.loss(step).backward()
+            for optimizer in t.optimizers:
+                optimizer.step()
+        else:
+            t.backward(step)
+            t.step()
+
 def new_scale(t):
     for step in range(3):
         t.zero_grad()
@@ -184,7 +202,7 @@ PATTERNS = """
 mixed = {"parts": 2, "ignored": ["1.weight"], "model": {"gradient_as_bucket_view": True}}
 for pattern in (plain, unscaled_and_clipped, accumulated, lambda t: accumulated(t, True), accumulated_afterwards,
                 never_synchronised, skipped, lambda t: skipped(t, set_to_none=False), zeroed_before_backward,
-                sometimes_unscaled, new_scale, resumed, several_losses, penalised):
+                sometimes_unscaled, failed, new_scale, resumed, several_losses, penalised):
     same(pattern)
     same(pattern, **mixed)
 same(one_infinite, parts=2)

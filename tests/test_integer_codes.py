@@ -117,3 +117,55 @@ def test_files_of_codes_are_refused(tmp_path: Any) -> None:
             (tmp_path / "out.npz").unlink()
     np.savez(tmp_path / "ordinary.npz", **ORDINARY)
     average([tmp_path / "ordinary.npz"], tmp_path / "out.npz")
+
+
+MASK = np.eye(8, dtype=np.uint8)
+UNLIKE = np.arange(64, dtype=np.uint8).reshape(8, 8)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_every_contributing_client_is_looked_at(order: int) -> None:
+    """Whoever comes first: what one client sends must not decide for the others."""
+    updates = [{"w": SCALES, "mask": mask} for mask in (MASK, MASK, UNLIKE)][::order]
+    at, weights = (2, 0)[order < 0], [1.0, 1.0, 1.0]
+    message = rf"client {at}, leaf 'mask', uint8 .*integer_policy"
+    for attempt in (lambda: fastagg.fedavg(updates, weights), lambda: robust.median(updates)):
+        with pytest.raises(ValueError, match=message):
+            attempt()
+    sums = fastagg.Accumulator()
+    with pytest.raises(ValueError, match=message):
+        for update in updates:
+            sums.add(update)
+    weights[at] = 0.0
+    np.testing.assert_array_equal(fastagg.fedavg(updates, weights)["mask"], MASK)
+    sums = fastagg.Accumulator()
+    for update, weight in zip(updates, weights, strict=True):
+        sums.add(update, weight)
+    np.testing.assert_array_equal(sums.result()["mask"], MASK)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_every_file_of_weight_is_looked_at(tmp_path: Any, order: int) -> None:
+    np.savez(tmp_path / "ok.npz", mask=MASK)
+    np.savez(tmp_path / "bad.npz", mask=UNLIKE)
+    paths = [tmp_path / "ok.npz", tmp_path / "bad.npz"][::order]
+    with pytest.raises(ValueError, match=r"bad.npz: leaf 'mask', uint8 .*integer_policy"):
+        average(paths, tmp_path / "out.npz")
+    average(paths, tmp_path / "out.npz", [1, 0][::order])
+    np.testing.assert_array_equal(np.load(tmp_path / "out.npz")["mask"], MASK)
+
+
+@pytest.mark.parametrize(
+    "update",
+    [
+        {("l", "qweight"): WORDS, ("l", "scales"): SCALES},  # Flax's names
+        {"l.weight": WORDS.astype(np.int16), "l.scales": SCALES},  # HIGGS
+        {"l.weight": WORDS, "l.scales_and_zeros": SCALES},  # torchao
+        {"l.trellis": WORDS, "l.suh": SCALES},  # EXL3
+        {"l.indices": WORDS, "l.centroids": SCALES},  # VPTQ
+    ],
+    ids=["flax", "higgs", "torchao", "exl3", "vptq"],
+)
+def test_codes_of_more_layouts_are_refused(update: dict[Any, Any]) -> None:
+    with pytest.raises(ValueError, match=r"looks like .*integer_policy"):
+        fastagg.fedavg([update, update])

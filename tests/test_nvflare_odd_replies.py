@@ -252,6 +252,41 @@ def test_a_message_that_is_no_model_is_left_out(value: Any) -> None:
     assert [one.client for one in aggregator.dropped] == ["site-odd"]
 
 
+@pytest.mark.parametrize("cookies", [[1], "x", 5], ids=["list", "text", "number"])
+def test_headers_of_any_kind_end_no_round(cookies: Any) -> None:
+    aggregator = FedAvgAggregator()
+    odd = [DXO(DataKind.WEIGHTS, data=dict(RIGHT[0])).to_shareable() for _ in range(2)]
+    odd[0].set_header(ReservedKey.COOKIE_JAR, cookies)
+    odd[1]["__headers__"] = cookies
+    for message in odd:
+        assert not aggregator.accept(message, FLContext())
+    for k in range(3):
+        aggregator.accept_model(model_of(f"site-{k}", MEAN))
+    assert_is_mean(aggregator.aggregate_model())
+
+
+def test_a_round_of_5000_digits_leaves_its_client_out_even_where_nobody_tells_the_round() -> None:
+    aggregator = FedAvgAggregator()
+    odd = model_of("site-odd", RIGHT[0])
+    odd.current_round = 10**5000
+    assert not aggregator.accept_model(odd)
+    for k in range(3):
+        assert aggregator.accept_model(model_of(f"site-{k}", MEAN))
+    assert_is_mean(aggregator.aggregate_model())
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("position", [0, 2])
+def test_a_mask_that_holds_codes_leaves_its_client_out(position: int, batch: int) -> None:
+    mask = np.eye(4, dtype=np.uint8)
+    models = [model_of(f"site-{k}", {**MEAN, "mask": mask}) for k in range(3)]
+    models.insert(position, model_of("site-odd", {**MEAN, "mask": np.arange(16, dtype=np.uint8).reshape(4, 4)}))
+    aggregator = FedAvgAggregator(batch=batch)
+    assert [aggregator.accept_model(model) for model in models].count(False) == 1
+    np.testing.assert_array_equal(aggregator.aggregate_model().params["mask"], mask)
+    assert [one.client for one in aggregator.dropped] == ["site-odd"]
+
+
 @pytest.mark.parametrize("first", ["3", 4], ids=["a text", "another round"])
 def test_without_a_workflow_most_replies_tell_the_round(first: Any) -> None:
     aggregator = FedAvgAggregator()

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ _EIGHT_BITS = (Code.INT8, Code.UINT8)
 # The last part of a name, as GPTQ, AWQ, compressed-tensors, HQQ, EXL2, QuIP, AQLM, torch.ao and ONNX have them.
 _CODES = re.compile(
     r"(?:.*_)?(?:qweights?|q_?zeros|packed|packed_params|quantized|int_weight|int_data|qdata)"
-    r"|q_weight|q_scale|q_perm|w_q|qidxs"
+    r"|q_weight|q_scale|q_perm|q_invperm|w_q|qidxs|trellis"
 )
 _ZERO_POINT = re.compile(r"(?:.*_)?(?:zero_?points?|zp)")
 
@@ -37,10 +37,10 @@ _SCALE_WORDS = tuple(
     for prefix in ("", "weight_")
     for word in (
         *("scale", "scales", "scale_inv", "scales_inv", "scale_2", "absmax", "quant_map", "scb"),
-        *("zero_point", "zero_points", "codebook", "codebooks"),
+        *("zero_point", "zero_points", "codebook", "codebooks", "centroids", "scales_and_zeros"),
     )
 )
-_ENDING = re.compile(r"[._/]+(?:blocks|packed|quantized|data|codes|q|int8|int4)$")
+_ENDING = re.compile(r"[._/]+(?:blocks|packed|quantized|data|codes|indices|q|int8|int4)$")
 _SEPARATORS = "._/"
 
 
@@ -60,35 +60,44 @@ class _Suspect(NamedTuple):
     is_certain: bool
 
 
-def refuse_codes(names: tuple[Any, ...], integers: tuple[IntegerLeaf, ...], values: Callable[[int], Any]) -> None:
+def refuse_codes(
+    names: tuple[Any, ...], integers: tuple[IntegerLeaf, ...], values: Callable[[int], Iterable[tuple[str, Any]]]
+) -> None:
     """Refuses integer leaves that look like codes or bytes.
 
     Args:
         names: of all leaves of the update, the floating ones too; None for a single array.
         integers: its integer and bool leaves.
-        values: one client's array in a place, which is asked for where names and shapes do not tell.
+        values: every contributing client's array in a place, with what the message says before the leaf; it is asked
+            where names and shapes do not tell.
 
     Raises:
         ValueError: there is one; the message names it, what it looks like, and the remedy.
     """
     for leaf, reason, is_certain in _suspects(names, integers):
-        if is_certain or not _is_mask(values(leaf.place)):
-            name = names[leaf.place]
-            what = "the array" if name is None else f"leaf {quoted(name)}"
-            raise ValueError(
-                f"{what}, {name_of(leaf.dtype)} {tuple(leaf.shape)}: looks like {reason}, of which neither a mean nor "
-                "the largest stands for anything: decode it before, or say by integer_policy= (max, first or round) "
-                "what becomes of integers"
-            )
+        if is_certain:
+            raise _looks_like(names[leaf.place], leaf, reason)
+        for who, array in values(leaf.place):
+            if not _is_mask(array):
+                raise _looks_like(names[leaf.place], leaf, reason, who)
+
+
+def _looks_like(name: Any, leaf: IntegerLeaf, reason: str, who: str = "") -> ValueError:
+    what = "the array" if name is None else f"leaf {quoted(name)}"
+    return ValueError(
+        f"{who}{what}, {name_of(leaf.dtype)} {tuple(leaf.shape)}: looks like {reason}. Neither their mean nor the "
+        "largest of them means anything: decode them first, or choose an integer_policy: max, first or round"
+    )
 
 
 @lru_cache(maxsize=64)  # every round has the same names
 def _suspects(names: tuple[Any, ...], integers: tuple[IntegerLeaf, ...]) -> tuple[_Suspect, ...]:
     scales: dict[str, str] = {}
     if any(math.prod(leaf.shape) > 1 for leaf in integers):
-        for name in names:
-            if isinstance(name, str):
-                scales.update(dict.fromkeys(_stems(_plain(name)), name))
+        for given in names:
+            name = _plain(given)
+            if name is not None:
+                scales.update(dict.fromkeys(_stems(name), name))
     only_integers = len(integers) == len(names)
     found = (_suspect(leaf, names[leaf.place], scales, only_integers) for leaf in integers)
     return tuple(suspect for suspect in found if suspect is not None)
@@ -98,7 +107,7 @@ def _suspect(leaf: IntegerLeaf, given: Any, scales: dict[str, str], only_integer
     """What a leaf looks like; None for integers of the model's own."""
     if name_of(leaf.dtype) == "bool":
         return None
-    name = _plain(given) if isinstance(given, str) else None
+    name = _plain(given)
     elements = math.prod(leaf.shape)
     if name is not None:
         last = re.split(r"[./]", name)[-1]
@@ -109,9 +118,13 @@ def _suspect(leaf: IntegerLeaf, given: Any, scales: dict[str, str], only_integer
         own = next((scales[stem] for stem in (name, _ENDING.sub("", name)) if stem in scales), None)
         if elements > 1 and own is not None:
             return _Suspect(leaf, f"codes whose scales are leaf {quoted(own)}", True)
-    if code_of_dtype(leaf.dtype) not in _EIGHT_BITS or elements <= 1:
+    if elements <= 1:
         return None
     module = None if name is None else re.sub(r"[^./]*$", "", name).rstrip(_SEPARATORS)
+    if module in scales and name is not None and re.split(r"[./]", name)[-1] == "weight":
+        return _Suspect(leaf, f"codes whose scales are leaf {quoted(scales[module])}", True)
+    if code_of_dtype(leaf.dtype) not in _EIGHT_BITS:
+        return None
     if module in scales:
         return _Suspect(leaf, f"codes whose scales are leaf {quoted(scales[module])}", False)
     if only_integers and code_of_dtype(leaf.dtype) == Code.UINT8 and len(leaf.shape) == 1:
@@ -119,9 +132,11 @@ def _suspect(leaf: IntegerLeaf, given: Any, scales: dict[str, str], only_integer
     return _Suspect(leaf, "codes or bytes, eight-bit integers other than 0 and 1", False) if elements >= _FEW else None
 
 
-def _plain(name: str) -> str:
-    """A name in small letters, without Keras 2's ":0"."""
-    return re.sub(r":\d+$", "", name).lower()
+def _plain(name: Any) -> str | None:
+    """A name in small letters, without Keras 2's ":0"; Flax's are tuples. None for a leaf without a name."""
+    if isinstance(name, tuple) and name and all(isinstance(part, str) for part in name):
+        name = ".".join(name)
+    return re.sub(r":\d+$", "", name).lower() if isinstance(name, str) else None
 
 
 def _stems(name: str) -> list[str]:
@@ -130,4 +145,4 @@ def _stems(name: str) -> list[str]:
 
 
 def _is_mask(array: Any) -> bool:
-    return bool(((array == 0) | (array == 1)).all())
+    return bool(array.max() <= 1) and bool(array.min() >= 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from fastagg._arrays.library import Kind
@@ -205,11 +205,30 @@ def nonfinite_leaves(inputs: list[LeafInputs], client: int, stream: int) -> list
     return [floats[index] for index in weighted_sum(leaves, inputs[0].device, stream, True)] if leaves else []
 
 
-def check_integers(structure: Structure, inputs: list[LeafInputs], integers: Iterable[int]) -> None:
-    """Raises ValueError where integer leaves look like another quantiser's codes, which no policy was given for."""
-    names = structure.names or (None,)
-    leaves = tuple(IntegerLeaf(index, inputs[index].dtype, inputs[index].shape) for index in integers)
-    refuse_codes(names, leaves, lambda index: inputs[index].owners[0])
+def check_integers(
+    structure: Structure, inputs: list[LeafInputs], contributing: Iterable[int] | None = None, numbered_from: int = 0
+) -> None:
+    """Refuses integers that look like another quantiser's codes, which no policy was given for.
+
+    Args:
+        structure: that of the updates.
+        inputs: all leaves.
+        contributing: the clients to look at; None for all.
+        numbered_from: the number of the first client in errors.
+
+    Raises:
+        ValueError: a client's leaf looks so.
+    """
+    leaves = tuple(IntegerLeaf(index, leaf.dtype, leaf.shape) for index, leaf in enumerate(inputs) if not leaf.is_float)
+    if not leaves:
+        return
+
+    def values(index: int) -> Iterator[tuple[str, Any]]:
+        owners = inputs[index].owners
+        for client in range(len(owners)) if contributing is None else contributing:
+            yield f"client {numbered_from + client}, ", owners[client]
+
+    refuse_codes(structure.names or (None,), leaves, values)
 
 
 def check_devices(inputs: list[LeafInputs], structure: Structure) -> str:

@@ -49,6 +49,16 @@ class DroppedUpdate(NamedTuple):
     reason: str
 
 
+class _Options(NamedTuple):
+    """How an accumulator was made; it stays so, for its sums are laid out by it."""
+
+    nan_policy: str
+    integer_policy: str | None
+    batch: int
+    low_memory: bool
+    stats: bool
+
+
 class Accumulator:
     """The weighted mean of updates that arrive one after another.
 
@@ -97,10 +107,10 @@ class Accumulator:
             TypeError, ValueError: an option is of another type, or none of its values.
         """
         check_policies(nan_policy, integer_policy)
-        self.nan_policy, self.integer_policy, self.batch = nan_policy, integer_policy, as_integer(batch, "batch")
-        if self.batch < 1:
+        if as_integer(batch, "batch") < 1:
             raise ValueError(f"batch: expected an integer of 1 or more, got {batch!r}")
-        self.low_memory, self.stats = as_flag(low_memory, "low_memory"), as_flag(stats, "stats")
+        in_place, measures = as_flag(low_memory, "low_memory"), as_flag(stats, "stats")
+        self._options = _Options(nan_policy, integer_policy, as_integer(batch, "batch"), in_place, measures)
         self._lock = threading.RLock()
         self._sums: Any = None
         self._spare: Any = None
@@ -133,6 +143,31 @@ class Accumulator:
             self._folds = 0
             self.dropped: list[DroppedUpdate] = []
             self._measured: list[Measured] = []
+
+    @property
+    def nan_policy(self) -> str:
+        """As it was made."""
+        return self._options.nan_policy
+
+    @property
+    def integer_policy(self) -> str | None:
+        """As it was made."""
+        return self._options.integer_policy
+
+    @property
+    def batch(self) -> int:
+        """As it was made."""
+        return self._options.batch
+
+    @property
+    def low_memory(self) -> bool:
+        """As it was made."""
+        return self._options.low_memory
+
+    @property
+    def stats(self) -> bool:
+        """As it was made."""
+        return self._options.stats
 
     @property
     def count(self) -> int:
@@ -347,9 +382,10 @@ class Accumulator:
             self._folds, self._added = loaded.folds, loaded.added
             self._count, self._total = loaded.count, loaded.total_weight
             self.dropped = [DroppedUpdate(*dropped) for dropped in loaded.dropped]
-            self.nan_policy, self.integer_policy = loaded.nan_policy, loaded.integer_policy
-            self.batch, self.low_memory = loaded.batch, loaded.low_memory
-            self.stats, self._measured = loaded.measured is not None, loaded.measured or []
+            measures, self._measured = loaded.measured is not None, loaded.measured or []
+            self._options = _Options(
+                loaded.nan_policy, loaded.integer_policy, loaded.batch, loaded.low_memory, measures
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         return self.state_dict()
@@ -368,9 +404,9 @@ class Accumulator:
         inputs = [gather([array], structure, index, None, client) for index, array in enumerate(columns)]
         device = check_devices(inputs, structure)
         check_measurable(device, self.stats)
+        if self.integer_policy is None and contributes:
+            check_integers(structure, inputs, numbered_from=client)
         if self._structure is None:
-            if self.integer_policy is None:
-                check_integers(structure, inputs, [index for index, leaf in enumerate(inputs) if not leaf.is_float])
             leaves = lay_out(inputs, self.integer_policy)
             model = self._model(structure, leaves, device)
             if contributes:

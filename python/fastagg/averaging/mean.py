@@ -193,8 +193,8 @@ class _Mean:
         scaled, total = scale_weights(weights if contributing is None else [weights[client] for client in contributing])
         rest: float | None = None
         leaves: list[LeafTuple] = []
-        integers: list[int] = []
-        for index, (leaf, out) in enumerate(zip(self.inputs, self.outs, strict=True)):
+        has_integers = False
+        for leaf, out in zip(self.inputs, self.outs, strict=True):
             sources = leaf.sources if contributing is None else [leaf.sources[client] for client in contributing]
             fold, leaf_rest = MEAN, 0.0
             if leaf.result_code == Code.FLOAT64:
@@ -202,11 +202,11 @@ class _Mean:
             elif leaf.result_code not in FLOATS and self.integer_policy != "round":
                 fold = MAXIMUM
                 sources = sources[:1] if self.integer_policy == "first" else sources
-                integers.append(index)
+                has_integers = True
             count = math.prod(leaf.shape)
             leaves.append((sources, leaf.code, scaled, total, count, fold, out, 0, leaf.result_code, 0, leaf_rest))
-        if integers and self.integer_policy is None:
-            check_integers(self.structure, self.inputs, integers)
+        if has_integers and self.integer_policy is None:
+            check_integers(self.structure, self.inputs, contributing)
         return leaves
 
     def _correct(self, leaves: list[LeafTuple], contributing: list[int] | None, sent: SentLeaves) -> list[Correction]:

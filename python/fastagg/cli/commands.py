@@ -15,6 +15,7 @@ from fastagg._extras import EXTRAS
 from fastagg._native.build import __version__
 from fastagg.cli.average import average_command
 from fastagg.cli.report import report_command
+from fastagg.cli.sentences import failing_with_a_sentence
 
 application = typer.Typer(
     help="The aggregation step of federated and distributed training as a small native library.",
@@ -75,7 +76,8 @@ def demo(
     from fastagg.cli.demo import Settings
     from fastagg.cli.demo_report import present
 
-    present(Settings(rounds=rounds, clients=clients, seed=seed), output, Console())
+    with failing_with_a_sentence("demo"):
+        present(Settings(rounds=rounds, clients=clients, seed=seed), output, Console())
 
 
 @application.command()
@@ -90,6 +92,7 @@ def bench(
     import pytest
 
     folder = _bench_folder()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: pytest takes SystemExit for a failed test
     # One word: as two, pytest would take the folder for one of tests.
     options = [f"--results={output}", *(["--quick"] if quick else [])]
     # Nothing is written beside the installed benchmarks, which may be read-only.
@@ -127,7 +130,7 @@ def _federated_benchmarks() -> list[str]:
 
 def _bench_folder() -> Path:
     """The benchmarks as installed, or those of the source checkout."""
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     for folder in (package / "bench", package.parents[1] / "bench"):
         if (folder / "conftest.py").is_file():
             return folder

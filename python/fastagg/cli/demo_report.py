@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastagg.cli.demo import CLASSES, Results, Settings, WireRun, run
-from fastagg.files.atomic import atomic_file
+from fastagg.files.atomic import atomic_file, check_place
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,6 +34,8 @@ def present(settings: Settings, output: Path, console: Console) -> Results:
     """Runs the demo under a progress bar, prints the table and writes the figure."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+    output.parent.mkdir(parents=True, exist_ok=True)
+    check_place(output, force=True)  # before the training, not after it
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         tasks = {wire: progress.add_task(f"{wire} uploads", total=settings.rounds) for wire in settings.wires}

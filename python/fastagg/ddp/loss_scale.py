@@ -62,7 +62,14 @@ def when_backward_begins(outputs: Any, begin: Callable[[Any], None]) -> Any:
     return type(outputs)(followed) if isinstance(outputs, (list, tuple)) else followed
 
 
-def at_the_end_of_backward(call: Callable[[], None]) -> None:
-    """Calls at the very end, behind what DDP does there itself: the first iteration of a static graph is reduced so."""
-    engine = torch.autograd.Variable._execution_engine
-    engine.queue_callback(lambda: engine.queue_callback(call))
+class ScaledBackward:
+    """A backward pass through a scaled loss. The engine alone holds it: one that fails half way takes it along."""
+
+    def __init__(self, scale: float) -> None:
+        self.scale: float | None = scale
+        engine = torch.autograd.Variable._execution_engine
+        # At the very end, after what DDP does there: the first iteration of a static graph is reduced so.
+        engine.queue_callback(lambda: engine.queue_callback(self._end))
+
+    def _end(self) -> None:
+        self.scale = None

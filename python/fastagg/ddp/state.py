@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ with needing("torch", __name__):
     import torch.distributed as dist
 
 from fastagg._native.codes import Code, code_of_dtype, wire_name
-from fastagg.ddp.loss_scale import UnscaledGradients, at_the_end_of_backward
+from fastagg.ddp.loss_scale import ScaledBackward, UnscaledGradients
 from fastagg.ddp.residuals import Layout, Residuals, count_in, field
 from fastagg.ddp.wrapped_model import WrappedModel, is_in_backward
 from fastagg.distributed.collectives import encoding_of
@@ -76,7 +77,7 @@ class AllReduceState:
         self._squares: float | torch.Tensor = 0.0
         self.wire_bytes = 0
         self.transport: str | None = None
-        self.loss_scale: float | None = None
+        self._scaled_backward: weakref.ref[ScaledBackward] | None = None
         self._residuals = Residuals(named_parameters)
         self.unscaled = UnscaledGradients()
         self._model = WrappedModel()
@@ -91,6 +92,12 @@ class AllReduceState:
     def grad_norm(self) -> float:
         """The last step's averaged gradient's L2 norm."""
         return math.sqrt(self._squares)
+
+    @property
+    def loss_scale(self) -> float | None:
+        """What the loss was multiplied by, through which backward goes now."""
+        backward = self._scaled_backward and self._scaled_backward()
+        return backward.scale if backward else None
 
     @property
     def may_have_found_inf(self) -> bool:
@@ -147,8 +154,7 @@ class AllReduceState:
         if self.loss_scale is not None:
             return  # through another loss, already
         self.unscaled.scale_again()
-        self.loss_scale = scale
-        at_the_end_of_backward(self._scaled_backward_ends)
+        self._scaled_backward = weakref.ref(ScaledBackward(scale))
 
     def name_of(self, parameter: torch.Tensor) -> str:
         """How errors name a parameter."""
@@ -200,9 +206,6 @@ class AllReduceState:
         restored.wire_bytes, restored.transport = count_in(state, "wire_bytes"), transport
         restored._finite, restored._squares = field(state, "_finite") is True, max(squares, 0.0)
         self.__dict__.update(restored.__dict__)
-
-    def _scaled_backward_ends(self) -> None:
-        self.loss_scale = None
 
     def _begin_step(self, group: dist.ProcessGroup) -> None:
         is_present, joins = is_in_backward(), self._model.joins

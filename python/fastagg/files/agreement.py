@@ -28,7 +28,7 @@ def leaves_of_mean(checkpoints: Sequence[Checkpoint], target: Code | None) -> di
 
 
 def check_integers(checkpoint: Checkpoint) -> None:
-    """Raises ValueError where integer leaves look like another quantiser's codes, or like bytes."""
+    """Raises ValueError where a file's integer leaves look like another quantiser's codes, or like bytes."""
     names = tuple(checkpoint.leaves)
     integers = tuple(
         IntegerLeaf(place, leaf.dtype, leaf.shape)
@@ -36,7 +36,7 @@ def check_integers(checkpoint: Checkpoint) -> None:
         if leaf.code not in FLOATS
     )
     try:
-        refuse_codes(names, integers, lambda place: checkpoint[names[place]])
+        refuse_codes(names, integers, lambda place: [("", checkpoint[names[place]])])
     except ValueError as error:
         raise ValueError(f"{checkpoint.path}: {error}") from None
 

@@ -179,9 +179,10 @@ def average(
     with ExitStack() as opened:
         checkpoints = [opened.enter_context(open_checkpoint(path)) for path in inputs]
         leaves = leaves_of_mean(checkpoints, target)
-        if integer_policy is None:
-            check_integers(checkpoints[0])
         used = [index for index, weight in enumerate(numbers) if weight]
+        if integer_policy is None:
+            for index in used:
+                check_integers(checkpoints[index])
         meter = _Meter(checkpoints, used, progress, passes=2 if nan_policy == "drop" else 1)
         dropped = _drop(checkpoints, used, meter) if nan_policy == "drop" else {}
         combination = combine([numbers[index] for index in used], normalize)

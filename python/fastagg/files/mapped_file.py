@@ -82,9 +82,9 @@ def spans_of_mapping(path: Path) -> list[tuple[int, int]]:
     maps = Path("/proc/self/maps")
     if not maps.exists():
         return []
-    name = str(path.resolve())
-    lines = (line.split(maxsplit=5) for line in maps.read_text().splitlines())
-    ranges = (fields[0].split("-") for fields in lines if len(fields) == 6 and fields[5] == name)
+    name = os.fsencode(path.resolve()).replace(b"\n", rb"\012")
+    lines = (line.split(maxsplit=5) for line in maps.read_bytes().split(b"\n"))
+    ranges = (fields[0].split(b"-") for fields in lines if len(fields) == 6 and fields[5] == name)
     return [(int(begin, 16), int(end, 16)) for begin, end in ranges]
 
 

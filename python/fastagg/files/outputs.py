@@ -76,7 +76,8 @@ def _is_part(name: str) -> bool:
 def _has_versions(module_versions: Any) -> bool:
     """Whether the modules of a state_dict have versions that loading asks for: 1 is as good as none."""
     versions = module_versions.values() if isinstance(module_versions, Mapping) else ()
-    return any(isinstance(one, Mapping) and one.get("version", 1) not in (1, None) for one in versions)
+    known = (one.get("version") for one in versions if isinstance(one, Mapping))
+    return any(version is not None and not (isinstance(version, int) and version == 1) for version in known)
 
 
 @contextmanager

@@ -78,6 +78,8 @@ def _load(path: Path, file: MappedFile) -> Mapping[str, Any]:
             f"{path}: not loaded, for it is damaged or holds more than tensors and plain values (expected a "
             "state_dict that torch.save wrote)"
         ) from None
+    except UnicodeEncodeError:
+        raise ValueError(f"{path}: torch opens no file whose name is not UTF-8: rename it") from None
     except Exception as error:  # torch raises what it likes for a damaged archive
         reason = printable(str(error).partition("\n")[0] or type(error).__name__)
         raise ValueError(f"{path}: no valid .pt file: {reason}") from None

@@ -73,10 +73,10 @@ def _read_index(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         index = json.loads(read_plain(path, LARGEST_HEADER).decode())
     except RecursionError:
         raise ValueError(f"{path}: the index is no valid JSON: it is nested too deeply") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: the index is no valid JSON: {error}") from None
     except UnicodeDecodeError:
         raise ValueError(f"{path}: the index is no valid JSON: it is not UTF-8") from None
+    except ValueError as error:  # a number of thousands of digits, too
+        raise ValueError(f"{path}: the index is no valid JSON: {error}") from None
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     metadata = (index.get("metadata") or {}) if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map or not isinstance(metadata, dict):

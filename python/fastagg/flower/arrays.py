@@ -240,7 +240,7 @@ def check_integer_leaves(model: Mapping[str, Leaf]) -> None:
         for place, leaf in enumerate(leaves)
         if code_of_dtype(leaf.dtype) not in FLOATS
     )
-    refuse_codes(names, integers, lambda place: as_array(leaves[place]))
+    refuse_codes(names, integers, lambda place: [("", as_array(leaves[place]))])
 
 
 def write_leaf(leaf: Any) -> Array:

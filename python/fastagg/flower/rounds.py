@@ -17,7 +17,7 @@ from fastagg._quoting import quoted
 from fastagg._updates.forms import Forms
 from fastagg._updates.sent import Sent
 from fastagg.averaging.accumulator import Accumulator
-from fastagg.flower.arrays import FreshArrays, Leaf, in_dtype
+from fastagg.flower.arrays import FreshArrays, Leaf, check_integer_leaves, in_dtype
 from fastagg.flower.replies import (
     LeftOutReply,
     Reply,
@@ -161,6 +161,11 @@ class TrainingRound(Round):
     def _add(self, reply: Reply) -> None:
         if self._settings.in_model_dtypes and self._model:
             reply = self._like_the_model(reply)
+        if self._settings.integer_policy is None:
+            try:
+                check_integer_leaves(reply.leaves)
+            except ValueError as error:
+                raise UnusableReplyError(str(error)) from None
         self._models.add(self._settings.weighed(reply))
 
     def _like_the_model(self, reply: Reply) -> Reply:

@@ -20,6 +20,8 @@ from fastagg.nvflare._metrics import as_number
 from fastagg.nvflare._wire import DESCRIPTIONS, check_processing, unpack
 from fastagg.quantization.quantized import Quantized
 
+_MOST_ROUNDS = 1 << 63
+
 
 class ReplyForm(NamedTuple):
     """What replies must share to be averaged: the round, FULL or DIFF, and every leaf's name, shape and dtype."""
@@ -72,6 +74,8 @@ def round_of(model: FLModel, expected: int | None) -> int | None:
     stated = model.current_round
     if stated is not None and (isinstance(stated, bool) or not isinstance(stated, int)):
         raise TypeError(f"current_round: expected an integer, got {quoted(stated)}")
+    if stated is not None and not 0 <= stated < _MOST_ROUNDS:
+        raise ValueError(f"current_round: expected a number below 2**63, got {quoted(stated)}")
     if expected is not None and stated not in (None, expected):
         raise ValueError(f"expected a reply of round {expected}, got one of round {quoted(stated)}")
     return stated if expected is None else expected

@@ -177,9 +177,9 @@ class FedAvgAggregator(ModelAggregator):
     def accept(self, shareable: Shareable, fl_ctx: FLContext) -> bool:
         """Adds a reply as scatter-and-gather hands it over; whether it was taken."""
         self.fl_ctx = fl_ctx
-        client = shareable.get_peer_prop(ReservedKey.IDENTITY_NAME, default=AppConstants.CLIENT_UNKNOWN)
+        client = _sender_of(shareable)
         try:
-            model = FLModelUtils.from_shareable(shareable, fl_ctx)
+            model = _model_of(shareable, fl_ctx)
         except Exception as error:  # whatever a client makes NVFlare stumble over
             with self._lock:
                 self._begin()
@@ -187,8 +187,6 @@ class FedAvgAggregator(ModelAggregator):
             return False
         if client != AppConstants.CLIENT_UNKNOWN:
             model.meta["client_name"] = client  # whatever it calls itself
-        if model.current_round is None:
-            model.current_round = shareable.get_cookie(AppConstants.CONTRIBUTION_ROUND)
         return self.accept_model(model)
 
     def accept_model(self, model: FLModel) -> bool:
@@ -266,10 +264,8 @@ class FedAvgAggregator(ModelAggregator):
         return averaged
 
     def _new_group(self, batch: int) -> _Group:
-        if self._accumulators:
-            accumulator = self._accumulators.pop()
-            accumulator.batch = batch
-            return _Group(accumulator)
+        if self._accumulators and self._accumulators[0].batch == batch:
+            return _Group(self._accumulators.pop())
         # Under "raise" all are looked at before the round ends in an error: NVFlare would log one in accept_model only.
         nan_policy = "propagate" if self.nan_policy == "propagate" else "drop"
         integer_policy = self.integer_policy
@@ -321,3 +317,20 @@ class FedAvgAggregator(ModelAggregator):
             current_round=form.current_round,
             meta={"nr_aggregated": len(contributions), "current_round": form.current_round, "fastagg": report},
         )
+
+
+def _sender_of(shareable: Shareable) -> str:
+    """The name of the client that NVFlare has received a reply from."""
+    try:
+        name = shareable.get_peer_prop(ReservedKey.IDENTITY_NAME, default=AppConstants.CLIENT_UNKNOWN)
+    except Exception:  # the headers are the client's
+        name = None
+    return name if isinstance(name, str) else AppConstants.CLIENT_UNKNOWN
+
+
+def _model_of(shareable: Shareable, fl_ctx: FLContext) -> FLModel:
+    """A reply as a model, of the round that its cookie tells if it tells none itself."""
+    model = FLModelUtils.from_shareable(shareable, fl_ctx)
+    if model.current_round is None:
+        model.current_round = shareable.get_cookie(AppConstants.CONTRIBUTION_ROUND)
+    return model

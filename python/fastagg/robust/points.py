@@ -97,7 +97,7 @@ class Points:
 
     def check_integers(self) -> None:
         """Raises ValueError where integer leaves look like another quantiser's codes."""
-        check_integers(self.structure, self.inputs, [i for i, leaf in enumerate(self.inputs) if not leaf.is_float])
+        check_integers(self.structure, self.inputs)
 
     def check_floats(self) -> None:
         """Raises ValueError where no leaf has distances."""
