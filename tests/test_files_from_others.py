@@ -507,6 +507,16 @@ def test_metadata_that_a_format_has_no_place_for_are_missed(tmp_path):
         average([path], tmp_path / "out.npz")
 
 
+def test_metadata_of_an_index_are_kept_by_shards_and_missed_in_one_file(tmp_path):
+    folder = write_shards(tmp_path / "m", {"a.safetensors": ONES})
+    index = folder / "model.safetensors.index.json"
+    index.write_text('{"metadata": {"total_size": 16, "author": "x"}, "weight_map": {"w": "a.safetensors"}}')
+    with pytest.warns(NotKeptWarning, match=r"metadata of its index are not kept: 'author'"):
+        average([folder], tmp_path / "out.safetensors")
+    average([folder], tmp_path / "out")
+    assert json.loads((tmp_path / "out" / index.name).read_text())["metadata"]["author"] == "x"
+
+
 def test_a_null_in_an_index_is_no_metadata(tmp_path):
     folder = write_shards(tmp_path / "m", {"a.safetensors": ONES})
     (folder / "model.safetensors.index.json").write_text('{"metadata": null, "weight_map": {"w": "a.safetensors"}}')

@@ -56,6 +56,10 @@ def not_kept(output: Path, first: Checkpoint) -> list[str]:
                 f"{first.folder}: what lies beside the shards is not copied: {quoted_list(others)}; copy what belongs "
                 "to the result"
             )
+    elif isinstance(first, ShardedCheckpoint):
+        lost = sorted(first.index_metadata.keys() - {"total_size"} - first.metadata.keys())
+        if lost:
+            sentences.append(f"{first.path}: these metadata of its index are not kept: {quoted_list(lost)}")
     texts = sorted(first.metadata.keys() - {METADATA_KEY, "format"})
     if texts and output.suffix in FILE_SUFFIXES[1:]:
         sentences.append(

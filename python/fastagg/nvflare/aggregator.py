@@ -119,7 +119,7 @@ class FedAvgAggregator(ModelAggregator):
     A client of weight 0 does not contribute. Left out and reported, by the log, `dropped` and the result's meta, are
     replies without parameters, of another round, the second one of a client, with a weight that is no finite number of
     0 or more, and with other leaves, shapes, dtypes or params_type (FULL, DIFF) than most replies of the round have; in
-    a tie, than the last round's mean had, or else the reply that came first.
+    a tie, than the model that was sent has, then the last round's mean, then the reply that came first.
 
     Attributes:
         dropped: the replies that were left out of the last round, as (client, reason).
