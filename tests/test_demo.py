@@ -9,7 +9,7 @@ import fastagg
 
 pytest.importorskip("sklearn")
 
-from fastagg import demo
+from fastagg.cli import demo
 
 SETTINGS = demo.Settings(rounds=3, clients=6, wires=("fp32", "int8"))
 
