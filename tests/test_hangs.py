@@ -102,6 +102,8 @@ def test_what_is_no_group_of_this_rank_is_named() -> None:
 
 REFUSED = """
 import numpy
+if "TWO_HOSTS" in os.environ:
+    os.environ["FASTAGG_HOST"] = str(rank // 2)
 import fastagg.horovod as hvd
 from fastagg.distributed.broadcast import broadcast_object
 from fastagg.ranks import merge_over_ranks
@@ -174,14 +176,18 @@ for place, (call, told) in enumerate(calls):
     else:
         raise AssertionError(f"no error in call {place}")
     after = hvd.allreduce(torch.full((3,), 10.0 * (rank + 1)))
-    assert torch.all(after == 15), (place, after)  # not what belongs to another call
+    assert torch.all(after == 5 * (world + 1)), (place, after)  # not what belongs to another call
     assert broadcast_object(place + rank, numpy.int64(1)) == place + 1
 """
 
 
-@by_transport_of_the_host
-def test_a_call_that_one_rank_refuses_is_an_error_of_all_and_later_calls_pair(transport: str) -> None:
-    run_ranks(REFUSED, 2, TIMEOUT="30", **on(transport))
+@pytest.mark.parametrize(
+    ("world", "environment"),
+    [(2, {}), (2, {"FASTAGG_TRANSPORT": "backend"}), (4, {"TWO_HOSTS": "1"})],
+    ids=["memory", "backend", "both"],
+)
+def test_a_call_that_one_rank_refuses_is_an_error_of_all(world: int, environment: dict[str, str]) -> None:
+    run_ranks(REFUSED, world, TIMEOUT="30", **environment)
 
 
 LATE = """
