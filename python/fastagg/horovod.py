@@ -192,7 +192,11 @@ def allreduce_(
     postscale_factor: float = 1.0,
     process_set: dist.ProcessGroup | None = global_process_set,
 ) -> torch.Tensor:
-    """The same in place, without gradients."""
+    """The same in place, without gradients.
+
+    Raises:
+        TypeError, ValueError: as there.
+    """
     with _refusing_to_reduce(tensor, process_set):
         _check_is_tensor(tensor)
         operation, group = _operation(op, average), _group(process_set)
@@ -207,7 +211,11 @@ def broadcast(
     name: str | None = None,
     process_set: dist.ProcessGroup | None = global_process_set,
 ) -> torch.Tensor:
-    """The root's tensor, as a new one; the mean of all ranks' gradients flows back to the root, zeros to the others."""
+    """The root's tensor, as a new one; the mean of all ranks' gradients flows back to the root, zeros to the others.
+
+    Raises:
+        TypeError, ValueError: as `fastagg.broadcast_parameters`.
+    """
     with refusing(process_set):
         _check_is_tensor(tensor)
         group = _group(process_set)
@@ -221,7 +229,11 @@ def broadcast_(
     name: str | None = None,
     process_set: dist.ProcessGroup | None = global_process_set,
 ) -> torch.Tensor:
-    """The root's tensor, in place, without gradients."""
+    """The root's tensor, in place, without gradients.
+
+    Raises:
+        TypeError, ValueError: as `fastagg.broadcast_parameters`.
+    """
     broadcasting.broadcast_parameters([(name or "tensor", tensor)], root_rank, group=_group(process_set))
     return tensor
 
