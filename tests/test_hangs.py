@@ -100,6 +100,96 @@ def test_what_is_no_group_of_this_rank_is_named() -> None:
     run_ranks(GROUPS, 2)
 
 
+REFUSED = """
+import numpy
+if "TWO_HOSTS" in os.environ:
+    os.environ["FASTAGG_HOST"] = str(rank // 2)
+import fastagg.horovod as hvd
+from fastagg.distributed.broadcast import broadcast_object
+from fastagg.ranks import merge_over_ranks
+wrong = rank == 0  # the others make the same call rightly
+whole, ones, floating = torch.ones(3, dtype=torch.long), torch.ones(3), lambda: torch.full((3,), rank + 1.0)
+optimizer = torch.optim.SGD([torch.nn.Parameter(ones.clone())], lr=0.1)
+def make(module=fastagg, **options):
+    parameter = torch.nn.Parameter(torch.ones(3))
+    return module.DistributedOptimizer(torch.optim.SGD([parameter], lr=0.1), **(options if wrong else {}))
+def failing():
+    yield "x", ones.clone()
+    if wrong:
+        raise RuntimeError("the disk is gone")
+class Unreadable:
+    def __reduce__(self):
+        return Unreadable._read, (0,)
+    @staticmethod
+    def _read(_):
+        if dist.get_rank() == 0:
+            raise AttributeError("no such class here")
+class BadState(torch.optim.SGD):
+    def state_dict(self):
+        raise RuntimeError("no state here")
+bad = BadState([torch.nn.Parameter(ones.clone())], lr=0.1)
+class Unlucky(fastagg.Accumulator):
+    def state_dict(self):
+        if wrong:
+            raise MemoryError("no memory here")
+        return super().state_dict()
+calls = (
+    (lambda: hvd.allreduce(floating(), op="Max" if wrong else None), "op: expected Average or Sum"),
+    (lambda: hvd.allreduce_(floating(), op="Max" if wrong else None), "op: expected Average or Sum"),
+    (lambda: hvd.allreduce(floating(), average=True, op=hvd.Sum if wrong else None), "average and op"),
+    (lambda: hvd.allreduce(floating(), compression=3 if wrong else "fp16"), "compression"),
+    (lambda: hvd.allreduce(floating(), compression="fp7" if wrong else "fp16"), "wire"),
+    (lambda: hvd.allreduce(floating(), prescale_factor="2" if wrong else 1.0), "TypeError"),
+    (lambda: hvd.allreduce(floating(), process_set=dist.group.WORLD, op="x" if wrong else None), "op"),
+    (lambda: hvd.allreduce(whole, prescale_factor=2 if wrong else 1.0), "integers need 1"),
+    (lambda: hvd.allreduce_(whole.to("meta") if wrong else whole.clone()), "meta"),
+    (lambda: hvd.allreduce([1.0] if wrong else floating()), "expected a torch.Tensor, got list"),
+    (lambda: hvd.allreduce_([1.0] if wrong else floating()), "expected a torch.Tensor, got list"),
+    (lambda: hvd.broadcast([1.0] if wrong else floating(), 0), "expected a torch.Tensor, got list"),
+    (lambda: hvd.broadcast_([1.0] if wrong else floating(), 0), "expected a torch.Tensor, got list"),
+    (lambda: hvd.broadcast(floating(), "x" if wrong else 0), "root_rank: expected an integer"),
+    (lambda: hvd.broadcast_(floating(), None if wrong else 0), "root_rank: expected an integer"),
+    (lambda: hvd.broadcast_object(1, 0.5 if wrong else 0), "root_rank: expected an integer"),
+    (lambda: hvd.broadcast_parameters({"x": ones, 1: ones} if wrong else {"x": ones}), "TypeError"),
+    (lambda: hvd.broadcast_optimizer_state(None if wrong else optimizer), "torch.optim.Optimizer, got NoneType"),
+    (lambda: make(hvd, num_groups=1), "num_groups"),
+    (lambda: make(hvd, sparse_as_dense=True), "sparse_as_dense"),
+    (lambda: make(hvd, named_parameters=failing()), "the disk is gone"),
+    (lambda: make(fusion_bytes=0), "fusion_bytes: expected 1 or more, got 0"),
+    (lambda: make(fusion_bytes="much"), "TypeError"),
+    (lambda: fastagg.broadcast_parameters(failing()), "the disk is gone"),
+    (lambda: fastagg.broadcast_parameters({"x": ones}, numpy.float64(0) if wrong else 0), "root_rank"),
+    (lambda: fastagg.broadcast_optimizer_state(bad), "no state here"),
+    (lambda: broadcast_object(Unreadable(), 1), "no such class here"),
+    (lambda: broadcast_object(failing() if wrong else 1), "pickle"),
+    (lambda: fastagg.all_reduce(failing() if wrong else floating()), "sequence of tensors"),
+    (lambda: merge_over_ranks(Unlucky()), "no memory here"),
+)
+for place, (call, told) in enumerate(calls):
+    try:
+        call()
+    except fastagg.PeerError:
+        raise
+    except Exception as error:
+        assert told in str(error) or told in type(error).__name__, (place, error)
+        assert wrong or isinstance(error, ValueError) and "rank 0" in str(error), (place, error)
+    else:
+        raise AssertionError(f"no error in call {place}")
+    after = hvd.allreduce(torch.full((3,), 10.0 * (rank + 1)))
+    assert torch.all(after == 5 * (world + 1)), (place, after)  # not what belongs to another call
+    assert broadcast_object(place + rank, numpy.int64(1)) == place + 1
+"""
+
+
+@pytest.mark.parametrize(
+    ("world", "environment"),
+    [(2, {}), (2, {"FASTAGG_TRANSPORT": "backend"}), (4, {"TWO_HOSTS": "1"})],
+    ids=["memory", "backend", "both"],
+)
+def test_a_call_that_one_rank_refuses_is_an_error_of_all(world: int, environment: dict[str, str]) -> None:
+    run_ranks(REFUSED, world, TIMEOUT="30", **environment)
+
+
 LATE = """
 fastagg.all_reduce(torch.ones(10))
 time.sleep(1.6 * rank)

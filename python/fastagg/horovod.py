@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 from fastagg._extras import needing
@@ -23,10 +24,10 @@ with needing("torch", __name__):
 from fastagg._native.codes import FLOATS, WIRES, code_of_dtype
 from fastagg.distributed import broadcast as broadcasting
 from fastagg.distributed import optimizer as distributed_optimizer
-from fastagg.distributed.channels import group_of
-from fastagg.distributed.collectives import OPERATIONS, reduce_named
+from fastagg.distributed.channels import group_of, refusing
+from fastagg.distributed.collectives import OPERATIONS, device_of, reduce_named
 from fastagg.distributed.messages import add_up, gather
-from fastagg.distributed.named_tensors import description
+from fastagg.distributed.named_tensors import check_tensor, description
 from fastagg.distributed.optimizer import SynchronizedOptimizer
 
 __all__ = [
@@ -131,19 +132,17 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
     Raises:
         TypeError, ValueError: as there, and for what fastagg does not have.
     """
-    operation = _operation(op, None)
-    _refuse(
-        gradient_predivide_factor != 1.0 and operation != Average, "gradient_predivide_factor: it needs op=Average"
-    )  # which is divided once, in float32: the factor, which would keep sums in range, cancels out
-    _refuse(num_groups != 0 or groups is not None, "num_groups, groups: fastagg.DistributedOptimizer has fusion_bytes")
-    _refuse(sparse_as_dense, "sparse_as_dense: expected False, sparse gradients are not supported")
+    with refusing(process_set):
+        group, operation, wire = _group(process_set), _operation(op, None), _wire(compression)
+        _refuse(
+            gradient_predivide_factor != 1.0 and operation != Average, "gradient_predivide_factor: it needs op=Average"
+        )  # which is divided once, in float32: the factor, which would keep sums in range, cancels out
+        has_groups = num_groups != 0 or groups is not None
+        _refuse(has_groups, "num_groups, groups: fastagg.DistributedOptimizer has fusion_bytes")
+        _refuse(sparse_as_dense, "sparse_as_dense: expected False, sparse gradients are not supported")
+        named = _of_the_optimizer(optimizer, named_parameters)
     return distributed_optimizer.DistributedOptimizer(
-        optimizer,
-        _of_the_optimizer(optimizer, named_parameters),
-        wire=_wire(compression),
-        op=operation,
-        backward_passes_per_step=backward_passes_per_step,
-        group=_group(process_set),
+        optimizer, named, wire=wire, op=operation, backward_passes_per_step=backward_passes_per_step, group=group
     )
 
 
@@ -174,10 +173,12 @@ def allreduce(
     Raises:
         TypeError, ValueError: as `fastagg.all_reduce`, and for what fastagg does not have.
     """
-    reduction = _Reduction(
-        *(name or "", _operation(op, average), _wire(compression)),
-        *(prescale_factor, postscale_factor, _group(process_set)),
-    )
+    with _refusing_to_reduce(tensor, process_set):
+        _check_is_tensor(tensor)
+        reduction = _Reduction(
+            *(name or "", _operation(op, average), _wire(compression)),
+            *(prescale_factor, postscale_factor, _group(process_set)),
+        )
     result: torch.Tensor = _AllReduce.apply(tensor, reduction)  # type: ignore[no-untyped-call]
     return result
 
@@ -191,9 +192,15 @@ def allreduce_(
     postscale_factor: float = 1.0,
     process_set: dist.ProcessGroup | None = global_process_set,
 ) -> torch.Tensor:
-    """The same in place, without gradients."""
-    operation, group = _operation(op, average), _group(process_set)
-    reduction = _Reduction(name or "", operation, Compression.none, prescale_factor, postscale_factor, group)
+    """The same in place, without gradients.
+
+    Raises:
+        TypeError, ValueError: as there.
+    """
+    with _refusing_to_reduce(tensor, process_set):
+        _check_is_tensor(tensor)
+        operation, group = _operation(op, average), _group(process_set)
+        reduction = _Reduction(name or "", operation, Compression.none, prescale_factor, postscale_factor, group)
     reduction.make(tensor.detach())
     return tensor
 
@@ -204,8 +211,15 @@ def broadcast(
     name: str | None = None,
     process_set: dist.ProcessGroup | None = global_process_set,
 ) -> torch.Tensor:
-    """The root's tensor, as a new one; the mean of all ranks' gradients flows back to the root, zeros to the others."""
-    result: torch.Tensor = _Broadcast.apply(tensor, root_rank, name, process_set)  # type: ignore[no-untyped-call]
+    """The root's tensor, as a new one; the mean of all ranks' gradients flows back to the root, zeros to the others.
+
+    Raises:
+        TypeError, ValueError: as `fastagg.broadcast_parameters`.
+    """
+    with refusing(process_set):
+        _check_is_tensor(tensor)
+        group = _group(process_set)
+    result: torch.Tensor = _Broadcast.apply(tensor, root_rank, name, group)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -215,7 +229,11 @@ def broadcast_(
     name: str | None = None,
     process_set: dist.ProcessGroup | None = global_process_set,
 ) -> torch.Tensor:
-    """The root's tensor, in place, without gradients."""
+    """The root's tensor, in place, without gradients.
+
+    Raises:
+        TypeError, ValueError: as `fastagg.broadcast_parameters`.
+    """
     broadcasting.broadcast_parameters([(name or "tensor", tensor)], root_rank, group=_group(process_set))
     return tensor
 
@@ -236,8 +254,10 @@ def broadcast_parameters(
     process_set: dist.ProcessGroup | None = global_process_set,
 ) -> None:
     """Gives all ranks the root's parameters: `fastagg.broadcast_parameters`; a dict's order is of no account."""
-    given = dict(sorted(params.items())) if isinstance(params, Mapping) else params
-    broadcasting.broadcast_parameters(given, root_rank, group=_group(process_set))
+    with refusing(process_set):
+        group = _group(process_set)
+        given = dict(sorted(params.items())) if isinstance(params, Mapping) else params
+    broadcasting.broadcast_parameters(given, root_rank, group=group)
 
 
 def broadcast_optimizer_state(
@@ -262,20 +282,24 @@ class _Reduction(NamedTuple):
 
     def make(self, tensor: torch.Tensor) -> None:
         """Reduces in place."""
-        if code_of_dtype(tensor.dtype) not in FLOATS and not tensor.is_complex():
+        if _is_of_integers(tensor):
             self._add_up_integers(tensor)
             return
-        if self.prescale != 1.0:
-            tensor.mul_(self.prescale)
+        with _refusing_to_reduce(tensor, self.group):
+            if self.prescale != 1.0:
+                tensor.mul_(self.prescale)
         reduce_named(tensor, self.name, self.op, self.wire, self.group)
         if self.postscale != 1.0:
             tensor.mul_(self.postscale)
 
     def _add_up_integers(self, tensor: torch.Tensor) -> None:
-        _refuse((self.prescale, self.postscale) != (1.0, 1.0), "prescale_factor, postscale_factor: integers need 1")
-        group = group_of(self.group)
-        whole = tensor.contiguous()
-        add_up(whole, f"allreduce {self.name!r}, {self.op} of {description('tensor', tensor)}", group)
+        with _refusing_to_reduce(tensor, self.group):
+            _refuse((self.prescale, self.postscale) != (1.0, 1.0), "prescale_factor, postscale_factor: integers need 1")
+            check_tensor("tensor", tensor)
+            group = group_of(self.group)
+            whole = tensor.contiguous()
+            title = f"allreduce {self.name!r}, {self.op} of {description('tensor', tensor)}"
+        add_up(whole, title, group)
         if self.op == Average:
             whole.copy_(torch.div(whole, dist.get_world_size(group), rounding_mode="trunc"))
         if whole is not tensor:
@@ -288,7 +312,8 @@ class _AllReduce(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, tensor: torch.Tensor, reduction: _Reduction) -> torch.Tensor:
         context.reduction = reduction
-        result = tensor.clone()
+        with _refusing_to_reduce(tensor, reduction.group):
+            result = tensor.clone()
         reduction.make(result)
         return result
 
@@ -305,13 +330,31 @@ class _Broadcast(torch.autograd.Function):
         context: Any, tensor: torch.Tensor, root: int, name: str | None, group: dist.ProcessGroup | None
     ) -> torch.Tensor:
         context.options = root, name, group
-        return broadcast_(tensor.clone(), root, name, group)
+        with refusing(group):
+            copied = tensor.clone()
+        return broadcast_(copied, root, name, group)
 
     @staticmethod
     def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         root, name, group = context.options
         mean = allreduce(gradient, name=name and f"gradient of {name}", process_set=group)
         return mean if dist.get_rank() == root else torch.zeros_like(mean), None, None, None
+
+
+def _refusing_to_reduce(tensor: Any, process_set: Any) -> AbstractContextManager[None]:
+    """`refusing`, before an all-reduce of this tensor."""
+    return refusing(process_set, None if _is_of_integers(tensor) else device_of(tensor))
+
+
+def _is_of_integers(tensor: Any) -> bool:
+    """Whether it is added up in its own arithmetic, as bytes on the host."""
+    is_tensor = isinstance(tensor, torch.Tensor)
+    return is_tensor and code_of_dtype(tensor.dtype) not in FLOATS and not tensor.is_complex()
+
+
+def _check_is_tensor(tensor: Any) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"tensor: expected a torch.Tensor, got {type(tensor).__name__}")
 
 
 def _of_the_optimizer(optimizer: Any, named_parameters: Any) -> Any:

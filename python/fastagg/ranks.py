@@ -16,7 +16,7 @@ with needing("torch", __name__):
 from fastagg._errors import PeerError
 from fastagg._updates.structure import Structure
 from fastagg.averaging.accumulator import Accumulator
-from fastagg.distributed.channels import group_of
+from fastagg.distributed.channels import group_of, refusing
 from fastagg.distributed.host_executor import in_another_thread
 from fastagg.distributed.messages import gather
 
@@ -91,13 +91,15 @@ def _agreed_state(accumulator: Accumulator, link: _Link, root: int | None) -> St
         TypeError, ValueError: they do not, or one has wrong arguments; on every rank.
     """
     state: State = {}
-    try:
-        _check_arguments(accumulator, root, link.names)
-        state = accumulator.state_dict()  # updates that waited are folded here
-        outline = _outline(state, root)
-    except (TypeError, ValueError) as error:  # raised once all know it: the others would wait for this rank
-        outline = _Outline(None, "", False, "", None, error)
-    everyone = [pickle.loads(one) for one in gather(pickle.dumps(outline), "merge_over_ranks", link.group)]
+    with refusing(link.group):
+        try:
+            _check_arguments(accumulator, root, link.names)
+            state = accumulator.state_dict()  # updates that waited are folded here
+            outline = _outline(state, root)
+        except (TypeError, ValueError) as error:  # raised once all know it, on all as it is here
+            outline = _Outline(None, "", False, "", None, error)
+        own = pickle.dumps(outline)
+    everyone = [pickle.loads(one) for one in gather(own, "merge_over_ranks", link.group)]
     reference = _check_alike(everyone, link.names)
     if state["structure"] is None and reference.device == "cuda":
         state["device"] = f"cuda:{torch.cuda.current_device()}"

@@ -25,7 +25,7 @@ with needing("torch", __name__):
 from fastagg._native.codes import wire_name
 from fastagg.ddp.hook import all_reduce_hook
 from fastagg.ddp.state import AllReduceState
-from fastagg.distributed.channels import group_of
+from fastagg.distributed.channels import group_of, refusing
 from fastagg.distributed.named_tensors import check_alike
 
 # The share of a step that is worth a word: what a few steps cannot tell apart is less.
@@ -133,9 +133,10 @@ def report(
         ValueError: wrong arguments, or other ones on another rank; or a step that yields no gradients, or others at
             every call.
     """
-    _check(model, step, wires, steps, warmup)
-    different_wires = dict.fromkeys(map(wire_name, wires))
-    group = group_of(process_group)
+    with refusing(process_group):
+        _check(model, step, wires, steps, warmup)
+        different_wires = dict.fromkeys(map(wire_name, wires))
+        group = group_of(process_group)
     check_alike([f"wires {', '.join(different_wires)}", f"{steps=}, {warmup=}"], group)
     states = [AllReduceState(group, wire) for wire in different_wires]
     hooks = [(None, noop_hook), None, *((state, all_reduce_hook) for state in states)]

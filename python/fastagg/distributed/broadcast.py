@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import importlib
-import json
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fastagg._extras import needing
@@ -15,7 +13,8 @@ with needing("torch", __name__):
     import torch
     import torch.distributed as dist
 
-from fastagg.distributed.channels import group_of, host_channel_of
+from fastagg._arguments import as_integer
+from fastagg.distributed.channels import group_of, refusing
 from fastagg.distributed.messages import broadcast, gather
 from fastagg.distributed.named_tensors import (
     FUSION_BYTES,
@@ -42,15 +41,15 @@ def broadcast_parameters(
         group: the process group; None for the default one.
 
     Raises:
-        TypeError: something else among them.
+        TypeError: something else among them, or a root that is no integer.
         ValueError: a name that occurs twice; or ranks that differ in names, shapes or dtypes, on every rank.
     """
-    with _refusing(group):
+    with refusing(group):
         named = named_tensors("parameters", parameters)
-        group = _group_with(root_rank, group)
-    lines = [f"root_rank {root_rank}", *(description(name, tensor) for name, tensor in named)]
+        group, root = _group_and_root(group, root_rank)
+        lines = [f"root_rank {root}", *(description(name, tensor) for name, tensor in named)]
     check_alike(lines, group, "broadcast_parameters")
-    _broadcast([tensor.detach() for _, tensor in named], root_rank, group)
+    _broadcast([tensor.detach() for _, tensor in named], root, group)
 
 
 def broadcast_optimizer_state(
@@ -66,12 +65,14 @@ def broadcast_optimizer_state(
         group: the process group; None for the default one.
 
     Raises:
+        TypeError: no optimizer, or a root that is no integer.
         ValueError: ranks that differ in the optimizer's class or parameters, on every rank.
     """
-    with _refusing(group):
-        group, outline = _group_with(root_rank, group), _outline(optimizer)
-    check_alike([f"root_rank {root_rank}", *outline], group, "broadcast_optimizer_state")
-    is_root, tensors = dist.get_rank() == root_rank, []
+    with refusing(group):
+        group, root = _group_and_root(group, root_rank)
+        outline = _outline(optimizer)
+    check_alike([f"root_rank {root}", *outline], group, "broadcast_optimizer_state")
+    is_root, tensors = dist.get_rank() == root, []
 
     def taken_out(leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor):
@@ -85,10 +86,12 @@ def broadcast_optimizer_state(
         tensors.append(torch.empty_strided(leaf.shape, leaf.strides, dtype=leaf.dtype))
         return tensors[-1]
 
-    structure = _mapped(optimizer.state_dict(), taken_out) if is_root else None
-    structure = broadcast_object(structure, root_rank, group=group)
-    state = None if is_root else _mapped(structure, put_in)
-    _broadcast(tensors, root_rank, group)
+    with refusing(group):
+        structure = _mapped(optimizer.state_dict(), taken_out) if is_root else None
+    structure = broadcast_object(structure, root, group=group)
+    with refusing(group):
+        state = None if is_root else _mapped(structure, put_in)
+    _broadcast(tensors, root, group)
     if state is not None:
         _adopt(optimizer, state)
 
@@ -104,45 +107,26 @@ def broadcast_object(value: Any, root_rank: int = 0, *, group: dist.ProcessGroup
         group: the process group; None for the default one.
 
     Raises:
+        TypeError: a root that is no integer.
         ValueError: ranks with different roots; or an object of the root's that cannot be pickled, on the other ranks.
         Exception: what pickling raised, on the root; or what unpickling raised on any rank, there, and ValueError
             elsewhere.
     """
-    with _refusing(group):
-        group = _group_with(root_rank, group)
-    is_root, data, problem = dist.get_rank() == root_rank, b"", None
-    if is_root:
-        try:
-            data = _pickler().dumps(value)
-        except Exception as error:  # which pickle raises of any kind; raised once all know it
-            problem = error
-    _agree_that_all_can(problem, root_rank, group)
+    with refusing(group):
+        group, root = _group_and_root(group, root_rank)
+        place, is_root = dist.get_group_rank(group, root), dist.get_rank() == root
+        data = _pickler().dumps(value) if is_root else b""
+    check_alike([f"root_rank {root}"], group, "broadcast_object")
     size = torch.tensor([len(data)], device="cpu")
-    broadcast(size, dist.get_group_rank(group, root_rank), "broadcast_object", group)
-    carried = torch.frombuffer(bytearray(data or b"\0" * int(size)), dtype=torch.uint8)
-    broadcast(carried, dist.get_group_rank(group, root_rank), "broadcast_object", group)
-    if not is_root:
-        try:
+    broadcast(size, place, "broadcast_object", group)
+    with refusing(group):
+        carried = torch.frombuffer(bytearray(data or b"\0" * int(size)), dtype=torch.uint8)
+    broadcast(carried, place, "broadcast_object", group)
+    with refusing(group):
+        if not is_root:
             value = pickle.loads(bytes(carried.numpy()))
-        except Exception as error:
-            problem = error
-    _agree_that_all_can(problem, root_rank, group)
+    gather(b"", "broadcast_object", group)  # all could read it
     return value
-
-
-def _agree_that_all_can(problem: Exception | None, root_rank: int, group: dist.ProcessGroup) -> None:
-    """Raises on every rank if one has a problem, or another root."""
-    text = "" if problem is None else f"{type(problem).__name__}: {problem}"
-    everyone = gather(json.dumps([root_rank, text]).encode(), "broadcast_object", group)
-    if problem is not None:
-        raise problem
-    own = dist.get_rank()
-    for name, answer in zip(dist.get_process_group_ranks(group), everyone, strict=True):
-        theirs, text = json.loads(answer)
-        if text:
-            raise ValueError(f"rank {name} cannot pickle the object, or read it: {text}")
-        if theirs != root_rank:
-            raise ValueError(f"ranks differ: rank {own} has root_rank {root_rank}, rank {name} has root_rank {theirs}")
 
 
 def _pickler() -> Any:
@@ -153,17 +137,6 @@ def _pickler() -> Any:
         return pickle
 
 
-@contextmanager
-def _refusing(group: dist.ProcessGroup | None) -> Iterator[None]:
-    """Tells the other ranks of wrong arguments: they would wait for this one."""
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        if dist.is_initialized():
-            host_channel_of(group_of(group)).refuse(error)
-        raise
-
-
 class _Place(NamedTuple):
     """Where a tensor belongs in a structure that travels without its tensors."""
 
@@ -172,25 +145,26 @@ class _Place(NamedTuple):
     dtype: torch.dtype
 
 
-def _group_with(root_rank: int, group: dist.ProcessGroup | None) -> dist.ProcessGroup:
-    """The group.
+def _group_and_root(group: dist.ProcessGroup | None, root_rank: Any) -> tuple[dist.ProcessGroup, int]:
+    """The group, and the global rank in it as Python's own integer.
 
     Raises:
-        ValueError: the root is none of its ranks.
+        TypeError, ValueError: there is no such group; the root is no integer, or none of its ranks.
     """
-    group = group_of(group)
+    group, root = group_of(group), as_integer(root_rank, "root_rank")
     members = dist.get_process_group_ranks(group)
-    if root_rank not in members:
-        raise ValueError(f"root_rank: expected a global rank of the group, one of {members}, got {root_rank!r}")
-    return group
+    if root not in members:
+        raise ValueError(f"root_rank: expected a global rank of the group, one of {members}, got {root}")
+    return group, root
 
 
-def _broadcast(tensors: Sequence[torch.Tensor], root_rank: int, group: dist.ProcessGroup) -> None:
+def _broadcast(tensors: Sequence[torch.Tensor], root: int, group: dist.ProcessGroup) -> None:
     """Broadcasts tensors, fused by dtype, as bytes: backends do not know every dtype."""
     for batch in batches(tensors, FUSION_BYTES):
         members = [tensors[place] for place in batch]
-        flat = torch.cat([tensor.reshape(-1) for tensor in members])
-        broadcast(flat, dist.get_group_rank(group, root_rank), "a broadcast of tensors", group)
+        with refusing(group):
+            flat = torch.cat([tensor.reshape(-1) for tensor in members])
+        broadcast(flat, dist.get_group_rank(group, root), "a broadcast of tensors", group)
         begin = 0
         for tensor in members:
             tensor.copy_(flat[begin : begin + tensor.numel()].view(tensor.shape))

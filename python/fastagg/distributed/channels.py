@@ -9,7 +9,7 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
@@ -96,11 +96,9 @@ class Channel:
         self._calls += 1
 
     def refuse(self, error: Exception) -> None:
-        """Tells the others, without waiting for them, that this rank's call was wrong."""
-        if not isinstance(self.line, Line):
-            return  # a device's exchanges meet at its pace: there the others find out by the timeout
-        text = f"refused it: {type(error).__name__}: {error}".encode()[: core.DESCRIPTION_BYTES - 1]
-        self.line.submit(lambda: self.host_transport.agree(text.decode(errors="ignore")))
+        """Tells the others, without waiting for them, that this rank's call was wrong; of a channel on the host."""
+        text = f"refused it: {type(error).__name__}: {error}".encode(errors="replace")[: core.DESCRIPTION_BYTES - 1]
+        cast(Line, self.line).submit(lambda: self.host_transport.agree(text.decode(errors="ignore")))
 
     def interrupt(self) -> None:
         """Ends what is under way in another thread: the others will know that this rank has left."""
@@ -206,6 +204,30 @@ def channel_of(group: dist.ProcessGroup, device: torch.device = _CPU) -> Channel
 def host_channel_of(group: dist.ProcessGroup) -> Channel:
     """The group's channel for bytes on the host, whatever serves CPU tensors (in tests, kernels of a device)."""
     return channel_of(group, _CPU if backend_for("cpu") is None else _HOST)
+
+
+@contextlib.contextmanager
+def refusing(group: Any, device: torch.device | None = None) -> Iterator[None]:
+    """Around what a rank does before an exchange: tells the others, who would wait for this one, if it goes wrong.
+
+    It counts as the exchange, on all ranks. So it must not be put around one.
+
+    Args:
+        group: as it was given: where it is wrong, nobody knows whom to tell.
+        device: where the tensors are that the others exchange; None: they exchange bytes on the host.
+    """
+    try:
+        yield
+    except Exception as error:
+        if device is None or not _meet_on(device):
+            with contextlib.suppress(TypeError, ValueError):  # there may be no group
+                host_channel_of(group_of(group)).refuse(error)
+        raise
+
+
+def _meet_on(device: torch.device) -> bool:
+    """Whether exchanges meet at a device's pace: there the others find out by the timeout."""
+    return device.type == "cuda" or backend_for("cpu") is not None
 
 
 def _channel_of(group: weakref.ref[dist.ProcessGroup], device: torch.device) -> Channel:

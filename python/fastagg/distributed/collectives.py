@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ with needing("torch", __name__):
 from fastagg._arrays.plain_tensors import check_plain, check_writable, in_order
 from fastagg._native.codes import FLOATS, WIRES, Code, code_of_dtype, wire_name
 from fastagg._native.operands import RandomKey
-from fastagg.distributed.channels import channel_of, group_of
+from fastagg.distributed.channels import channel_of, group_of, refusing
 from fastagg.distributed.exchange.exchange import NO_KEY, Encoding, Exchange, Outcome
 from fastagg.distributed.host_executor import Work
 from fastagg.distributed.stream_executor import DeviceWork
@@ -91,17 +90,13 @@ def reduce_named(tensor: torch.Tensor, name: str, op: str, wire: Any, group: dis
 
 def begin_all_reduce(given: Any, options: _Options, group: Any, *, async_op: bool) -> Work | DeviceWork | None:
     """`all_reduce`; wrong arguments of one rank are told to the others, who would wait for it."""
-    try:
+    with refusing(group, device_of(given)):
         tensors = _tensors(given)
         if options.op not in OPERATIONS:
             raise ValueError(f"op: expected one of {', '.join(OPERATIONS)}, got {options.op!r}")
         wire = wire_name(options.wire)
         block = check_block(wire, options.block)
         random_key(wire, options.rounding, options.seed)
-    except (TypeError, ValueError) as error:
-        with contextlib.suppress(TypeError, ValueError):  # there may be no group
-            channel_of(group_of(group)).refuse(error)
-        raise
     group = group_of(group)
     channel = channel_of(group, tensors[0][0].device if tensors else torch.device("cpu"))
 
@@ -123,6 +118,12 @@ def begin_all_reduce(given: Any, options: _Options, group: Any, *, async_op: boo
         return channel.line.begin(reduce_all, own)
     channel.line.run(reduce_all, own)
     return None
+
+
+def device_of(given: Any) -> torch.device:
+    """Where the first tensor is; the CPU if there is none."""
+    tensors = given if isinstance(given, Sequence) else [given]
+    return next((tensor.device for tensor in tensors if isinstance(tensor, torch.Tensor)), torch.device("cpu"))
 
 
 def encoding_of(wire: str, code: Code, block: int | None, key: RandomKey | None) -> Encoding:

@@ -16,7 +16,7 @@ with needing("torch", __name__):
     import torch.distributed as dist
 
 from fastagg._native.codes import FLOATS, code_of_dtype, wire_name
-from fastagg.distributed.channels import group_of
+from fastagg.distributed.channels import group_of, refusing
 from fastagg.distributed.collectives import OPERATIONS
 from fastagg.distributed.fused_gradients import FusedGradients
 from fastagg.distributed.named_tensors import (
@@ -64,25 +64,32 @@ def DistributedOptimizer(  # noqa: N802 - the name that Horovod's users know
         TypeError: a parameter of a dtype without a wire.
         ValueError: wrong names or arguments; or ranks that differ in parameters or arguments, on every rank.
     """
-    _check_optimizer(optimizer)
-    wire = wire_name(wire)
-    if op not in OPERATIONS:
-        raise ValueError(f"op: expected one of {', '.join(OPERATIONS)}, got {op!r}")
-    if backward_passes_per_step < 1:
-        raise ValueError(f"backward_passes_per_step: expected 1 or more, got {backward_passes_per_step}")
-    if fusion_bytes < 1:
-        raise ValueError(f"fusion_bytes: expected 1 or more, got {fusion_bytes}")
-    named = _named(optimizer, named_parameters)
-    trainable = [(name, parameter) for name, parameter in named if parameter.requires_grad]
-    if not trainable:
-        raise ValueError("optimizer: none of its parameters requires a gradient")
-    group = group_of(group)
-    options = f"{wire=}, {op=}, {backward_passes_per_step=}, {fusion_bytes=}"
-    lines = [f"{description(name, parameter)}, strides {dense_strides(parameter)}" for name, parameter in trainable]
+    with refusing(group):
+        _check_optimizer(optimizer)
+        wire = wire_name(wire)
+        if op not in OPERATIONS:
+            raise ValueError(f"op: expected one of {', '.join(OPERATIONS)}, got {op!r}")
+        if backward_passes_per_step < 1:
+            raise ValueError(f"backward_passes_per_step: expected 1 or more, got {backward_passes_per_step}")
+        if fusion_bytes < 1:
+            raise ValueError(f"fusion_bytes: expected 1 or more, got {fusion_bytes}")
+        named = _named(optimizer, named_parameters)
+        trainable = [(name, parameter) for name, parameter in named if parameter.requires_grad]
+        if not trainable:
+            raise ValueError("optimizer: none of its parameters requires a gradient")
+        group = group_of(group)
+        options = f"{wire=}, {op=}, {backward_passes_per_step=}, {fusion_bytes=}"
+        lines = [f"{description(name, parameter)}, strides {dense_strides(parameter)}" for name, parameter in trainable]
     check_alike([options, *lines], group)
-    gradients = FusedGradients(
-        trainable, wire=wire, op=op, backward_passes=backward_passes_per_step, fusion_bytes=fusion_bytes, group=group
-    )
+    with refusing(group):
+        gradients = FusedGradients(
+            trainable,
+            wire=wire,
+            op=op,
+            backward_passes=backward_passes_per_step,
+            fusion_bytes=fusion_bytes,
+            group=group,
+        )
     vars(optimizer).pop("step", None)  # a scheduler's, around the step that is replaced
     kind = type(optimizer)
     optimizer.__class__ = type(kind.__name__, (SynchronizedOptimizer, kind), {})

@@ -26,10 +26,10 @@ class BackendTransport:
         self._descriptions: _Descriptions | None = None  # kept for the same reason as the buffers
         self._sent: torch.Tensor | None = None
 
-    def refuse(self) -> None:
-        """Takes part in an agreement that cannot be: every rank raises ValueError."""
+    def refuse(self, reason: str) -> None:
+        """Takes part in an agreement that cannot be, for ranks of a host differ: every rank raises ValueError."""
         with contextlib.suppress(ValueError):
-            self.agree("operands that differ inside its host")
+            self.agree(f"operands that differ inside its host: {reason}")
 
     def agree(self, description: str) -> None:
         """Raises ValueError on every rank if one was called with something else."""
@@ -80,7 +80,8 @@ class _Descriptions:
 
     def __init__(self, group: PrivateGroup, own: str) -> None:
         self._group = group
-        self._own = torch.frombuffer(bytearray(own.encode().ljust(core.DESCRIPTION_BYTES, b"\0")), dtype=torch.uint8)
+        row = own.encode()[: core.DESCRIPTION_BYTES - 1].ljust(core.DESCRIPTION_BYTES, b"\0")
+        self._own = torch.frombuffer(bytearray(row), dtype=torch.uint8)
         self._everyone = torch.empty(group.world * len(self._own), dtype=torch.uint8, device="cpu")
         self._work = group.all_gather(self._everyone, self._own)
 
@@ -91,5 +92,5 @@ class _Descriptions:
         rows = [bytes(row) for row in self._everyone.numpy().reshape(self._group.world, -1)]
         for peer, row in enumerate(rows):
             if row != rows[rank]:
-                theirs, own = (text.rstrip(b"\0").decode() for text in (row, rows[rank]))
+                theirs, own = (text.rstrip(b"\0").decode(errors="ignore") for text in (row, rows[rank]))
                 raise ValueError(f"rank {names[peer]} has {theirs}; rank {names[rank]} has {own}")

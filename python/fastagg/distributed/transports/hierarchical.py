@@ -99,8 +99,8 @@ class HierarchicalTransport:
         """Raises ValueError on every rank of every host if one was called with something else."""
         try:
             self._inner.agree(description)
-        except ValueError:
-            self._outer.refuse()  # the other hosts' ranks must not go on either
+        except ValueError as error:
+            self._outer.refuse(str(error))  # the other hosts' ranks must not go on either
             raise
         self._outer.agree(description)
 
