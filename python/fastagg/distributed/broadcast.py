@@ -83,7 +83,7 @@ def broadcast_optimizer_state(
     def put_in(leaf: Any) -> Any:
         if not isinstance(leaf, _Place):
             return leaf
-        tensors.append(torch.empty_strided(leaf.shape, leaf.strides, dtype=leaf.dtype))
+        tensors.append(torch.empty_strided(leaf.shape, leaf.strides, dtype=leaf.dtype, device="cpu"))
         return tensors[-1]
 
     with refusing(group):
