@@ -174,8 +174,8 @@ class FedBuff(VersionedServer):
             return own
         if _leaves_of_buffer(saved) != self._leaves_for_buffer():
             raise ValueError("state: its buffer is of another model, or has summed integers under another policy")
-        for name in ("nan_policy", "integer_policy", "batch", "low_memory"):
-            setattr(buffer, name, getattr(own, name))
+        options = {name: getattr(own, name) for name in ("nan_policy", "integer_policy", "batch", "low_memory")}
+        buffer.load_state_dict({**saved, **options})
         return buffer
 
     def _leaves_for_buffer(self) -> dict[Any, tuple[Any, ...]]:

@@ -16,7 +16,7 @@ import numpy as np
 
 from fastagg._extras import needing
 
-with needing("torch", __name__):
+with needing("torch", "fastagg.ddp"):
     import torch
     import torch.distributed as dist
     from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook

@@ -4,7 +4,7 @@
 
 from fastagg._extras import needing
 
-with needing("torch", __name__):
+with needing("torch", "fastagg.ddp"):
     import torch
     import torch.distributed as dist
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from fastagg._extras import needing
 
-with needing("torch", __name__):
+with needing("torch", "fastagg.ddp"):
     import torch
     from torch.amp.grad_scaler import OptState
 from fastagg.ddp.loss_scale import when_backward_begins

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from fastagg._extras import needing
 
-with needing("torch", __name__):
+with needing("torch", "fastagg.ddp"):
     import torch
     import torch.distributed as dist
 
