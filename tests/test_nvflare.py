@@ -459,8 +459,8 @@ def test_job_export_reads_the_arguments(tmp_path: Path) -> None:
     job.export_job(str(tmp_path))
     [config] = tmp_path.rglob("config_fed_server.json")
     text = config.read_text()
-    assert '"path": "fastagg.nvflare.aggregator.FedAvgAggregator"' in text
-    assert '"path": "fastagg.nvflare.filters.QuantizeFilter"' in text
+    assert '"path": "fastagg.nvflare.FedAvgAggregator"' in text
+    assert '"path": "fastagg.nvflare.QuantizeFilter"' in text
     arguments = {one["id"]: one["args"] for one in json.loads(text)["components"]}
     assert arguments["mean"] == {"integer_policy": "first", "batch": 8, "aggregation_weights": {"site-1": 2.0}}
     assert not list(tmp_path.rglob("fastagg"))  # the package's code does not travel with the job
