@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import copy
 import pickle
 import secrets
 import time
@@ -73,9 +72,10 @@ def _spoilt_array(random: np.random.Generator, array: np.ndarray) -> Any:
 
 def _spoilt_codes(random: np.random.Generator, codes: fastagg.Quantized) -> Any:
     """Codes whose fields or pickle were tampered with, where that is allowed."""
-    rebuild, state = codes.__reduce__()[:2]
-    fields = [junk(random, field) if random.random() < 0.5 else field for field in copy.copy(state)]
-    return rebuild(*fields)
+    rebuild, (data, scales) = codes.__reduce__()
+    fields: list[Any] = [data, scales, *rebuild.keywords.values()]
+    data, scales, *described = (junk(random, field) if random.random() < 0.2 else field for field in fields)
+    return rebuild.func(data, scales, **dict(zip(rebuild.keywords, described, strict=True)))
 
 
 def _spoilt_state(random: np.random.Generator, call: Call) -> None:

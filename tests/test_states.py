@@ -190,10 +190,10 @@ def test_arrays_of_a_quantized_that_are_reshaped_leave_it_as_it_is() -> None:
 )
 def test_forged_pickles_of_a_quantized_are_refused(field: str, value: Any) -> None:
     q = fastagg.quantize(np.ones(64, np.float32), "int8", rounding="stochastic", block=64)
-    rebuild, (data, scales, described) = q.__reduce__()
-    assert rebuild(data, scales, described).seed == q.seed
+    rebuild, codes = q.__reduce__()
+    assert rebuild(*codes).seed == q.seed
     with pytest.raises((TypeError, ValueError)):
-        rebuild(data, scales, {**described, field: value})
+        rebuild(*codes, **{field: value})
 
 
 def test_copies_of_a_quantized_hold_the_same() -> None:
