@@ -47,6 +47,11 @@ class Training:
     def backward(self, step, factor=1.0):
         self.scaler.scale(self.loss(step, factor)).backward()
 
+    def step_without_scaling(self, step):
+        self.loss(step).backward()
+        for optimizer in self.optimizers:
+            optimizer.step()
+
     def step(self, *which):
         for optimizer in [self.optimizers[place] for place in which] or self.optimizers:
             self.scaler.step(optimizer)
@@ -106,9 +111,7 @@ def sometimes_unscaled(t):
     for step in range(6):
         t.zero_grad()
         if step % 3 == 1:
-            t.loss(step).backward()
-            for optimizer in t.optimizers:
-                optimizer.step()
+            t.step_without_scaling(step)
         else:
             t.backward(step)
             t.step()
@@ -140,9 +143,7 @@ def failed(t):  # a backward pass that ends half way, before any gradient
             assert "out of memory" in refused(ValueError, t.scaler.scale(outputs.sum()).backward)
             t.scaler.update(256.0)
         if step % 3 == 2:
-            t.loss(step).backward()
-            for optimizer in t.optimizers:
-                optimizer.step()
+            t.step_without_scaling(step)
         else:
             t.backward(step)
             t.step()

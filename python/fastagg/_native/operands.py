@@ -7,44 +7,26 @@ from typing import Any, NamedTuple
 
 from fastagg._native.codes import Code
 
-# csrc/bindings/operands.h reads these.
 # `LeafOperands` as the plain tuple that fedavg and Accumulator.add make of each leaf: it takes a quarter of the time.
 LeafTuple = tuple[list[Any], int | None, list[float], float, int, int, int, int, int, int, float]
-
-
 # (sources, their code or None, factor of the reference)
 MeasurementOperands = tuple[list[Any], int | None, float]
-
-
 # (data, companion, code, block_shift)
 SourceOperands = tuple[int, int, int, int]
-
-
 # (seed, step, tensor, rank)
 RandomKey = tuple[int, int, int, int]
-
-
 # (source, code, block_shift, out, scales, count, stochastic, key, factor)
 CastOperands = tuple[SourceOperands, int, int, int, int, int, bool, RandomKey, float]
-
-
 # (sources, divisor, residual, its factor, error, its factor, raise, result, begin, stretches)
 ReductionOperands = tuple[
     list[SourceOperands], float, int, float, int, float, bool, CastOperands, int, Sequence[tuple[int, int]]
 ]
-
-
 # (window, left out, rows, mixing: rows * clients numbers or None)
 WindowOperands = tuple[int, int, int, list[float] | None]
-
-
 # (rule, learning rate, beta_1, beta_2, tau)
 OptimizerOperands = tuple[int, float, float, float, float]
-
-
 # (model, mean, first moment, second moment, out, code, count)
 ModelLeafOperands = tuple[int, int, int, int, int, int, int]
-
 
 MEAN, MAXIMUM = 0, 1
 
@@ -81,10 +63,8 @@ class LeafOperands(NamedTuple):
 
 Leaves = list[LeafOperands] | list[LeafTuple]
 
-
 # The rules of `server_step`, in the order of `enum class Rule` of csrc/core/types.h.
 ADD, INTERPOLATE, MOMENTUM, ADAGRAD, ADAM, YOGI = range(6)
-
 
 # The windows of `sorted_mean`, in the order of `enum class Window`.
 MIDDLE, TRIMMED, NEAR_MEDIAN, NEAR_TRIMMED = range(4)
